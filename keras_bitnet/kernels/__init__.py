@@ -1,0 +1,5 @@
+"""Fast paths of the packed matmul, one ordered table per backend."""
+
+from keras_bitnet.kernels.select import Kernel, Problem, explain, use_kernel
+
+__all__ = ["Kernel", "Problem", "explain", "use_kernel"]

@@ -1,0 +1,63 @@
+// The C ABI of the native kernels: plain pointers and sizes, no framework type.
+#pragma once
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define KBN_API extern "C" __declspec(dllexport)
+#else
+#define KBN_API extern "C" __attribute__((visibility("default")))
+#endif
+
+enum kbn_dtype { KBN_F32 = 0, KBN_BF16 = 1, KBN_F16 = 2 };
+
+// One packed matmul, y = dequantize(quantize(x)) @ dequantize(tiles) + bias.
+// Meaning: keras_bitnet/ops/reference.py; byte layout: keras_bitnet/ops/layout.py.
+typedef struct kbn_matmul {
+  int64_t rows;            // m
+  int64_t in_features;     // k
+  int64_t out_features;    // n
+  int64_t group_size;      // inputs that share a row of `scale`, 0: all
+  int32_t bits;            // 1, 2, 4 or 8
+  int32_t dtype;           // kbn_dtype of x and y
+  int32_t activation_bits; // 8 or 4: codes in [-127, 127] or [-7, 7]
+  int32_t per_tensor;      // 1: one activation scale for all rows
+  float offset;            // w = scale * (code + offset), a multiple of 1/2
+  float epsilon;           // lower bound of the absolute maximum of a token
+  int32_t scale_columns;   // 1: one scale for all outputs, else out_features
+  int32_t reserved;        // 0
+  const void* x;           // (m, k), rows contiguous
+  const uint8_t* tiles;    // [ceil(n / 16), ceil(k * bits / 32), 16, 4]
+  const float* scale;      // (1 or groups, scale_columns)
+  const float* x_scale;    // static activation scale (1), or null: dynamic absmax
+  const float* bias;       // (n) or null
+  void* y;                 // (m, n)
+} kbn_matmul;
+
+// Runs task(arg, i) for every i in [0, count), in any order, on any threads; returns when all
+// are done. Null in place of a `kbn_parallel` means the library's own thread pool.
+typedef struct kbn_parallel {
+  void (*run)(void* context, int64_t count, void (*task)(void* arg, int64_t index), void* arg);
+  void* context;
+  int32_t threads;
+} kbn_parallel;
+
+KBN_API int kbn_abi_version(void);
+
+// Runs the matmul. Returns 0, or a code for `kbn_error`; on error y is untouched.
+KBN_API int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel);
+KBN_API const char* kbn_error(int code);
+
+// The exact integer sums of the reference, `step * (code + offset) * x_code`, for tests:
+// x_codes (m, k) int8, sums (m, groups, n) int32. Only shape, bits, offset, group_size, tiles of
+// `problem` are read.
+KBN_API int kbn_accumulate(const kbn_matmul* problem, const int8_t* x_codes, int32_t* sums);
+
+// Instruction set in use ("avx512vnni", "avx2", "neon", "generic", ...); a ','-separated list of
+// those that this build and CPU can run; and forcing one, non-zero where it cannot.
+KBN_API const char* kbn_isa(void);
+KBN_API const char* kbn_isas(void);
+KBN_API int kbn_set_isa(const char* name);
+
+// Threads of the library's own pool, the calling one included.
+KBN_API void kbn_set_threads(int count);
+KBN_API int kbn_threads(void);

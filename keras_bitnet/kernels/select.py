@@ -1,0 +1,170 @@
+"""Which kernel runs a packed matmul, and why.
+
+A table is a literal tuple of rows, best first. A row says why it refuses a problem, or None.
+`reference` is last and never refuses: with every other row gone, every result stays correct.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from keras_bitnet.ops.reference import reference_matmul
+
+VARIABLE = "KERAS_BITNET_KERNEL"
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The static facts of one packed matmul, known under tracing too.
+
+    Attributes:
+        rows: Rows of activations, or `None` when not known while tracing.
+        in_features: Inner size.
+        out_features: Outputs.
+        bits: Storage bits of a weight.
+        group_size: Inputs that share a scale, or `None`.
+        dtype: Dtype of the activations.
+        activation_bits: Bits of the quantized activations, or `None` for float.
+        activation_granularity: `"token"`, `"tensor"` or `None`.
+        device: Where the activations are ("cpu", "cuda:0", ...), or `None` when not known.
+    """
+
+    rows: int | None
+    in_features: int
+    out_features: int
+    bits: int
+    group_size: int | None
+    dtype: str
+    activation_bits: int | None
+    activation_granularity: str | None
+    device: str | None
+
+    @classmethod
+    def of(cls, x, packed, activation_quantizer):
+        """Reads the problem off the operands of `ops.bit_matmul`, and checks them."""
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        if not keras.backend.is_float_dtype(dtype):
+            raise ValueError(f"`x` must be a float tensor. Received: dtype={dtype}")
+        *leading, in_features = x.shape
+        if in_features != packed.in_features:
+            raise ValueError(
+                f"The last axis of `x` must be in_features={packed.in_features}. "
+                f"Received: x.shape={tuple(x.shape)}"
+            )
+        rows = 1
+        for size in leading:
+            rows = None if rows is None or size is None else rows * size
+        return cls(
+            rows=rows,
+            in_features=packed.in_features,
+            out_features=packed.out_features,
+            bits=packed.bits,
+            group_size=packed.group_size,
+            dtype=dtype,
+            activation_bits=getattr(activation_quantizer, "bits", None),
+            activation_granularity=getattr(activation_quantizer, "granularity", None),
+            device=_device(x),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One row of a table.
+
+    Attributes:
+        name: What `KERAS_BITNET_KERNEL` and `use_kernel` call it.
+        refuse: `refuse(problem)` gives the reason why it cannot run it, or `None`.
+        run: `run(x, packed, activation_quantizer, bias)`, as `ops.bit_matmul`.
+    """
+
+    name: str
+    refuse: Callable[[Problem], str | None]
+    run: Callable[..., Any]
+
+
+REFERENCE = Kernel("reference", refuse=lambda problem: None, run=reference_matmul)
+
+TABLES: dict[str, tuple[Kernel, ...]] = {
+    "jax": (REFERENCE,),
+    "torch": (REFERENCE,),
+    "tensorflow": (REFERENCE,),
+}
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
+
+
+@contextlib.contextmanager
+def use_kernel(name):
+    """Forces one kernel inside a `with` block; it is read while tracing.
+
+    Args:
+        name: `"auto"` or the name of a row, see `explain`.
+
+    Raises:
+        ValueError: No row of this backend has that name.
+    """
+    _named(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def choose(problem):
+    """The first row that does not refuse, or the forced one.
+
+    Raises:
+        ValueError: The forced kernel is unknown or cannot run the problem.
+    """
+    name = _forced.get() or os.environ.get(VARIABLE) or "auto"
+    forced = _named(name)
+    if forced is None:
+        return next(row for row in _table() if row.refuse(problem) is None)
+    reason = forced.refuse(problem)
+    if reason is not None:
+        raise ValueError(f"Kernel '{name}' was forced and cannot run {problem}: {reason}")
+    return forced
+
+
+def explain(problem):
+    """Says for each kernel of the present backend whether it would run, and if not, why.
+
+    Args:
+        problem: A `Problem`, or a packed layer (then for one row of float32 activations).
+
+    Returns:
+        A list of `(name, reason)`, best first; `reason` is `None` where the kernel can run.
+        The first of those is the one that runs, unless another is forced.
+    """
+    if isinstance(problem, keras.Layer):
+        layer = problem
+        x = keras.KerasTensor((1, layer.in_features), dtype=layer.compute_dtype)
+        problem = Problem.of(x, layer.packed_kernel, layer.activation_quantizer)
+    return [(row.name, row.refuse(problem)) for row in _table()]
+
+
+def _table():
+    return TABLES.get(keras.backend.backend(), (REFERENCE,))
+
+
+def _named(name):
+    if name == "auto":
+        return None
+    for row in _table():
+        if row.name == name:
+            return row
+    raise ValueError(
+        f"Unknown kernel. Accepted: {['auto', *(row.name for row in _table())]} on the "
+        f"'{keras.backend.backend()}' backend. Received: {name!r}"
+    )
+
+
+def _device(x):
+    device = getattr(x, "device", None)
+    return None if device is None else str(device)

@@ -1,0 +1,423 @@
+"""What the quantized layers share: a kernel that is float, quantization-aware or packed.
+
+A layer is a matrix product between two reshapes: `call` brings its input to rows
+`(..., in_features)`, `BitLayer.product` multiplies, `call` shapes the rows `(..., out_features)`
+back. No other layer code knows what "packed" means.
+"""
+
+import keras
+import numpy as np
+from keras import constraints, initializers, ops, regularizers
+
+from keras_bitnet import quantizers
+from keras_bitnet.ops import layout
+from keras_bitnet.ops.bit_matmul import bit_matmul
+from keras_bitnet.ops.packed_tensor import PackedTensor
+
+NORMS = {"rms": keras.layers.RMSNormalization, "layer": keras.layers.LayerNormalization}
+
+
+class BitLayer(keras.Layer):
+    """Base of the quantized layers. Arguments are those that every one of them takes.
+
+    Args:
+        weight_quantizer: `"binary"`, `"ternary"`, `"int2"`, `"int4"`, `"int8"` or a
+            `keras_bitnet.quantizers.WeightQuantizer`.
+        activation_quantizer: `"int8"`, `"int4"`, an `ActivationQuantizer`, or `None`: the
+            inputs stay float.
+        norm: `None`, `"rms"` or `"layer"`: a trained normalization in the layer.
+        norm_position: `"pre"`: of the inputs, before they are quantized. `"post"`: of
+            kernel product plus bias, before the activation function.
+        norm_epsilon: Added to the variance.
+        quantization_strength: Initial value in [0, 1] of the variable of this name: 0 is the
+            float layer, 1 the quantized one, between them a blend. It can change during `fit`.
+        packed: Whether the kernel is stored as packed codes, not trainable. Made by
+            `keras_bitnet.pack_model`; no reason to set it by hand.
+        lora_rank: Rank of a trained low-rank addition to the kernel, or `None`. The kernel
+            itself is then frozen. See `enable_lora`.
+        lora_alpha: The addition is scaled by `lora_alpha / lora_rank`; `lora_rank` by default.
+        kernel_initializer, kernel_regularizer, kernel_constraint: As in Keras, on the float
+            kernel.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight_quantizer="ternary",
+        activation_quantizer="int8",
+        norm=None,
+        norm_position="pre",
+        norm_epsilon=1e-5,
+        quantization_strength=1.0,
+        packed=False,
+        lora_rank=None,
+        lora_alpha=None,
+        kernel_initializer="glorot_uniform",
+        kernel_regularizer=None,
+        kernel_constraint=None,
+        **kwargs,
+    ):
+        if kwargs.pop("quantization_config", None) is not None:
+            raise ValueError(
+                f"{type(self).__name__} takes `weight_quantizer` and `activation_quantizer` in "
+                "place of Keras's `quantization_config`."
+            )
+        super().__init__(**kwargs)
+        _check_arguments(type(self).__name__, norm, norm_position, quantization_strength, lora_rank)
+        if self.quantization_mode is not None:
+            raise ValueError(
+                f"{type(self).__name__} quantizes by itself: its dtype policy must be a plain one "
+                f"such as 'float32' or 'mixed_bfloat16'. Received: dtype={self.dtype_policy.name}"
+            )
+        self.weight_quantizer = quantizers.get(weight_quantizer)
+        if self.weight_quantizer is None:
+            raise ValueError("`weight_quantizer` is required; for a float layer use Keras's own.")
+        self.activation_quantizer = quantizers.get_activation(activation_quantizer)
+        self.norm = norm
+        self.norm_position = norm_position
+        self.norm_epsilon = float(norm_epsilon)
+        self._initial_strength = float(quantization_strength)
+        self.packed = bool(packed)
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha if lora_alpha is not None else lora_rank
+        self.lora_enabled = False
+        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.kernel_regularizer = regularizers.get(kernel_regularizer)
+        self.kernel_constraint = constraints.get(kernel_constraint)
+        self.normalization = None
+        if norm is not None:
+            self.normalization = NORMS[norm](
+                epsilon=self.norm_epsilon, dtype=self.dtype_policy, name="normalization"
+            )
+        self.kernel = self.kernel_scale = self.kernel_tiles = None
+        self.quantization_strength = None
+
+    # -- weights ---------------------------------------------------------------------------
+
+    def build_kernel(self, in_features, out_features, kernel_shape=None):
+        """Creates the weights of the product; a subclass calls it in `build`.
+
+        Args:
+            in_features: Rows of the kernel as a matrix.
+            out_features: Columns of the kernel as a matrix.
+            kernel_shape: Shape of the float kernel, `(in_features, out_features)` by default.
+        """
+        self.in_features, self.out_features = in_features, out_features
+        if self.packed:
+            self._build_packed()
+        else:
+            self._build_float(kernel_shape or (in_features, out_features))
+        if self.normalization is not None:
+            size = in_features if self.norm_position == "pre" else out_features
+            self.normalization.build((None, size))
+
+    def _build_float(self, kernel_shape):
+        # Codes come from the float32 master weight, so kernel and scale are never autocast.
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=kernel_shape,
+            initializer=self.kernel_initializer,
+            regularizer=self.kernel_regularizer,
+            constraint=self.kernel_constraint,
+            autocast=False,
+        )
+        if self.weight_quantizer.learned:
+            self.kernel_scale = self.add_weight(
+                name="kernel_scale",
+                shape=self.weight_quantizer.scale_shape(self.in_features, self.out_features),
+                initializer=lambda shape, dtype: self._initial_scale(),
+                dtype="float32",
+                autocast=False,
+            )
+        self.quantization_strength = self.add_weight(
+            name="quantization_strength",
+            shape=(),
+            initializer=initializers.Constant(self._initial_strength),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+        )
+
+    def _build_packed(self):
+        quantizer = self.weight_quantizer
+        shapes = {
+            "kernel_tiles": layout.tiles_shape(self.in_features, self.out_features, quantizer.bits),
+            "kernel_scale": quantizer.scale_shape(self.in_features, self.out_features),
+        }
+        for name, shape in shapes.items():
+            variable = self.add_weight(
+                name=name,
+                shape=shape,
+                initializer="zeros",
+                dtype="uint8" if name == "kernel_tiles" else "float32",
+                trainable=False,
+                autocast=False,
+            )
+            setattr(self, name, variable)
+
+    def _initial_scale(self):
+        return self.weight_quantizer.compute_scale(self.kernel_matrix())
+
+    def reset_scale(self):
+        """Starts a learned scale again from the kernel, after the kernel was replaced."""
+        if self.kernel is not None and self.kernel_scale is not None:
+            self.kernel_scale.assign(self._initial_scale())
+
+    def kernel_to_matrix(self, kernel):
+        """Reshapes a float kernel to `(in_features, out_features)`."""
+        return kernel
+
+    def matrix_to_kernel(self, matrix):
+        """The inverse of `kernel_to_matrix`."""
+        return matrix
+
+    def kernel_matrix(self):
+        """The float kernel as a tensor `(in_features, out_features)`."""
+        return self.kernel_to_matrix(ops.convert_to_tensor(self.kernel))
+
+    # -- computation -----------------------------------------------------------------------
+
+    def product(self, x, bias=None):
+        """Multiplies rows by the kernel: normalized, quantized or packed, with LoRA.
+
+        Args:
+            x: Tensor `(..., in_features)`.
+            bias: Tensor `(out_features,)` or `None`.
+
+        Returns:
+            Tensor `(..., out_features)`.
+        """
+        if self.normalization is not None and self.norm_position == "pre":
+            x = self.normalization(x)
+        if self.packed:
+            y = bit_matmul(x, self.packed_kernel, self.activation_quantizer, bias)
+        else:
+            y = self._fake_quantized_product(x)
+            if bias is not None:
+                y = ops.add(y, bias)
+        if self.lora_enabled:
+            low_rank = ops.matmul(ops.matmul(x, self.lora_kernel_a), self.lora_kernel_b)
+            y = y + ops.cast(low_rank * (self.lora_alpha / self.lora_rank), y.dtype)
+        if self.normalization is not None and self.norm_position == "post":
+            y = self.normalization(y)
+        return y
+
+    def _fake_quantized_product(self, x):
+        strength = ops.convert_to_tensor(self.quantization_strength)
+        if self.activation_quantizer is not None:
+            x = self.activation_quantizer.fake_quantize(x, strength)
+        return ops.matmul(x, ops.cast(self.fake_quantized_matrix(strength), x.dtype))
+
+    def fake_quantized_matrix(self, strength=None):
+        """The `float32` kernel `(in_features, out_features)` that QAT multiplies with."""
+        scale = None if self.kernel_scale is None else ops.convert_to_tensor(self.kernel_scale)
+        return self.weight_quantizer.fake_quantize(self.kernel_matrix(), scale, strength)
+
+    def quantized_matrix(self):
+        """The `QuantizedWeight` of the float kernel, at full strength."""
+        scale = None if self.kernel_scale is None else ops.convert_to_tensor(self.kernel_scale)
+        return self.weight_quantizer.quantize(self.kernel_matrix(), scale)
+
+    @property
+    def packed_kernel(self):
+        """The kernel of a packed layer as a `PackedTensor`."""
+        if not self.packed:
+            raise AttributeError(
+                f"Layer '{self.name}' is not packed: pack the model with "
+                "`keras_bitnet.pack_model(model)`."
+            )
+        return PackedTensor(
+            tiles=ops.convert_to_tensor(self.kernel_tiles),
+            scale=ops.convert_to_tensor(self.kernel_scale),
+            offset=self.weight_quantizer.offset,
+            bits=self.weight_quantizer.bits,
+            in_features=self.in_features,
+            out_features=self.out_features,
+            group_size=self.weight_quantizer.group_size,
+        )
+
+    def compute_mask(self, inputs, previous_mask):
+        """The mask of the inputs, unchanged."""
+        return previous_mask
+
+    # -- packing ---------------------------------------------------------------------------
+
+    def pack_from(self, layer):
+        """Fills the packed kernel of this layer from the float kernel of its twin.
+
+        Raises:
+            ValueError: The kernel holds a NaN or an infinity.
+        """
+        if not np.isfinite(ops.convert_to_numpy(layer.kernel)).all():
+            raise ValueError(
+                f"The kernel of layer '{layer.name}' holds a NaN or an infinity and cannot be "
+                "packed. Train it again with a lower learning rate, or load other weights."
+            )
+        quantizer = self.weight_quantizer
+        codes, scale, offset = layer.quantized_matrix()
+        packed = PackedTensor.from_codes(codes, scale, offset, quantizer.bits, quantizer.group_size)
+        self.kernel_tiles.assign(packed.tiles)
+        self.kernel_scale.assign(packed.scale)
+
+    def unpack_from(self, layer):
+        """Fills the float kernel of this layer so that it quantizes to the codes of its twin."""
+        packed = layer.packed_kernel
+        quantized = quantizers.QuantizedWeight(packed.codes(), packed.scale, packed.offset)
+        kernel = self.weight_quantizer.restore(quantized)
+        self.kernel.assign(self.matrix_to_kernel(kernel))
+        if self.kernel_scale is not None:
+            self.kernel_scale.assign(packed.scale)
+
+    # -- LoRA ------------------------------------------------------------------------------
+
+    def enable_lora(self, rank, lora_alpha=None, a_initializer="he_uniform", b_initializer="zeros"):
+        """Freezes the kernel, float or packed, and adds a trained low-rank product to it.
+
+            y = x @ kernel + (lora_alpha / rank) * (x @ lora_kernel_a) @ lora_kernel_b
+
+        Args:
+            rank: Positive integer, the inner size of the added product.
+            lora_alpha: Scale of the addition, `rank` by default.
+            a_initializer: Initializer of `lora_kernel_a`, `(in_features, rank)`.
+            b_initializer: Initializer of `lora_kernel_b`, `(rank, out_features)`.
+
+        Raises:
+            ValueError: The layer is not built, has LoRA already, or has a kernel constraint.
+        """
+        _check_lora_rank(rank)
+        if self.kernel_constraint is not None:
+            raise ValueError(
+                "LoRA cannot keep a kernel constraint. Remove the `kernel_constraint` argument "
+                f"of layer '{self.name}' to enable LoRA."
+            )
+        if not self.built and self.kernel is None and self.kernel_tiles is None:
+            raise ValueError(f"Build layer '{self.name}' before enabling LoRA.")
+        if self.lora_enabled:
+            raise ValueError(f"LoRA is enabled on layer '{self.name}' already.")
+        self._tracker.unlock()
+        self.lora_kernel_a = self.add_weight(
+            name="lora_kernel_a",
+            shape=(self.in_features, rank),
+            initializer=initializers.get(a_initializer),
+            regularizer=self.kernel_regularizer,
+            dtype="float32",
+        )
+        self.lora_kernel_b = self.add_weight(
+            name="lora_kernel_b",
+            shape=(rank, self.out_features),
+            initializer=initializers.get(b_initializer),
+            regularizer=self.kernel_regularizer,
+            dtype="float32",
+        )
+        if self.kernel is not None:
+            self.kernel.trainable = False
+            if self.kernel_scale is not None:
+                self.kernel_scale.trainable = False
+        self._tracker.lock()
+        self.lora_enabled = True
+        self.lora_rank = rank
+        self.lora_alpha = lora_alpha if lora_alpha is not None else rank
+
+    # -- saving ----------------------------------------------------------------------------
+
+    def own_weights(self):
+        """The layer's own variables by name, those of its normalization left out."""
+        return {v.name: v for v in (*self._trainable_variables, *self._non_trainable_variables)}
+
+    def save_own_variables(self, store):
+        """Writes the variables under their names; ternary codes five to a byte."""
+        for name, variable in self.own_weights().items():
+            if name == "kernel_tiles" and self._saves_trits:
+                codes = ops.convert_to_numpy(self.packed_kernel.codes())
+                store["kernel_trits"] = layout.pack_trits(codes)
+            else:
+                store[name] = variable
+
+    def load_own_variables(self, store):
+        """Reads what `save_own_variables` wrote, or the weights of the Keras layer it replaces.
+
+        Raises:
+            ValueError: A weight is missing, has another shape, or holds impossible values.
+        """
+        found = {name: store[name] for name in store.keys()}  # noqa: SIM118 (no mapping)
+        if not self.packed and found.keys() and found.keys() <= {"0", "1"}:
+            self._load_stock(found)
+            return
+        expected = {
+            "kernel_trits" if name == "kernel_tiles" and self._saves_trits else name
+            for name in self.own_weights()
+        }
+        if found.keys() != expected:
+            raise ValueError(
+                f"Layer '{self.name}' ({'packed' if self.packed else 'not packed'}) expects the "
+                f"weights {sorted(expected)}. Received: {sorted(found)}. Load the file with "
+                "`keras.models.load_model`, or into a model of the same kind."
+            )
+        for name, value in found.items():
+            if name == "kernel_trits":
+                codes = layout.unpack_trits(np.asarray(value), self.in_features)
+                name, value = "kernel_tiles", layout.pack(codes, self.weight_quantizer.bits)
+            self._assign(name, value)
+        if self.packed and not np.isfinite(ops.convert_to_numpy(self.kernel_scale)).all():
+            raise ValueError(f"The saved scale of layer '{self.name}' holds a NaN or an infinity.")
+
+    def _load_stock(self, found):
+        """Reads the weights "0" (kernel) and "1" (bias) that a stock Keras layer saves."""
+        self._assign("kernel", found["0"])
+        if "1" in found:
+            self._assign("bias", found["1"])
+        self.reset_scale()
+
+    def _assign(self, name, value):
+        variable = self.own_weights().get(name)
+        if variable is None or tuple(variable.shape) != tuple(value.shape):
+            wanted = "no such weight" if variable is None else f"shape {tuple(variable.shape)}"
+            raise ValueError(
+                f"Weight '{name}' of layer '{self.name}': the layer has {wanted}. "
+                f"Received: shape {tuple(value.shape)}"
+            )
+        variable.assign(value)
+
+    @property
+    def _saves_trits(self):
+        return self.packed and self.weight_quantizer.level_count == 3
+
+    def get_config(self):
+        """The arguments of the constructor."""
+        config = {
+            "weight_quantizer": quantizers.serialize(self.weight_quantizer),
+            "activation_quantizer": quantizers.serialize(self.activation_quantizer),
+            "norm": self.norm,
+            "norm_position": self.norm_position,
+            "norm_epsilon": self.norm_epsilon,
+            "quantization_strength": self._initial_strength,
+            "packed": self.packed,
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
+            "kernel_constraint": constraints.serialize(self.kernel_constraint),
+        }
+        if self.lora_rank:
+            config["lora_rank"] = self.lora_rank
+            config["lora_alpha"] = self.lora_alpha
+        return {**super().get_config(), **config}
+
+
+def _check_arguments(layer, norm, norm_position, quantization_strength, lora_rank):
+    if norm is not None and norm not in NORMS:
+        raise ValueError(f"`norm` must be None or one of {sorted(NORMS)}. Received: norm={norm!r}")
+    if norm_position not in ("pre", "post"):
+        raise ValueError(
+            f"`norm_position` must be 'pre' or 'post'. Received: norm_position={norm_position!r}"
+        )
+    if not 0 <= quantization_strength <= 1:
+        raise ValueError(
+            "`quantization_strength` must lie in [0, 1]. "
+            f"Received: quantization_strength={quantization_strength}"
+        )
+    if lora_rank is not None:
+        _check_lora_rank(lora_rank)
+
+
+def _check_lora_rank(rank):
+    if not isinstance(rank, int) or rank <= 0:
+        raise ValueError(f"The rank of LoRA must be a positive integer. Received: {rank!r}")

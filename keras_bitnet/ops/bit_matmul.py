@@ -1,0 +1,31 @@
+"""The packed matmul, run by the best kernel that can."""
+
+from keras import ops
+
+from keras_bitnet.kernels import select
+
+
+def bit_matmul(x, packed, activation_quantizer=None, bias=None):
+    """Multiplies activations by a packed weight.
+
+        y = dequantize(quantize(x)) @ dequantize(packed) + bias
+
+    The sums over integers are exact and equal bit for bit on every backend, device and kernel;
+    the scales are applied in float32. The gradient with respect to `x` is straight-through.
+
+    Args:
+        x: Float tensor `(..., in_features)`.
+        packed: `keras_bitnet.ops.PackedTensor`.
+        activation_quantizer: `ActivationQuantizer`, or `None`: `x` stays float.
+        bias: Tensor `(out_features,)` or `None`.
+
+    Returns:
+        Tensor `(..., out_features)` of the dtype of `x`.
+
+    Raises:
+        ValueError: The last axis of `x` is not `in_features`, `x` is not float, or the forced
+            kernel cannot run this case.
+    """
+    x = ops.convert_to_tensor(x)
+    problem = select.Problem.of(x, packed, activation_quantizer)
+    return select.choose(problem).run(x, packed, activation_quantizer, bias)

@@ -1,0 +1,88 @@
+"""The one record that crosses from quantizers to kernels."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from keras_bitnet.ops import layout
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedTensor:
+    """A packed weight matrix: `w = scale * (code + offset)`, codes in the tile layout.
+
+    Attributes:
+        tiles: `uint8` tensor, see `keras_bitnet.ops.layout`.
+        scale: `float32` tensor `(1 or groups, 1 or out_features)`; it always multiplies.
+        offset: Float, a multiple of 1/2.
+        bits: Storage bits of a code: 1, 2, 4 or 8.
+        in_features: Rows of the matrix it stands for.
+        out_features: Columns of the matrix it stands for.
+        group_size: Inputs that share a row of `scale`, or `None` for all.
+    """
+
+    tiles: Any
+    scale: Any
+    offset: float
+    bits: int
+    in_features: int
+    out_features: int
+    group_size: int | None = None
+
+    @classmethod
+    def from_codes(cls, codes, scale, offset, bits, group_size=None):
+        """Packs the codes and scale that a quantizer gave.
+
+        Args:
+            codes: Integer array `(in, out)` with values in `[0, 2**bits)`.
+            scale: Array `(1 or groups, 1 or out)`, finite.
+            offset: Float, a multiple of 1/2.
+            bits: 1, 2, 4 or 8.
+            group_size: Inputs to a group, or `None`.
+
+        Returns:
+            A `PackedTensor` of NumPy arrays.
+
+        Raises:
+            ValueError: A code is out of range, the scale has another shape or is not finite.
+        """
+        codes = ops.convert_to_numpy(codes)
+        scale = np.asarray(ops.convert_to_numpy(scale), np.float32)
+        tiles = layout.pack(codes, bits)
+        in_features, out_features = codes.shape
+        groups = 1 if group_size is None else -(-in_features // group_size)
+        if scale.shape not in {(groups, 1), (groups, out_features)}:
+            raise ValueError(
+                f"`scale` must have shape ({groups}, 1) or ({groups}, {out_features}) for codes "
+                f"of shape {codes.shape} and group_size={group_size}. "
+                f"Received: scale.shape={scale.shape}"
+            )
+        if not np.isfinite(scale).all():
+            raise ValueError(
+                "`scale` must be finite. Received: NaN or infinity, so the weights that it was "
+                "computed from probably hold one too."
+            )
+        return cls(tiles, scale, float(offset), bits, in_features, out_features, group_size)
+
+    def codes(self):
+        """The unsigned codes, `uint8` tensor `(in_features, out_features)`."""
+        return layout.unpack(self.tiles, self.bits, self.in_features, self.out_features)
+
+    def dequantize(self):
+        """The weights as a `float32` tensor `(in_features, out_features)`."""
+        values = ops.cast(self.codes(), "float32") + self.offset
+        return values * expand_scale(self.scale, self.in_features, self.group_size)
+
+    @property
+    def nbytes(self):
+        """Bytes of the packed codes and their scales."""
+        return int(np.prod(self.tiles.shape)) + 4 * int(np.prod(self.scale.shape))
+
+
+def expand_scale(scale, in_features, group_size):
+    """Repeats the rows of a scale `(groups, n)` so that it broadcasts with `(in, n)`."""
+    if group_size is None:
+        return scale
+    return ops.repeat(scale, group_size, axis=0)[:in_features]

@@ -1,0 +1,91 @@
+"""Quantizers: stateless, serializable objects between float weights and small integers."""
+
+import keras
+
+from keras_bitnet.quantizers.activations import (
+    ActivationInt4,
+    ActivationInt8,
+    ActivationQuantizer,
+)
+from keras_bitnet.quantizers.base import QuantizedWeight, WeightQuantizer
+from keras_bitnet.quantizers.weights import Binary, Int2, Int4, Int8, Ternary
+
+__all__ = [
+    "ActivationInt4",
+    "ActivationInt8",
+    "ActivationQuantizer",
+    "Binary",
+    "Int2",
+    "Int4",
+    "Int8",
+    "QuantizedWeight",
+    "Ternary",
+    "WeightQuantizer",
+    "deserialize",
+    "get",
+    "get_activation",
+    "serialize",
+]
+
+_WEIGHT = {cls.name: cls for cls in (Binary, Ternary, Int2, Int4, Int8)}
+_ACTIVATION = {cls.name: cls for cls in (ActivationInt8, ActivationInt4)}
+
+
+def get(identifier):
+    """Returns a weight quantizer.
+
+    Args:
+        identifier: `"binary"`, `"ternary"`, `"int2"`, `"int4"`, `"int8"`, a config from
+            `serialize`, a `WeightQuantizer`, or `None`, which is returned as it is.
+
+    Returns:
+        A `WeightQuantizer` or `None`.
+
+    Raises:
+        ValueError: The name is unknown or the object is no weight quantizer.
+    """
+    return _get(identifier, _WEIGHT, WeightQuantizer, "weight")
+
+
+def get_activation(identifier):
+    """Returns an activation quantizer.
+
+    Args:
+        identifier: `"int8"`, `"int4"`, a config from `serialize`, an
+            `ActivationQuantizer`, or `None` (activations stay float).
+
+    Returns:
+        An `ActivationQuantizer` or `None`.
+
+    Raises:
+        ValueError: The name is unknown or the object is no activation quantizer.
+    """
+    return _get(identifier, _ACTIVATION, ActivationQuantizer, "activation")
+
+
+def serialize(quantizer):
+    """Returns the config of a quantizer, a dictionary that JSON can hold, or `None`."""
+    return None if quantizer is None else keras.saving.serialize_keras_object(quantizer)
+
+
+def deserialize(config, custom_objects=None):
+    """Returns the quantizer that `serialize` described."""
+    return keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)
+
+
+def _get(identifier, names, base, kind):
+    if isinstance(identifier, dict):
+        identifier = deserialize(identifier)
+    if isinstance(identifier, str):
+        if identifier not in names:
+            raise ValueError(
+                f"Unknown {kind} quantizer. Accepted names: {sorted(names)}, or an instance of "
+                f"`{base.__name__}`. Received: {identifier!r}"
+            )
+        return names[identifier]()
+    if identifier is None or isinstance(identifier, base):
+        return identifier
+    raise ValueError(
+        f"A {kind} quantizer is one of {sorted(names)}, a `{base.__name__}`, its config or None. "
+        f"Received: {identifier!r} of type {type(identifier).__name__}"
+    )

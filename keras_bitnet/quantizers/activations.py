@@ -1,0 +1,136 @@
+"""The activation quantizers: symmetric integers, scaled as the data comes."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_bitnet.ops.ste import blend, straight_through
+from keras_bitnet.quantizers.base import _check_choice
+
+
+class ActivationQuantizer(keras.Quantizer):
+    """Base of the dynamic absmax quantizers.
+
+        a = max(max |x|, epsilon),   code = clip(round(x * (highest / a)), -highest, highest)
+        x ~ scale * code,            scale = a / highest
+
+    float32 arithmetic whatever the dtype of `x`, one IEEE division, halves to even: the codes
+    are the same bits on every backend and device.
+
+    Args:
+        granularity: `"token"`: the values of one position, that is the last axis (or the
+            `axis` given in the call), share a scale. `"tensor"`: all values do.
+        epsilon: Lower bound of the absolute maximum: a token of zeros gets codes 0.
+
+    Raises:
+        ValueError: An argument is none of these.
+    """
+
+    name = ""
+    bits = 0
+    highest = 0
+
+    def __init__(self, granularity="token", epsilon=1e-5):
+        super().__init__(output_dtype="int8")
+        _check_choice("granularity", granularity, ("token", "tensor"))
+        if not epsilon > 0:
+            raise ValueError(f"`epsilon` must be positive. Received: epsilon={epsilon}")
+        self.granularity = granularity
+        self.epsilon = float(epsilon)
+
+    def quantize(self, x):
+        """Quantizes to integers.
+
+        Args:
+            x: Float tensor `(..., features)`. A NaN or an infinity makes the scale NaN or
+                infinite, so that it cannot vanish in an integer.
+
+        Returns:
+            `(codes, scale)`: `int8` of the shape of `x`, and `float32` that broadcasts with
+            it, `(..., 1)`.
+        """
+        ratio, scale = self._ratio(x)
+        return ops.cast(self._round(ratio), "int8"), scale
+
+    def quantize_with_gradient(self, x):
+        """As `quantize`, codes as `float32` with a straight-through gradient to `x`."""
+        ratio, scale = self._ratio(x)
+        return straight_through(ratio, self._round(ratio)), scale
+
+    def fake_quantize(self, x, strength=None):
+        """Rounds to the grid and back, gradient passed unchanged: the activations of QAT.
+
+        Args:
+            x: Float tensor `(..., features)`.
+            strength: Scalar tensor in [0, 1], 0 gives `x` itself, or `None` for 1.
+
+        Returns:
+            Tensor of the shape and dtype of `x`.
+        """
+        dtype = x.dtype
+        x = ops.cast(x, "float32")
+        ratio, scale = self._ratio(ops.stop_gradient(x))
+        mixed = blend(x, self._round(ratio) * scale, strength)
+        return ops.cast(straight_through(x, mixed), dtype)
+
+    def _ratio(self, x):
+        x = ops.cast(x, "float32")
+        axis = -1 if self.granularity == "token" else None
+        largest = ops.max(ops.abs(ops.stop_gradient(x)), axis=axis, keepdims=True)
+        largest = ops.maximum(largest, self.epsilon)
+        # The constant is multiplied: XLA turns a division by it into that, others do not.
+        return x * (self.highest / largest), largest * np.float32(1 / self.highest)
+
+    def _round(self, ratio):
+        return ops.clip(ops.round(ops.stop_gradient(ratio)), -self.highest, self.highest)
+
+    def __call__(self, x):
+        """Same as `fake_quantize(x)`."""
+        return self.fake_quantize(x)
+
+    def get_config(self):
+        """The arguments of the constructor."""
+        return {"granularity": self.granularity, "epsilon": self.epsilon}
+
+    def __eq__(self, other):
+        return type(self) is type(other) and self.get_config() == other.get_config()
+
+    def __hash__(self):
+        return hash((type(self), *self.get_config().values()))
+
+    def __repr__(self):
+        return f"{type(self).__name__}(granularity={self.granularity!r}, epsilon={self.epsilon})"
+
+
+@keras.saving.register_keras_serializable("keras_bitnet")
+class ActivationInt8(ActivationQuantizer):
+    """Dynamic 8-bit activations: `round(x * 127 / max |x|)`, by default per token.
+
+    Shapes: `(..., features)` -> `int8` codes of that shape, scale `(..., 1)`.
+    Gradient: identity (an absmax scale never clips). Arguments: see `ActivationQuantizer`.
+
+    Source:
+        Ma et al. 2024, BitNet b1.58 (https://arxiv.org/abs/2402.17764). There the range is
+        -128 .. 127; an absmax scale never reaches -128, so the codes are the same.
+    """
+
+    name = "int8"
+    bits = 8
+    highest = 127
+
+
+@keras.saving.register_keras_serializable("keras_bitnet")
+class ActivationInt4(ActivationQuantizer):
+    """Dynamic 4-bit activations: `round(x * 7 / max |x|)`, by default per token.
+
+    Shapes: `(..., features)` -> `int8` codes of that shape in -7 .. 7, scale `(..., 1)`.
+    Gradient: identity. Arguments: see `ActivationQuantizer`.
+
+    Source:
+        Wang et al. 2024, BitNet a4.8 (https://arxiv.org/abs/2411.04965). There the scale is
+        `mean |x| * sqrt(7)` and clips, here it is the absolute maximum.
+    """
+
+    name = "int4"
+    bits = 4
+    highest = 7
