@@ -2,5 +2,14 @@
 
 from keras_bitnet import layers, ops, quantizers
 from keras_bitnet.kernels.select import explain
+from keras_bitnet.transforms import pack_model, quantize_model, unpack_model
 
-__all__ = ["explain", "layers", "ops", "quantizers"]
+__all__ = [
+    "explain",
+    "layers",
+    "ops",
+    "pack_model",
+    "quantize_model",
+    "quantizers",
+    "unpack_model",
+]

@@ -5,6 +5,8 @@ A layer is a matrix product between two reshapes: `call` brings its input to row
 back. No other layer code knows what "packed" means.
 """
 
+import zlib
+
 import keras
 import numpy as np
 from keras import constraints, initializers, ops, regularizers
@@ -91,6 +93,7 @@ class BitLayer(keras.Layer):
             )
         self.kernel = self.kernel_scale = self.kernel_tiles = None
         self.quantization_strength = None
+        self._untrained_checksum = None
 
     # -- weights ---------------------------------------------------------------------------
 
@@ -116,7 +119,7 @@ class BitLayer(keras.Layer):
         self.kernel = self.add_weight(
             name="kernel",
             shape=kernel_shape,
-            initializer=self.kernel_initializer,
+            initializer=self._initial_kernel,
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
             autocast=False,
@@ -125,7 +128,7 @@ class BitLayer(keras.Layer):
             self.kernel_scale = self.add_weight(
                 name="kernel_scale",
                 shape=self.weight_quantizer.scale_shape(self.in_features, self.out_features),
-                initializer=lambda shape, dtype: self._initial_scale(),
+                initializer=self._initial_scale,
                 dtype="float32",
                 autocast=False,
             )
@@ -155,7 +158,12 @@ class BitLayer(keras.Layer):
             )
             setattr(self, name, variable)
 
-    def _initial_scale(self):
+    def _initial_kernel(self, shape, dtype=None):
+        """Initializes as a matrix, so that fan-in and fan-out are those of the product."""
+        matrix = self.kernel_initializer((self.in_features, self.out_features), dtype=dtype)
+        return self.matrix_to_kernel(matrix)
+
+    def _initial_scale(self, shape=None, dtype=None):
         return self.weight_quantizer.compute_scale(self.kernel_matrix())
 
     def reset_scale(self):
@@ -267,6 +275,20 @@ class BitLayer(keras.Layer):
         self.kernel.assign(self.matrix_to_kernel(kernel))
         if self.kernel_scale is not None:
             self.kernel_scale.assign(packed.scale)
+
+    def mark_untrained(self):
+        """Remembers that the present kernel comes from float training, not from QAT."""
+        self._untrained_checksum = self._kernel_checksum()
+
+    @property
+    def untrained(self):
+        """Whether the kernel is still the one that `mark_untrained` saw."""
+        return self._untrained_checksum is not None and (
+            self._untrained_checksum == self._kernel_checksum()
+        )
+
+    def _kernel_checksum(self):
+        return zlib.crc32(ops.convert_to_numpy(self.kernel).tobytes())
 
     # -- LoRA ------------------------------------------------------------------------------
 

@@ -1,0 +1,109 @@
+"""From a float Keras model to one that trains with quantization."""
+
+import re
+import warnings
+from collections.abc import Callable, Mapping
+
+import keras
+
+from keras_bitnet import quantizers
+from keras_bitnet.layers import BitEinsumDense, BitLinear
+from keras_bitnet.transforms.rewrite import Rule, rewrite
+
+TWINS = {keras.layers.Dense: BitLinear, keras.layers.EinsumDense: BitEinsumDense}
+_NOT_KEPT = {"quantization_config", "gptq_unpacked_column_size", "lora_rank", "lora_alpha"}
+
+
+def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_changes=False):
+    """Returns a copy of a model in which dense layers are quantized, weights kept.
+
+    `Dense` becomes `BitLinear` and `EinsumDense` becomes `BitEinsumDense`, also inside other
+    layers (such as `MultiHeadAttention`), nested and subclassed models. The copy trains with
+    `fit`; pack it afterwards with `pack_model`. LoRA weights are merged. With `quantization_strength=0` in the spec its
+    outputs are those of the float model until the strength is raised.
+
+    Args:
+        model: A built Keras model or layer; it is left as it is.
+        spec: What the layers become: the name of a weight quantizer (`"ternary"`, ...), a
+            `WeightQuantizer`, a dictionary of arguments of `keras_bitnet.layers.BitLayer`, or
+            a callable `spec(layer)` that gives one of these, or `None`: keep the layer.
+        filters: Which layers: a regex or a list of them, searched in the path of the layer
+            (such as `"encoder/attention/query"`), or a callable `filters(layer) -> bool`.
+            All by default.
+        verbose: 1 shows progress and what was kept, 0 nothing.
+        return_changes: Whether to return `(model, changes)`, with one `Change` per layer.
+
+    Returns:
+        The new model, compiled like `model` if that was; or `(model, changes)`.
+
+    Raises:
+        ValueError: An argument is not one of these, or `model` is not built.
+    """
+    matches = _matcher(filters)
+
+    def replace(layer, path):
+        twin = TWINS.get(type(layer))
+        if twin is None:
+            return f"{type(layer).__name__} has no quantized twin"
+        if not matches(layer, path):
+            return "left out by `filters`"
+        if layer.quantization_mode is not None:
+            return f"quantized by Keras already ({layer.quantization_mode})"
+        arguments = _arguments(spec(layer) if _is_function(spec) else spec)
+        if arguments is None:
+            return "left out by `spec`"
+        config = {k: v for k, v in layer.get_config().items() if k not in _NOT_KEPT}
+        return twin.from_config({**config, **arguments})
+
+    _check_spec(spec)
+    new_model, changes = rewrite(model, Rule("quantized", replace, _transfer), verbose)
+    if not any(change.replaced_by for change in changes):
+        warnings.warn(
+            "`quantize_model` found no layer to quantize. It looks for "
+            f"{', '.join(sorted(cls.__name__ for cls in TWINS))} that `filters` lets through.",
+            stacklevel=2,
+        )
+    return (new_model, changes) if return_changes else new_model
+
+
+def _transfer(old, new):
+    new.kernel.assign(old.kernel)  # with LoRA merged, if there was any
+    if old.bias is not None:
+        new.bias.assign(old.bias)
+    new.reset_scale()
+    new.mark_untrained()
+
+
+def _is_function(spec):
+    return isinstance(spec, Callable) and not isinstance(spec, quantizers.WeightQuantizer)
+
+
+def _check_spec(spec):
+    if not _is_function(spec):
+        _arguments(spec)
+
+
+def _arguments(spec):
+    if spec is None:
+        return None
+    arguments = dict(spec) if isinstance(spec, Mapping) else {"weight_quantizer": spec}
+    arguments["weight_quantizer"] = quantizers.serialize(
+        quantizers.get(arguments.get("weight_quantizer", "ternary"))
+    )
+    return arguments
+
+
+def _matcher(filters):
+    if filters is None:
+        return lambda layer, path: True
+    if isinstance(filters, str):
+        filters = [filters]
+    if isinstance(filters, (list, tuple)) and all(isinstance(f, str) for f in filters):
+        patterns = [re.compile(f) for f in filters]
+        return lambda layer, path: any(pattern.search(path) for pattern in patterns)
+    if callable(filters):
+        return lambda layer, path: filters(layer)
+    raise ValueError(
+        "`filters` must be a regex, a list of regexes, or a callable. "
+        f"Received: {filters!r} of type {type(filters).__name__}"
+    )

@@ -1,0 +1,202 @@
+"""Builds a new model from an old one with some layers replaced, and brings the weights over.
+
+One mechanism for quantizing, packing and unpacking. The old model is left as it was.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Callable
+
+import keras
+
+from keras_bitnet.transforms.converted import child_layers, get_child, make_converted
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """What a transform did with one layer.
+
+    Attributes:
+        path: Where the layer is in the model, such as `"encoder/attention/query"`.
+        layer: Its class.
+        replaced_by: The class of the new layer, or `None`: it was kept.
+        reason: Why it was kept, or `None`.
+    """
+
+    path: str
+    layer: str
+    replaced_by: str | None = None
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a transform does.
+
+    Attributes:
+        verb: Past participle for messages: "quantized", "packed", "unpacked".
+        replace: `replace(layer, path)` gives an unbuilt layer, or a string: why not.
+        transfer: `transfer(old, new)` fills the weights of a replaced layer.
+    """
+
+    verb: str
+    replace: Callable[[keras.Layer, str], keras.Layer | str]
+    transfer: Callable[[keras.Layer, keras.Layer], None]
+
+
+def rewrite(model, rule, verbose):
+    """Returns `(new_model, changes)`.
+
+    Raises:
+        ValueError: `model` is no built Keras model or layer, or cannot be made from its config.
+    """
+    if not isinstance(model, keras.Layer):
+        raise ValueError(f"Expected a Keras model or layer. Received: {type(model).__name__}")
+    if not model.built:
+        raise ValueError(
+            f"Model '{model.name}' has no weights yet. Build it (`model.build(input_shape)`) or "
+            "call it on data first."
+        )
+    twins = _Twins(rule)
+    new_model = twins.of(model, path="")
+    if not new_model.built:
+        new_model.build_from_config(model.get_build_config())
+        new_model.built = True  # Keras leaves it to the first call of a subclassed model
+    pairs = _pairs(model, new_model, twins.replaced)
+    progress = keras.utils.Progbar(len(pairs), unit_name="layer") if verbose else None
+    for i, (old, new) in enumerate(pairs):
+        transfer = rule.transfer if id(old) in twins.replaced else copy_own_weights
+        transfer(old, new)
+        if progress:
+            progress.update(i + 1)
+    if getattr(model, "compiled", False) and not new_model.compiled:
+        new_model.compile_from_config(model.get_compile_config())
+    if verbose:
+        _print_changes(rule.verb, twins.changes)
+    return new_model, twins.changes
+
+
+class _Twins:
+    """Makes unbuilt twins of layers; a layer that occurs twice gets one twin."""
+
+    def __init__(self, rule):
+        self.rule = rule
+        self.changes: list[Change] = []
+        self.replaced: set[int] = set()
+        self._made: dict[int, keras.Layer] = {}
+
+    def of(self, layer, path):
+        if id(layer) not in self._made:
+            self._made[id(layer)] = self._make(layer, path)
+        return self._made[id(layer)]
+
+    def _make(self, layer, path):
+        outcome = self.rule.replace(layer, path)
+        if isinstance(outcome, keras.Layer):
+            self.replaced.add(id(layer))
+            self.changes.append(Change(path, type(layer).__name__, type(outcome).__name__))
+            return outcome
+        if is_graph(layer):
+            return _clone_graph(layer, lambda child: self.of(child, _join(path, child.name)))
+        children = child_layers(layer)
+        if not children:
+            if layer.weights:
+                self.changes.append(Change(path, type(layer).__name__, reason=outcome))
+            return _remake(layer, {})
+        before = len(self.replaced)
+        twins = {
+            attribute: self.of(child, _join(path, child.name))
+            for attribute, child in children.items()
+        }
+        return _remake(layer, twins if len(self.replaced) > before else {})
+
+
+def is_graph(layer):
+    """Whether the layer is a Sequential or Functional model, whose layers are a graph's nodes."""
+    return isinstance(layer, (keras.Sequential, keras.Function))
+
+
+def _remake(layer, twins):
+    """An unbuilt copy of a layer, with these inner layers replaced."""
+    try:
+        return (
+            make_converted(layer, twins) if twins else type(layer).from_config(layer.get_config())
+        )
+    except (NotImplementedError, TypeError) as error:
+        raise ValueError(
+            f"'{layer.name}' ({type(layer).__name__}) cannot be made again from its config. As "
+            "for saving, `get_config` must give the arguments of `__init__`, which must accept "
+            "`name`, `trainable` and `dtype` (as `**kwargs`)."
+        ) from error
+
+
+def _clone_graph(model, clone_function):
+    """`clone_model` for Sequential and Functional, with the names of the inputs kept."""
+    inputs = None
+    if isinstance(model, keras.Function):
+        inputs = keras.tree.map_structure(_clone_input, model.input)
+    return keras.models.clone_model(model, inputs, clone_function)
+
+
+def _clone_input(tensor):
+    layer = tensor._keras_history.operation
+    return keras.layers.InputLayer.from_config(layer.get_config()).output
+
+
+def copy_own_weights(old, new):
+    """Copies the variables that belong to `old` itself, those of its children left out.
+
+    Raises:
+        ValueError: `new` has other variables.
+    """
+    olds, news = (
+        [*layer._trainable_variables, *layer._non_trainable_variables] for layer in (old, new)
+    )
+    if [tuple(v.shape) for v in olds] != [tuple(v.shape) for v in news]:
+        raise ValueError(
+            f"'{old.name}' ({type(old).__name__}) made again from its config has other weights. "
+            f"Expected the shapes {[tuple(v.shape) for v in olds]}. "
+            f"Received: {[tuple(v.shape) for v in news]}"
+        )
+    for source, target in zip(olds, news, strict=True):
+        target.assign(source)
+
+
+def copy_weights(old, new):
+    """Copies the weights of a layer and of all layers in it."""
+    for pair in _pairs(old, new, replaced=set()):
+        copy_own_weights(*pair)
+
+
+def _pairs(old, new, replaced):
+    """Every layer with its twin, once, without looking into the replaced ones."""
+    pairs = {id(old): (old, new)}
+    queue = [] if id(old) in replaced else [(old, new)]
+    while queue:
+        old, new = queue.pop()
+        if is_graph(old):
+            below = [(child, new.get_layer(child.name)) for child in old.layers]
+        else:
+            below = [(child, get_child(new, path)) for path, child in child_layers(old).items()]
+        for pair in below:
+            if id(pair[0]) not in pairs:
+                pairs[id(pair[0])] = pair
+                if id(pair[0]) not in replaced:
+                    queue.append(pair)
+    return list(pairs.values())
+
+
+def _print_changes(verb, changes):
+    done = [change for change in changes if change.replaced_by]
+    print(f"{len(done)} of {len(changes)} layers {verb}.")
+    kept = collections.defaultdict(list)
+    for change in changes:
+        if change.reason:
+            kept[change.reason].append(change.path)
+    for reason, paths in kept.items():
+        shown = ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+        print(f"  kept {shown}: {reason}")
+
+
+def _join(path, name):
+    return f"{path}/{name}" if path else name
