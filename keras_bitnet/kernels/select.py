@@ -7,6 +7,7 @@ A table is a literal tuple of rows, best first. A row says why it refuses a prob
 import contextlib
 import contextvars
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -56,11 +57,8 @@ class Problem:
                 f"The last axis of `x` must be in_features={packed.in_features}. "
                 f"Received: x.shape={tuple(x.shape)}"
             )
-        rows = 1
-        for size in leading:
-            rows = None if rows is None or size is None else rows * size
         return cls(
-            rows=rows,
+            rows=None if None in leading else math.prod(leading),
             in_features=packed.in_features,
             out_features=packed.out_features,
             bits=packed.bits,

@@ -6,6 +6,7 @@ back. No other layer code knows what "packed" means.
 """
 
 import zlib
+from typing import Any
 
 import keras
 import numpy as np
@@ -86,14 +87,16 @@ class BitLayer(keras.Layer):
         self.kernel_initializer = initializers.get(kernel_initializer)
         self.kernel_regularizer = regularizers.get(kernel_regularizer)
         self.kernel_constraint = constraints.get(kernel_constraint)
-        self.normalization = None
+        self.kernel: Any = None
+        self.kernel_scale: Any = None
+        self.kernel_tiles: Any = None
+        self.quantization_strength: Any = None
+        self.normalization: Any = None
+        self._untrained_checksum: int | None = None
         if norm is not None:
             self.normalization = NORMS[norm](
                 epsilon=self.norm_epsilon, dtype=self.dtype_policy, name="normalization"
             )
-        self.kernel = self.kernel_scale = self.kernel_tiles = None
-        self.quantization_strength = None
-        self._untrained_checksum = None
 
     # -- weights ---------------------------------------------------------------------------
 
@@ -353,7 +356,7 @@ class BitLayer(keras.Layer):
                 codes = ops.convert_to_numpy(self.packed_kernel.codes())
                 store["kernel_trits"] = layout.pack_trits(codes)
             else:
-                store[name] = variable
+                store[name] = ops.convert_to_numpy(variable)
 
     def load_own_variables(self, store):
         """Reads what `save_own_variables` wrote, or the weights of the Keras layer it replaces.

@@ -59,7 +59,8 @@ def pack(codes, bits):
         ValueError: `codes` is not an integer matrix, or a code does not fit in `bits`.
     """
     codes = _as_codes(codes, 2**bits - 1)
-    tiles_out, tiles_in, _, _ = shape = tiles_shape(*codes.shape, bits)
+    shape = tiles_shape(codes.shape[0], codes.shape[1], bits)
+    tiles_out, tiles_in = shape[:2]
     padded = _pad(codes, tiles_in * tile_inputs(bits), tiles_out * TILE_OUTPUTS, value=0)
     # (tile_in, i, j, tile_out, column) -> (tile_out, tile_in, column, j, i)
     digits = padded.reshape(tiles_in, 8 // bits, WORD_BYTES, tiles_out, TILE_OUTPUTS)
@@ -82,7 +83,7 @@ def unpack(tiles, bits, in_features, out_features):
     Returns:
         `uint8` tensor `(in_features, out_features)`.
     """
-    tiles_out, tiles_in, _, _ = tiles_shape(in_features, out_features, bits)
+    tiles_out, tiles_in = tiles_shape(in_features, out_features, bits)[:2]
     mask = np.uint8(2**bits - 1)  # a Python int would turn uint8 into int32 on TensorFlow
     digits = [
         ops.bitwise_and(ops.right_shift(tiles, np.uint8(bits * i)), mask) for i in range(8 // bits)

@@ -79,7 +79,7 @@ class WeightQuantizer(keras.Quantizer):
     bits_per_weight = 0.0
     level_count = 0
     offset = 0.0
-    scales = ("absmax", "learned")
+    scales: tuple[str, ...] = ("absmax", "learned")
     factor = 1.0  # scale = factor * statistic
     learned_init = "absmax"
     learned_margin = 0.0  # how far outside the grid the gradient of LSQ still passes, in steps

@@ -109,16 +109,8 @@ class Int2(WeightQuantizer):
         super().__init__(scale, granularity, group_size, gradient, epsilon)
         _check_choice("levels", levels, ("stretched", "integer"))
         self.levels = levels
-
-    @property
-    def offset(self):
-        """-1.5 for stretched levels, -2 for integers."""
-        return -1.5 if self.levels == "stretched" else -2.0
-
-    @property
-    def learned_margin(self):
-        """The stretched grid covers half a step on either side of its outer levels."""
-        return 0.5 if self.levels == "stretched" else 0.0
+        # The stretched grid covers half a step on either side of its outer levels.
+        self.offset, self.learned_margin = (-1.5, 0.5) if levels == "stretched" else (-2.0, 0.0)
 
     def get_config(self):
         """The arguments of the constructor."""

@@ -37,7 +37,8 @@ class Converted:
     def get_config(self):
         """The original layer, and the replaced ones by path."""
         recipe = self._recipe
-        replaced, first_path = dict(recipe.pending), {}
+        replaced = dict(recipe.pending)
+        first_path: dict[int, str] = {}
         for path in recipe.done:
             child = get_child(self, path)
             if id(child) in first_path:
@@ -91,14 +92,12 @@ def child_layers(layer):
 
 def _leaves(path, value):
     if isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    elif isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        items = value.items()
+        value = {str(i): item for i, item in enumerate(value)}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        for key, item in value.items():
+            yield from _leaves(f"{path}.{key}", item)
     else:
         yield path, value
-        return
-    for key, item in items:
-        yield from _leaves(f"{path}.{key}", item)
 
 
 def get_child(layer, path):
@@ -134,7 +133,7 @@ def _with_item(value, keys, child):
 
 
 def _convert(layer, recipe):
-    layer.__class__ = _converted_class(type(layer))
+    layer.__class__ = _converted_class(type(layer))  # type: ignore[arg-type]
     object.__setattr__(layer, "_recipe", recipe)
     _follow_recipe(layer)
     stock_build = layer.build

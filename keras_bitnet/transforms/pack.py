@@ -2,6 +2,8 @@
 
 import warnings
 
+import keras
+
 from keras_bitnet.layers import BitLayer
 from keras_bitnet.transforms.converted import child_layers, get_child
 from keras_bitnet.transforms.rewrite import Rule, copy_weights, rewrite
@@ -89,7 +91,7 @@ def _copy_the_rest(old, new):
     news = new.own_weights()
     for name, variable in old.own_weights().items():
         if name in news and not name.startswith("kernel"):
-            news[name].assign(variable)
+            news[name].assign(keras.ops.convert_to_tensor(variable))
     for path, child in child_layers(old).items():
         copy_weights(child, get_child(new, path))
 

@@ -2,7 +2,8 @@
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 
@@ -10,7 +11,7 @@ from keras_bitnet import quantizers
 from keras_bitnet.layers import BitEinsumDense, BitLinear
 from keras_bitnet.transforms.rewrite import Rule, rewrite
 
-TWINS = {keras.layers.Dense: BitLinear, keras.layers.EinsumDense: BitEinsumDense}
+TWINS: dict[type, Any] = {keras.layers.Dense: BitLinear, keras.layers.EinsumDense: BitEinsumDense}
 _NOT_KEPT = {"quantization_config", "gptq_unpacked_column_size", "lora_rank", "lora_alpha"}
 
 
@@ -19,8 +20,9 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
 
     `Dense` becomes `BitLinear` and `EinsumDense` becomes `BitEinsumDense`, also inside other
     layers (such as `MultiHeadAttention`), nested and subclassed models. The copy trains with
-    `fit`; pack it afterwards with `pack_model`. LoRA weights are merged. With `quantization_strength=0` in the spec its
-    outputs are those of the float model until the strength is raised.
+    `fit`; pack it afterwards with `pack_model`. LoRA weights are merged into the kernels. With
+    `quantization_strength=0` in the spec the outputs are those of the float model until the
+    strength is raised.
 
     Args:
         model: A built Keras model or layer; it is left as it is.
@@ -67,15 +69,15 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
 
 
 def _transfer(old, new):
-    new.kernel.assign(old.kernel)  # with LoRA merged, if there was any
+    new.kernel.assign(keras.ops.convert_to_tensor(old.kernel))  # with LoRA merged, if there was any
     if old.bias is not None:
-        new.bias.assign(old.bias)
+        new.bias.assign(keras.ops.convert_to_tensor(old.bias))
     new.reset_scale()
     new.mark_untrained()
 
 
 def _is_function(spec):
-    return isinstance(spec, Callable) and not isinstance(spec, quantizers.WeightQuantizer)
+    return callable(spec) and not isinstance(spec, quantizers.WeightQuantizer)
 
 
 def _check_spec(spec):

@@ -159,7 +159,7 @@ def copy_own_weights(old, new):
             f"Received: {[tuple(v.shape) for v in news]}"
         )
     for source, target in zip(olds, news, strict=True):
-        target.assign(source)
+        target.assign(keras.ops.convert_to_tensor(source))
 
 
 def copy_weights(old, new):
