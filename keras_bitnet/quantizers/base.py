@@ -227,6 +227,7 @@ class WeightQuantizer(keras.Quantizer):
             for a learned scale, those of weight and scale are the ones of LSQ.
         """
         weight = _as_matrix(weight)
+        scale = None if scale is None else ops.convert_to_tensor(scale)
         if self.learned and scale is not None:
             return blend(weight, self._learned_step(weight, scale), strength)
         scale = self.compute_scale(weight) if scale is None else ops.stop_gradient(scale)
