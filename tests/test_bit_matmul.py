@@ -1,10 +1,10 @@
 import keras
 import numpy as np
+import oracle
 import pytest
+from helpers import gradient, relative_error, to_numpy
 from keras import ops
 
-import oracle
-from helpers import gradient, relative_error, to_numpy
 from keras_bitnet import kernels, quantizers
 from keras_bitnet.ops import PackedTensor, accumulate, bit_matmul, reference_matmul
 
@@ -103,7 +103,7 @@ def test_not_a_number_reaches_the_output(rng):
 
 def test_bad_input(rng):
     _, packed = make("ternary", 8, 3, rng)
-    with pytest.raises(ValueError, match="in_features=8. Received: x.shape=\\(2, 7\\)"):
+    with pytest.raises(ValueError, match=r"in_features=8. Received: x.shape=\(2, 7\)"):
         bit_matmul(np.ones((2, 7), "float32"), packed)
     with pytest.raises(ValueError, match="Received: dtype=int32"):
         bit_matmul(np.ones((2, 8), "int32"), packed)

@@ -1,8 +1,8 @@
 import numpy as np
-import pytest
-
 import oracle
+import pytest
 from helpers import to_numpy
+
 from keras_bitnet.ops import PackedTensor, layout
 
 SIZES = [(1, 1), (7, 31), (31, 33), (100, 17), (257, 7)]
@@ -53,14 +53,14 @@ def test_trits_against_keras_itself(rng):
         (lambda: layout.pack(np.full((3, 3), 4), 2), "values from 4 to 4"),
         (lambda: layout.pack(np.full((3, 3), -1), 2), "values from -1"),
         (lambda: layout.pack(np.zeros((3, 3)), 2), "float64 array"),
-        (lambda: layout.pack(np.zeros(3, int), 2), "shape \\(3,\\)"),
+        (lambda: layout.pack(np.zeros(3, int), 2), r"shape \(3,\)"),
         (lambda: layout.pack(np.zeros((3, 3), int), 3), "Received: bits=3"),
-        (lambda: layout.pack_trits(np.full((3, 3), 3)), "\\[0, 2\\]"),
+        (lambda: layout.pack_trits(np.full((3, 3), 3)), r"\[0, 2\]"),
         (lambda: layout.unpack_trits(np.full((1, 3), 243, np.uint8), 5), "at most 242"),
-        (lambda: layout.unpack_trits(np.zeros((2, 3), np.uint8), 5), "shape \\(1, out\\)"),
+        (lambda: layout.unpack_trits(np.zeros((2, 3), np.uint8), 5), r"shape \(1, out\)"),
         (
             lambda: PackedTensor.from_codes(np.zeros((4, 3), int), np.ones((1, 2)), -1, 2),
-            "Received: scale.shape=\\(1, 2\\)",
+            r"Received: scale.shape=\(1, 2\)",
         ),
         (
             lambda: PackedTensor.from_codes(np.zeros((4, 3), int), np.full((1, 1), np.nan), -1, 2),

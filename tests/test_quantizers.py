@@ -1,10 +1,10 @@
 import keras
 import numpy as np
+import oracle
 import pytest
+from helpers import gradient, to_numpy
 from keras import ops
 
-import oracle
-from helpers import gradient, to_numpy
 from keras_bitnet import quantizers
 from keras_bitnet.quantizers import Binary, Int2, Int4, Int8, Ternary
 
@@ -30,9 +30,7 @@ def test_codes_and_scale_equal_the_oracle(cls, granularity, group_size, rng):
     assert offset == expected_offset
     assert scale.shape == quantizer.scale_shape(100, 7)
     np.testing.assert_array_equal(to_numpy(codes), expected_codes)
-    expanded = np.broadcast_to(
-        np.repeat(to_numpy(scale), group_size or 100, axis=0)[:100], w.shape
-    )
+    expanded = np.broadcast_to(np.repeat(to_numpy(scale), group_size or 100, axis=0)[:100], w.shape)
     np.testing.assert_allclose(expanded, expected_scale, rtol=1e-6)
 
 
@@ -109,7 +107,9 @@ def test_strength_blends(strength, rng):
 
 
 @pytest.mark.parametrize(("granularity", "group_size"), GRANULARITIES)
-@pytest.mark.parametrize(("cls", "scale"), [(cls, scale) for cls in CLASSES for scale in cls.scales])
+@pytest.mark.parametrize(
+    ("cls", "scale"), [(cls, scale) for cls in CLASSES for scale in cls.scales]
+)
 def test_restore_gives_the_codes_and_scale_back(cls, scale, granularity, group_size, rng):
     quantizer = cls(scale=scale, granularity=granularity, group_size=group_size)
     w = rng.normal(size=(70, 6)).astype("float32")
@@ -208,7 +208,7 @@ def test_serialization(cls):
         (lambda: Ternary(gradient="none"), "Received: gradient='none'"),
         (lambda: Ternary(epsilon=0), "Received: epsilon=0"),
         (lambda: Int2(levels="odd"), "Received: levels='odd'"),
-        (lambda: Ternary().quantize(np.zeros(3)), "Received: weight.shape=\\(3,\\)"),
+        (lambda: Ternary().quantize(np.zeros(3)), r"Received: weight.shape=\(3,\)"),
     ],
 )
 def test_bad_arguments(make, message):

@@ -233,7 +233,7 @@ class BitLayer(keras.Layer):
     def packed_kernel(self):
         """The kernel of a packed layer as a `PackedTensor`."""
         if not self.packed:
-            raise AttributeError(
+            raise ValueError(
                 f"Layer '{self.name}' is not packed: pack the model with "
                 "`keras_bitnet.pack_model(model)`."
             )
@@ -277,7 +277,7 @@ class BitLayer(keras.Layer):
         kernel = self.weight_quantizer.restore(quantized)
         self.kernel.assign(self.matrix_to_kernel(kernel))
         if self.kernel_scale is not None:
-            self.kernel_scale.assign(packed.scale)
+            assign_copy(self.kernel_scale, layer.kernel_scale)
 
     def mark_untrained(self):
         """Remembers that the present kernel comes from float training, not from QAT."""
@@ -425,6 +425,11 @@ class BitLayer(keras.Layer):
             config["lora_rank"] = self.lora_rank
             config["lora_alpha"] = self.lora_alpha
         return {**super().get_config(), **config}
+
+
+def assign_copy(target, source):
+    """Assigns a variable a copy of another: on JAX, `fit` would delete a shared array."""
+    target.assign(ops.copy(source))
 
 
 def _check_arguments(layer, norm, norm_position, quantization_strength, lora_rank):

@@ -243,7 +243,8 @@ class WeightQuantizer(keras.Quantizer):
         """LSQ: `round(w / s) * s`, differentiable in both, the gradient of s damped."""
         sharing = math.prod(weight.shape) / math.prod(scale.shape)
         scale = scale_gradient(scale, 1 / math.sqrt(sharing * max(self.highest, 1.0)))
-        step = self._expand(self._positive(scale), weight)
+        # A step that an update made negative is held at epsilon, with its gradient, to return.
+        step = self._expand(straight_through(scale, self._positive(scale)), weight)
         ratio = weight / step
         levels = ops.stop_gradient(self.round_levels(ratio))
         inside = self._inside(ratio, margin=self.learned_margin)

@@ -9,6 +9,7 @@ import keras
 
 from keras_bitnet import quantizers
 from keras_bitnet.layers import BitEinsumDense, BitLinear
+from keras_bitnet.layers.base import assign_copy
 from keras_bitnet.transforms.rewrite import Rule, rewrite
 
 TWINS: dict[type, Any] = {keras.layers.Dense: BitLinear, keras.layers.EinsumDense: BitEinsumDense}
@@ -69,9 +70,9 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
 
 
 def _transfer(old, new):
-    new.kernel.assign(keras.ops.convert_to_tensor(old.kernel))  # with LoRA merged, if there was any
+    assign_copy(new.kernel, old.kernel)  # with LoRA merged, if there was any
     if old.bias is not None:
-        new.bias.assign(keras.ops.convert_to_tensor(old.bias))
+        assign_copy(new.bias, old.bias)
     new.reset_scale()
     new.mark_untrained()
 
