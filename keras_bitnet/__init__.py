@@ -1,5 +1,7 @@
 """Low-bit neural networks in Keras 3: train, save, pack and run."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from keras_bitnet import layers, ops, quantizers
 from keras_bitnet.kernels.select import explain
 from keras_bitnet.transforms import pack_model, quantize_model, unpack_model
@@ -13,3 +15,8 @@ __all__ = [
     "quantizers",
     "unpack_model",
 ]
+
+try:
+    __version__ = version("keras-bitnet")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0.0.0"

@@ -25,8 +25,8 @@ def train(distribution):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(64, 32)).astype("float32"), rng.normal(size=(64, 16)).astype("float32")
     model.fit(x, y, batch_size=32, epochs=2, shuffle=False, verbose=0)
-    shards = len(model.get_layer("wide").kernel.value.sharding.device_set)
-    spec = str(model.get_layer("wide").kernel.value.sharding.spec)
+    sharding = model.get_layer("wide").kernel.value.sharding
+    shards, spec = len(sharding.device_set), str(sharding)
     out = model.predict(x, verbose=0)
     packed = keras_bitnet.pack_model(model, verbose=0)
     close = float(np.abs(packed.predict(x, verbose=0) - out).max() / np.abs(out).max())

@@ -60,11 +60,11 @@ def test_lora_and_learned_scales_survive(tmp_path, rng):
 
 
 def test_a_ternary_kernel_takes_1_6_bits_on_disk(tmp_path):
-    model = keras.Sequential([keras.Input((1000,)), BitLinear(1024, use_bias=False)])
+    model = keras.Sequential([keras.Input((4000,)), BitLinear(1024, use_bias=False)])
     model.compile("adam", "mse")
     packed = keras_bitnet.pack_model(model, verbose=0)
     packed.save(tmp_path / "p.keras")
-    bits = 8 * (tmp_path / "p.keras").stat().st_size / (1000 * 1024)
+    bits = 8 * (tmp_path / "p.keras").stat().st_size / (4000 * 1024)
     assert bits <= 1.7
     with zipfile.ZipFile(tmp_path / "p.keras") as archive:
         archive.extract("model.weights.h5", tmp_path)
@@ -140,9 +140,7 @@ def test_flipped_bytes_never_pass_unseen(tmp_path, rng):
     _, _, path = packed_file(tmp_path, rng)
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
-    data[middle : middle + 64] = bytes(64)
-    if bytes(data) == path.read_bytes():
-        pytest.skip("the middle of the file was zero already")
+    data[middle : middle + 64] = bytes(byte ^ 0xFF for byte in data[middle : middle + 64])
     path.write_bytes(bytes(data))
     with pytest.raises(Exception):  # noqa: B017, PT011  zip checks its sums
         keras.models.load_model(path)

@@ -149,9 +149,11 @@ def test_attention_keeps_its_class_and_arguments(x):
 
 
 def test_inputs_keep_their_names():
-    model = keras_bitnet.quantize_model(functional(), verbose=0)
-    assert model.input_names == ["tokens"] if hasattr(model, "input_names") else True
-    assert [layer.name for layer in model.layers] == [v.name for v in functional().layers]
+    model = functional()
+    names = [layer.name for layer in model.layers]
+    assert names[0] == "tokens"
+    quantized = keras_bitnet.quantize_model(model, verbose=0)
+    assert [layer.name for layer in quantized.layers] == names
 
 
 @pytest.mark.parametrize(
@@ -173,7 +175,9 @@ def test_filters(filters, expected):
 
 
 def test_paths_of_inner_layers_can_be_filtered():
-    model = keras_bitnet.quantize_model(functional(), filters="attention/(query|key)$", verbose=0)
+    model = keras_bitnet.quantize_model(
+        functional(), filters=r"attention\w*/(query|key)$", verbose=0
+    )
     assert len(bit_layers(model)) == 4  # of the attention and of that in the block
 
 

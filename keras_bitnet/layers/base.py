@@ -380,8 +380,7 @@ class BitLayer(keras.Layer):
             )
         for name, value in found.items():
             if name == "kernel_trits":
-                codes = layout.unpack_trits(np.asarray(value), self.in_features)
-                name, value = "kernel_tiles", layout.pack(codes, self.weight_quantizer.bits)
+                name, value = "kernel_tiles", self._tiles_from_trits(np.asarray(value))
             self._assign(name, value)
         if self.packed and not np.isfinite(ops.convert_to_numpy(self.kernel_scale)).all():
             raise ValueError(f"The saved scale of layer '{self.name}' holds a NaN or an infinity.")
@@ -402,6 +401,15 @@ class BitLayer(keras.Layer):
                 f"Received: shape {tuple(value.shape)}"
             )
         variable.assign(value)
+
+    def _tiles_from_trits(self, trits):
+        codes = layout.unpack_trits(trits, self.in_features)
+        if codes.shape[1] != self.out_features:
+            raise ValueError(
+                f"The packed kernel of layer '{self.name}' has {self.out_features} outputs. "
+                f"Received: data of {codes.shape[1]}"
+            )
+        return layout.pack(codes, self.weight_quantizer.bits)
 
     @property
     def _saves_trits(self):
