@@ -119,7 +119,7 @@ def _replace(h5, name, value):
             "at most 242",
         ),
         (lambda h5: _replace(h5, KERNEL, h5[KERNEL][:-1]), "shape"),
-        (lambda h5: _replace(h5, KERNEL, h5[KERNEL][:, :-1]), "shape"),
+        (lambda h5: _replace(h5, KERNEL, h5[KERNEL][:, :-1]), "32 outputs. Received: data of 31"),
         (lambda h5: h5.__delitem__(KERNEL), "expects the weights"),
         (
             lambda h5: h5["layers/bit_linear/vars/kernel_scale"].write_direct(
