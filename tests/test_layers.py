@@ -94,8 +94,8 @@ def test_norm(norm, position, rng):
     [
         ("ternary", True, 0.02),
         ("ternary", False, 0.02),
-        # Adam moves a step size by the learning rate however small it is: keep that low.
-        (quantizer("int4", "channel", scale="learned"), False, 0.002),
+        (quantizer("int4", scale="learned"), False, 0.02),
+        (quantizer("ternary", scale="learned"), False, 0.02),
     ],
 )
 def test_training_lowers_the_loss(weight_quantizer, jit_compile, learning_rate, rng):

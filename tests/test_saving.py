@@ -44,7 +44,7 @@ def test_lora_and_learned_scales_survive(tmp_path, rng):
     model, x = model_and_input(rng, weight_quantizer=quantizer)
     model.layers[0].enable_lora(2)
     model.layers[0].lora_kernel_b.assign(rng.normal(size=(2, 32)))
-    model.layers[0].kernel_scale.assign(to_numpy(model.layers[0].kernel_scale) * 1.3)
+    model.layers[0].kernel_log2_scale.assign(to_numpy(model.layers[0].kernel_log2_scale) + 0.3)
     model.layers[1].quantization_strength.assign(0.25)
     model.save(tmp_path / "m.keras")
     again = keras.models.load_model(tmp_path / "m.keras")

@@ -88,6 +88,7 @@ class BitLayer(keras.Layer):
         self.kernel_regularizer = regularizers.get(kernel_regularizer)
         self.kernel_constraint = constraints.get(kernel_constraint)
         self.kernel: Any = None
+        self.kernel_log2_scale: Any = None
         self.kernel_scale: Any = None
         self.kernel_tiles: Any = None
         self.quantization_strength: Any = None
@@ -128,10 +129,11 @@ class BitLayer(keras.Layer):
             autocast=False,
         )
         if self.weight_quantizer.learned:
-            self.kernel_scale = self.add_weight(
-                name="kernel_scale",
+            # Trained as its logarithm: a step of Adam is then relative, and it stays positive.
+            self.kernel_log2_scale = self.add_weight(
+                name="kernel_log2_scale",
                 shape=self.weight_quantizer.scale_shape(self.in_features, self.out_features),
-                initializer=self._initial_scale,
+                initializer=self._initial_log2_scale,
                 dtype="float32",
                 autocast=False,
             )
@@ -166,13 +168,19 @@ class BitLayer(keras.Layer):
         matrix = self.kernel_initializer((self.in_features, self.out_features), dtype=dtype)
         return self.matrix_to_kernel(matrix)
 
-    def _initial_scale(self, shape=None, dtype=None):
-        return self.weight_quantizer.compute_scale(self.kernel_matrix())
+    def _initial_log2_scale(self, shape=None, dtype=None):
+        return ops.log2(self.weight_quantizer.compute_scale(self.kernel_matrix()))
 
     def reset_scale(self):
         """Starts a learned scale again from the kernel, after the kernel was replaced."""
-        if self.kernel is not None and self.kernel_scale is not None:
-            self.kernel_scale.assign(self._initial_scale())
+        if self.kernel_log2_scale is not None:
+            self.kernel_log2_scale.assign(self._initial_log2_scale())
+
+    def learned_scale(self):
+        """The trained scale of the float kernel as a tensor, or `None`: it is computed."""
+        if self.kernel_log2_scale is None:
+            return None
+        return ops.power(2.0, ops.convert_to_tensor(self.kernel_log2_scale))
 
     def kernel_to_matrix(self, kernel):
         """Reshapes a float kernel to `(in_features, out_features)`."""
@@ -221,13 +229,12 @@ class BitLayer(keras.Layer):
 
     def fake_quantized_matrix(self, strength=None):
         """The `float32` kernel `(in_features, out_features)` that QAT multiplies with."""
-        scale = None if self.kernel_scale is None else ops.convert_to_tensor(self.kernel_scale)
+        scale = self.learned_scale()
         return self.weight_quantizer.fake_quantize(self.kernel_matrix(), scale, strength)
 
     def quantized_matrix(self):
         """The `QuantizedWeight` of the float kernel, at full strength."""
-        scale = None if self.kernel_scale is None else ops.convert_to_tensor(self.kernel_scale)
-        return self.weight_quantizer.quantize(self.kernel_matrix(), scale)
+        return self.weight_quantizer.quantize(self.kernel_matrix(), self.learned_scale())
 
     @property
     def packed_kernel(self):
@@ -276,8 +283,8 @@ class BitLayer(keras.Layer):
         quantized = quantizers.QuantizedWeight(packed.codes(), packed.scale, packed.offset)
         kernel = self.weight_quantizer.restore(quantized)
         self.kernel.assign(self.matrix_to_kernel(kernel))
-        if self.kernel_scale is not None:
-            assign_copy(self.kernel_scale, layer.kernel_scale)
+        if self.kernel_log2_scale is not None:
+            self.kernel_log2_scale.assign(ops.log2(packed.scale))
 
     def mark_untrained(self):
         """Remembers that the present kernel comes from float training, not from QAT."""
@@ -336,8 +343,8 @@ class BitLayer(keras.Layer):
         )
         if self.kernel is not None:
             self.kernel.trainable = False
-            if self.kernel_scale is not None:
-                self.kernel_scale.trainable = False
+            if self.kernel_log2_scale is not None:
+                self.kernel_log2_scale.trainable = False
         self._tracker.lock()
         self.lora_enabled = True
         self.lora_rank = rank
