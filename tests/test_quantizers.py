@@ -165,6 +165,16 @@ def test_activation_codes_equal_the_oracle(name, top, per_tensor, dtype, rng):
     np.testing.assert_array_equal(to_numpy(fake).astype("float32"), wanted.astype("float32"))
 
 
+def test_activation_codes_at_the_ties(rng):
+    """Values next to the middle of two codes tell IEEE division from an approximate one."""
+    largest = rng.uniform(1, 2, (2000, 1)).astype("float32")
+    middles = (np.arange(-126, 126) + 0.5) / 127
+    x = np.concatenate([largest, (largest * middles).astype("float32")], axis=1)
+    expected, _ = oracle.quantize_activation(x)
+    codes, _ = quantizers.get_activation("int8").quantize(x)
+    np.testing.assert_array_equal(to_numpy(codes), expected)
+
+
 def test_activation_gradient_is_identity(rng):
     x = rng.normal(size=(3, 9)).astype("float32")
     upstream = rng.normal(size=x.shape).astype("float32")
