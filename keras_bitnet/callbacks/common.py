@@ -109,24 +109,28 @@ def freeze_variables(model, variables):
 
     No gradient, momentum or weight decay moves them any more. The optimizer keeps all of its
     variables, those of the frozen ones too: the layout of saved files stays what `compile`
-    makes, so that `BackupAndRestore` and `load_model` find every slot. It only forgets, in its
-    two private lists, that it has to update them: JAX demands that these lists equal the
-    trainable variables of the model; TensorFlow and torch would do without.
+    makes, so that `BackupAndRestore` and `load_model` find every slot. TensorFlow and torch hand
+    the optimizer the variables to update; on JAX `stateless_apply` demands that those it was
+    built with equal the trainable ones of the model, so there it has to forget the frozen ones.
     """
     optimizer = model.optimizer
     if not optimizer.built:
         optimizer.build(model.trainable_variables)
-    frozen = {id(variable) for variable in variables}
     for variable in variables:
         variable.trainable = False
-    for owner in {id(o): o for o in (optimizer, inner_optimizer(optimizer))}.values():
-        for variable in owner._trainable_variables:
-            if id(variable) in frozen:
-                owner._trainable_variables_indices.pop(owner._var_key(variable), None)
-        owner._trainable_variables[:] = [
-            variable for variable in owner._trainable_variables if id(variable) not in frozen
-        ]
+    if keras.backend.backend() == "jax":
+        for owner in {id(o): o for o in (optimizer, inner_optimizer(optimizer))}.values():
+            _forget(owner, variables)
     rebuild_train_function(model)
+
+
+def _forget(optimizer, variables):
+    frozen = {id(variable) for variable in variables}
+    for variable in variables:
+        optimizer._trainable_variables_indices.pop(optimizer._var_key(variable), None)
+    optimizer._trainable_variables[:] = [
+        variable for variable in optimizer._trainable_variables if id(variable) not in frozen
+    ]
 
 
 class StepCallback(keras.callbacks.Callback):
