@@ -84,9 +84,7 @@ def test_schedules_hit_both_ends_exactly(schedule):
     assert values[6] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize(
-    ("nested", "jit_compile"), [(True, FAST), *((False, jit) for jit in JIT)]
-)
+@pytest.mark.parametrize(("nested", "jit_compile"), [(True, FAST), *((False, jit) for jit in JIT)])
 def test_training_sees_the_strength_of_the_epoch(nested, jit_compile):
     model, _ = probe_model(jit_compile=jit_compile, nested=nested)
     seen = Seen()
@@ -114,7 +112,7 @@ def test_steps_between_updates_and_an_exact_end():
 
 @pytest.mark.skipif(BACKEND == "torch", reason="torch has no steps_per_execution")
 def test_several_steps_in_one_execution():
-    model, layer = probe_model()
+    model, _ = probe_model()
     model.compile(keras.optimizers.SGD(0.0), loss=mean_output, steps_per_execution=2)
     history = fit(model, QuantizationScheduler(end=4, update_freq=1), epochs=2)
     np.testing.assert_allclose(history["loss"], [0.2 * (1 + 0.5) / 2, 0], atol=1e-6)
@@ -162,7 +160,7 @@ def test_filters_and_shared_layers():
             float(ops.convert_to_numpy(layer.quantization_strength)) for layer in (shared, other)
         ]
         assert strengths == expected
-    with pytest.raises(ValueError, match="matched by `filters`.*nothing"):
+    with pytest.raises(ValueError, match=r"matched by `filters`.*nothing"):
         fit_one(model, QuantizationScheduler(end=2, filters="nothing"))
 
 
@@ -189,7 +187,7 @@ def test_scheduler_refuses(arguments, message):
 def test_models_without_layers_and_unbuilt_models():
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="at least one layer of `keras_bitnet.layers`"):
+    with pytest.raises(ValueError, match=r"at least one layer of `keras_bitnet.layers`"):
         fit_one(model, QuantizationScheduler(end=2))
     if BACKEND == "tensorflow":  # the others build before training begins
         model = keras.Sequential([bit_layer()])
@@ -355,11 +353,11 @@ def test_two_stage_refuses_optimizers_and_lengths():
     with pytest.raises(ValueError, match="warmup_steps=2, switch at step 2 of 4"):
         fit(model, schedule())
     fit(model)
-    with pytest.raises(ValueError, match="made 4 steps already.*total_steps=4"):
+    with pytest.raises(ValueError, match=r"made 4 steps already.*total_steps=4"):
         fit(model, schedule(warmup_steps=0))
     model, _ = probe_model()
     del model.optimizer.weight_decay
-    with pytest.raises(ValueError, match="no `weight_decay`.*optimizer=SGD"):
+    with pytest.raises(ValueError, match=r"no `weight_decay`.*optimizer=SGD"):
         fit(model, schedule(warmup_steps=0))
 
     two_stage = schedule()
