@@ -2,11 +2,12 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from keras_bitnet import layers, ops, quantizers
+from keras_bitnet import callbacks, layers, ops, quantizers
 from keras_bitnet.kernels.select import explain
 from keras_bitnet.transforms import pack_model, quantize_model, unpack_model
 
 __all__ = [
+    "callbacks",
     "explain",
     "layers",
     "ops",

@@ -70,7 +70,7 @@ def moved(watch, start, end):
     return {path for path in before if not np.array_equal(before[path], after[path])}
 
 
-KERNELS = {"one/kernel", "two/kernel", "two/kernel_scale"}
+KERNELS = {"one/kernel", "two/kernel", "two/kernel_log2_scale"}
 OTHERS = {"one/bias", "one/normalization/scale", "two/bias"}
 
 

@@ -2,11 +2,11 @@
 
 import functools
 import math
-import re
 
 import keras
 from keras import ops
 
+from keras_bitnet.filters import layer_filter
 from keras_bitnet.layers.base import BitLayer
 
 
@@ -15,8 +15,7 @@ def find_bit_layers(model, filters=None):
 
     Args:
         model: Built `keras.Model`.
-        filters: Which ones: a regular expression searched in the path of the layer, a list of
-            them, a function of the layer that returns a boolean, or `None` for all.
+        filters: Which ones, see `keras_bitnet.filters.layer_filter`.
 
     Returns:
         Non-empty list of layers. Packed layers are left out.
@@ -31,7 +30,8 @@ def find_bit_layers(model, filters=None):
             "The model must be built before `fit()`: give it a `keras.Input`, or call it on a "
             f"batch. Received: unbuilt layers {unbuilt}"
         )
-    chosen = [layer for layer in layers if _passes(layer, filters)]
+    matches = layer_filter(filters)
+    chosen = [layer for layer in layers if matches(layer, layer.path)]
     if not chosen:
         raise ValueError(
             "The model needs at least one layer of `keras_bitnet.layers`, not packed and matched "
@@ -50,27 +50,6 @@ def _walk(layer, seen):
             yield child
         else:
             yield from _walk(child, seen)
-
-
-def _passes(layer, filters):
-    if filters is None:
-        return True
-    if callable(filters):
-        return bool(filters(layer))
-    patterns = [filters] if isinstance(filters, str) else filters
-    return any(re.search(pattern, layer.path) for pattern in patterns)
-
-
-def check_filters(filters):
-    """Raises a `ValueError` where `filters` is none of what `find_bit_layers` takes."""
-    accepted = filters is None or callable(filters) or isinstance(filters, str)
-    if not accepted and not (
-        isinstance(filters, (list, tuple)) and all(isinstance(item, str) for item in filters)
-    ):
-        raise ValueError(
-            "`filters` must be a regular expression, a list of them, a function of the layer or "
-            f"None. Received: filters={filters!r}"
-        )
 
 
 def check_count(name, value, least=1):
@@ -143,9 +122,10 @@ class StepCallback(keras.callbacks.Callback):
     above (skipped or accumulated steps make it smaller), and that is enough to know when to look.
     """
 
-    update_freq = 1
-    milestones = ()
-    final_step = math.inf
+    update_freq: float = 1
+    milestones: tuple[float, ...] = ()
+    final_step: float = math.inf
+    _next_batch: float = 0
 
     def on_epoch_begin(self, epoch, logs=None):
         """Reads the iterations."""

@@ -21,7 +21,7 @@ class QATModeSwitch(StepCallback):
 
     Effects: sets the variable `quantization_strength` of all layers to 0 before the trigger and
     to 1 from it on, and writes it to `logs["quantization_strength"]`. From `freeze_epoch` on the
-    codes of the weights stay what they are, bit for bit: `kernel` and a learned `kernel_scale`
+    codes of the weights stay what they are, bit for bit: `kernel` and a learned scale
     become untrainable (the codes are their ratio rounded, so one cannot move without the
     other; a computed scale follows the kernel anyway) and the training step is compiled again,
     once. Biases, norms and all other weights train on, and the optimizer keeps its state. What is
@@ -117,7 +117,9 @@ class QATModeSwitch(StepCallback):
             self._set(epoch > 0 and self._is_quantized())
         if self._freezes_at(epoch):
             # A computed scale is no variable; a layer with LoRA has frozen both before.
-            variables = [v for layer in self.layers for v in (layer.kernel, layer.kernel_scale)]
+            variables = [
+                v for layer in self.layers for v in (layer.kernel, layer.kernel_log2_scale)
+            ]
             freeze_variables(self.model, [v for v in variables if v is not None])
             self.frozen = True
 

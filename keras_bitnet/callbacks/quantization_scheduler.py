@@ -2,12 +2,8 @@
 
 import math
 
-from keras_bitnet.callbacks.common import (
-    StepCallback,
-    check_count,
-    check_filters,
-    find_bit_layers,
-)
+from keras_bitnet.callbacks.common import StepCallback, check_count, find_bit_layers
+from keras_bitnet.filters import layer_filter
 
 SHARPNESS = 10.0  # the logistic curve is cut at -5 and 5
 
@@ -71,7 +67,7 @@ class QuantizationScheduler(StepCallback):
             )
         if update_freq != "epoch":
             check_count("update_freq", update_freq)
-        check_filters(filters)
+        layer_filter(filters)  # says now what is wrong with it
         self.start = start
         self.end = end
         self.schedule = schedule

@@ -5,7 +5,7 @@ from collections import Counter
 import keras
 import numpy as np
 
-from keras_bitnet.callbacks.common import check_filters, find_bit_layers
+from keras_bitnet.callbacks.common import find_bit_layers
 from keras_bitnet.callbacks.statistics import (
     ACTIVATION_STATISTICS,
     WEIGHT_STATISTICS,
@@ -14,6 +14,7 @@ from keras_bitnet.callbacks.statistics import (
     layer_statistics,
 )
 from keras_bitnet.callbacks.writers import CSVWriter, check_tensorboard, open_tensorboard
+from keras_bitnet.filters import layer_filter
 
 STATISTICS = WEIGHT_STATISTICS + ACTIVATION_STATISTICS
 
@@ -68,7 +69,7 @@ class QuantizationStats(keras.callbacks.Callback):
                 f"`log` must be a list of names out of {self.columns}"
                 f"{' (activations need `data`)' if data is None else ''}. Received: log={log!r}"
             )
-        check_filters(filters)
+        layer_filter(filters)  # says now what is wrong with it
         if log_dir is not None:
             check_tensorboard()
         self.data = data
@@ -146,7 +147,8 @@ def _labelled(layers):
     labels = [layer.name for layer in layers]
     if len(set(labels)) < len(labels):
         labels = [layer.path for layer in layers]
-    totals, seen = Counter(labels), Counter()
+    totals = Counter(labels)
+    seen: Counter[str] = Counter()
     for index, label in enumerate(labels):
         if totals[label] > 1:
             labels[index] = f"{label}_{seen[label]}"

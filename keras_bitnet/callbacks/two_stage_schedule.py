@@ -1,5 +1,7 @@
 """The learning rate and weight decay of BitNet b1.58."""
 
+from typing import Any
+
 import keras
 
 from keras_bitnet.callbacks.common import (
@@ -89,7 +91,8 @@ class TwoStageSchedule(StepCallback):
         self.warmup_steps = warmup_steps
         self.switch = switch
         self.update_freq = update_freq
-        self._total = self._switch_step = None
+        self._total: Any = None
+        self._switch_step: Any = None
 
     def learning_rate_at(self, step):
         """The learning rate of a step, once `total_steps` is known."""
