@@ -2,6 +2,7 @@
 
 from keras_bitnet import layers, ops, quantizers
 from keras_bitnet.kernels.select import explain
+from keras_bitnet.report import summary
 from keras_bitnet.transforms import pack_model, quantize_model, unpack_model
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "pack_model",
     "quantize_model",
     "quantizers",
+    "summary",
     "unpack_model",
 ]
