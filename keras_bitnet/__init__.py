@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from keras_bitnet import callbacks, layers, ops, quantizers
 from keras_bitnet.kernels.select import explain
+from keras_bitnet.report import summary
 from keras_bitnet.transforms import pack_model, quantize_model, unpack_model
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "pack_model",
     "quantize_model",
     "quantizers",
+    "summary",
     "unpack_model",
 ]
 
