@@ -119,7 +119,7 @@ def milliseconds(models, x, repeats=30):
 
 def evaluate_only(path):
     """What the fresh process does: load the packed file, test it, say so as JSON."""
-    model = keras.models.load_model(path)
+    model = keras.models.load_model(path, compile=False)  # a jitted compile is for its backend
     _, test = load_mnist()
     logits = model.predict(test[0], batch_size=256, verbose=0)
     np.save(path.with_suffix(".logits.npy"), logits)

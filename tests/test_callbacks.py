@@ -176,7 +176,7 @@ def fit_one(model, callback):
         ({"end": 2, "schedule": "steps"}, r"one of \['cosine'.*Received: schedule='steps'"),
         ({"end": 2, "update_freq": 0}, "Received: update_freq=0"),
         ({"end": 2, "update_freq": "batch"}, "Received: update_freq='batch'"),
-        ({"end": 2, "filters": 3}, "Received: filters=3"),
+        ({"end": 2, "filters": 3}, "Received: 3 of type int"),
     ],
 )
 def test_scheduler_refuses(arguments, message):

@@ -265,7 +265,7 @@ def test_tensorboard_through_tensorflow(tmp_path, monkeypatch):
         ({"log": ["entropy"]}, r"names out of \('share_zero'.*Received: log=\['entropy'\]"),
         ({"log": ["activation_sqnr"]}, "activations need `data`"),
         ({"log": "scale"}, "Received: log='scale'"),
-        ({"filters": 1}, "Received: filters=1"),
+        ({"filters": 1}, "Received: 1 of type int"),
     ],
 )
 def test_refuses(arguments, message):
