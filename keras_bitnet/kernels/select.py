@@ -7,6 +7,7 @@ A table is a literal tuple of rows, best first. A row says why it refuses a prob
 import contextlib
 import contextvars
 import dataclasses
+import importlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -87,12 +88,21 @@ class Kernel:
     run: Callable[..., Any]
 
 
+def _later(name, module):
+    """The row `NATIVE` of a module that is imported with its first question: it needs a framework."""
+
+    def row():
+        return importlib.import_module(module).NATIVE
+
+    return Kernel(name, lambda problem: row().refuse(problem), lambda *args: row().run(*args))
+
+
 REFERENCE = Kernel("reference", refuse=lambda problem: None, run=reference_matmul)
 
 TABLES: dict[str, tuple[Kernel, ...]] = {
-    "jax": (REFERENCE,),
-    "torch": (REFERENCE,),
-    "tensorflow": (REFERENCE,),
+    "jax": (_later("native", "keras_bitnet.kernels.jax"), REFERENCE),
+    "torch": (_later("native", "keras_bitnet.kernels.torch"), REFERENCE),
+    "tensorflow": (_later("native", "keras_bitnet.kernels.tensorflow"), REFERENCE),
 }
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
