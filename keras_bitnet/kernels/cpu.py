@@ -8,6 +8,7 @@ from keras_bitnet.kernels import native
 from keras_bitnet.ops.packed_tensor import PackedTensor
 
 NAME = "native"
+NO_LIBRARY = native.reason()  # read once: `torch.compile` traces what reads it
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -18,8 +19,8 @@ def refuse(problem):
         problem: `keras_bitnet.kernels.Problem`. An unknown device is no reason: JAX takes the
             reference where the compiled program turns out not to run on a CPU.
     """
-    if native.reason() is not None:
-        return native.reason()
+    if NO_LIBRARY is not None:
+        return NO_LIBRARY
     if problem.device and not problem.device.lower().endswith(_CPU_DEVICES):
         return f"the activations are on {problem.device!r}, not on the CPU"
     if problem.activation_bits is None:
