@@ -13,6 +13,8 @@
 namespace kbn {
 namespace {
 
+constexpr int kAhead = 6144;  // bytes between the prefetched and the used weights of one row
+
 // Given the intrinsic, gcc 12 copies accumulators around the instruction and spills them, which
 // halves the speed of the loops below; an operand of inline assembly stays in its register.
 inline void dot(__m512i& sums, __m512i codes, __m512i x) {
@@ -27,11 +29,6 @@ inline __m512i broadcast(const int8_t* x) {
   int32_t word;
   memcpy(&word, x, 4);
   return _mm512_set1_epi32(word);
-}
-
-// Weights stream from memory: ask for them this far ahead.
-inline void prefetch(const uint8_t* tile, int distance) {
-  _mm_prefetch(reinterpret_cast<const char*>(tile) + distance, _MM_HINT_T0);
 }
 
 // Operand i of a tile, its codes where they stand: at bit `Bits * i` of each byte.
@@ -57,7 +54,7 @@ void multiply_row(const uint8_t* tile, const int8_t* x, const Block& block, int3
     for (; step + Bits <= block.segment_steps; step += Bits) {
       KBN_UNROLL for (int u = 0; u < Bits; ++u) {
         const __m512i raw = _mm512_loadu_si512(tile + u * kTileBytes);
-        prefetch(tile + u * kTileBytes, 6144);
+        _mm_prefetch(reinterpret_cast<const char*>(tile) + u * kTileBytes + kAhead, _MM_HINT_T0);
         KBN_UNROLL for (int i = 0; i < kOperands; ++i) {
           dot(acc[u][i], operand<Bits>(raw, i), broadcast(x + (u * kOperands + i) * 4));
         }
@@ -100,7 +97,9 @@ void multiply_rows(const Block& block) {
       __m512i raw[Columns];
       KBN_UNROLL for (int c = 0; c < Columns; ++c) {
         raw[c] = _mm512_loadu_si512(tile + c * block.tile_stride);
-        prefetch(tile + c * block.tile_stride, 2048);
+        // The columns that come next: two streams at once, so a fixed distance would miss heads.
+        _mm_prefetch(reinterpret_cast<const char*>(tile) + (Columns + c) * block.tile_stride,
+                     _MM_HINT_T1);
       }
       KBN_UNROLL for (int i = 0; i < kOperands; ++i) {
         __m512i codes[Columns];
