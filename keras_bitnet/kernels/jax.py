@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from keras import ops
 
 from keras_bitnet.kernels import cpu, native
 from keras_bitnet.kernels.select import Kernel
@@ -35,13 +36,14 @@ def refuse(problem):
 
 def run(x, packed, activation_quantizer, bias):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
-    bias = np.zeros(0, np.float32) if bias is None else jnp.asarray(bias, jnp.float32)
+    bias = None if bias is None else ops.convert_to_tensor(bias)
     facts = cpu.Facts.of(packed, activation_quantizer)
-    return _matmul(x, jnp.asarray(packed.tiles), jnp.asarray(packed.scale), bias, facts)
+    return _matmul(x, packed.tiles, packed.scale, bias, facts)
 
 
 @functools.partial(jax.jit, static_argnames="facts", inline=True)
 def _matmul(x, tiles, scale, bias, facts):
+    bias = None if bias is None else bias.astype("float32")
     return _differentiable(x, tiles, scale, bias, facts)
 
 
@@ -58,7 +60,7 @@ def _backward(facts, operands, dy):
     tiles, scale, bias = operands
     dx, dbias = cpu.gradients(dy, facts.packed(tiles, scale))
     no_gradient = np.zeros(tiles.shape, jax.dtypes.float0)
-    return dx, no_gradient, jnp.zeros_like(scale), dbias if bias.size else jnp.zeros_like(bias)
+    return dx, no_gradient, jnp.zeros_like(scale), None if bias is None else dbias
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -82,7 +84,7 @@ def _batched(facts):
 
     @call.def_vmap
     def rule(axis_size, batched, *operands):
-        if batched == [True, False, False, False] and not facts.per_tensor:
+        if not any(batched[1:]) and not facts.per_tensor:
             return call(*operands), True  # the new axis of x is one more leading axis
         mapped = [operand for operand, own in zip(operands, batched, strict=True) if own]
 
@@ -102,7 +104,7 @@ def _ffi_call(facts, x, tiles, scale, bias):
         x,
         tiles,
         scale,
-        bias,
+        np.zeros(0, np.float32) if bias is None else bias,
         out_features=np.int64(facts.out_features),
         bits=np.int64(facts.bits),
         group_size=np.int64(facts.group_size or 0),
@@ -114,7 +116,6 @@ def _ffi_call(facts, x, tiles, scale, bias):
 
 
 def _reference(facts, x, tiles, scale, bias):
-    bias = bias if bias.size else None
     return reference_matmul(x, facts.packed(tiles, scale), facts.quantizer, bias)
 
 

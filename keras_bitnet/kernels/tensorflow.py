@@ -35,10 +35,10 @@ def refuse(problem):
 def run(x, packed, activation_quantizer, bias):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
     bias = _no_bias(packed.out_features) if bias is None else ops.cast(bias, "float32")
-    y = _module.keras_bitnet_matmul(
+    return _module.keras_bitnet_matmul(
         x=x,
-        tiles=packed.tiles,
-        scale=packed.scale,
+        tiles=tf.convert_to_tensor(packed.tiles),  # a Variable would take TensorFlow's slow path
+        scale=tf.convert_to_tensor(packed.scale),
         bias=bias,
         bits=packed.bits,
         group_size=packed.group_size or 0,
@@ -47,7 +47,6 @@ def run(x, packed, activation_quantizer, bias):
         offset=packed.offset,
         epsilon=activation_quantizer.epsilon,
     )
-    return y
 
 
 def _no_bias(out_features):
