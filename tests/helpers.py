@@ -1,0 +1,56 @@
+"""What the tests need from a backend."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+from keras import ops
+
+BACKEND = keras.backend.backend()
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def to_numpy(x):
+    return ops.convert_to_numpy(x)
+
+
+def gradient(fn, x):
+    """d fn(x) / dx as a NumPy array, on the present backend."""
+    if BACKEND == "jax":
+        import jax
+
+        return np.asarray(jax.grad(fn)(ops.convert_to_tensor(x)))
+    if BACKEND == "torch":
+        x = ops.convert_to_tensor(x).detach().clone().requires_grad_(True)
+        fn(x).backward()
+        return x.grad.cpu().numpy()
+    import tensorflow as tf
+
+    x = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = fn(x)
+    return tape.gradient(y, x).numpy()
+
+
+def relative_error(actual, expected):
+    """Largest difference as a share of the largest expected magnitude."""
+    actual, expected = np.asarray(actual, "float64"), np.asarray(expected, "float64")
+    return np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
+
+
+def run_python(code, backend=BACKEND, **environment):
+    """Runs code in a fresh process; returns what it printed last, as JSON."""
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3",
+             "PYTHONPATH": os.pathsep.join(paths), **environment},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return json.loads(result.stdout.strip().splitlines()[-1])
