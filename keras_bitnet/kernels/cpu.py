@@ -33,6 +33,10 @@ def refuse(problem):
         return f"activations of dtype {problem.dtype}; accepted: {', '.join(DTYPES)}"
     if problem.group_size is not None and problem.group_size % 32:
         return f"group_size={problem.group_size} is not a multiple of 32"
+    summed = min(problem.in_features, problem.group_size or problem.in_features)
+    longest = (2**31 - 1) // (128 << problem.bits)  # a code weighs at most 2**bits
+    if summed > longest:
+        return f"{summed} inputs could leave the range of int32 sums; accepted: {longest}"
     return None
 
 
