@@ -1,10 +1,12 @@
 // Times the native matmul beside the ceilings of the machine, interleaved in one run: cold reads
-// of memory and the peak of `vpdpbusd`. Medians of rounds.
+// of memory and the peak of `vpdpbusd`. Every figure is the lower quartile of many short timings,
+// since other programs can only add to a time.
 //
 //   g++ -O2 -std=c++17 benchmarks/native_core.cc -Ikeras_bitnet/kernels/native/src -Lbuild
 //       -lbitnet -Wl,-rpath,$PWD/build -pthread -o build/native_core
 //   build/native_core [threads] [bits] [k] [n] [group_size]
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -19,7 +21,8 @@
 namespace {
 
 constexpr size_t kColdBytes = size_t(384) << 20;  // far more than any last-level cache here
-constexpr int kRounds = 9;
+constexpr size_t kSlice = size_t(4) << 20;         // bytes of one timed read
+constexpr int kRounds = 8;
 
 double seconds(const std::function<void()>& run) {
   const auto begin = std::chrono::steady_clock::now();
@@ -27,16 +30,23 @@ double seconds(const std::function<void()>& run) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
-double median(std::vector<double> values) {
+double quartile(std::vector<double> values) {
   std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
+  return values[values.size() / 4];
 }
 
-void on_threads(int threads, const std::function<void(int)>& run) {
+// Seconds a slice takes while all threads run slices: run(thread, slice).
+std::vector<double> time_slices(int threads, int slices, const std::function<void(int, int)>& run) {
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(run, i);
-  run(0);
+  std::vector<double> times;
+  std::atomic<bool> done{false};
+  for (int i = 1; i < threads; ++i) {
+    others.emplace_back([&, i] { for (int slice = 0; !done; ++slice) run(i, slice); });
+  }
+  for (int slice = 0; slice < slices; ++slice) times.push_back(seconds([&] { run(0, slice); }));
+  done = true;
   for (auto& thread : others) thread.join();
+  return times;
 }
 
 #if defined(__x86_64__)
@@ -97,34 +107,33 @@ int main(int argc, char** argv) {
   };
 
   std::vector<double> read_times, peak_times;
-  const int64_t iterations = 2000000;
+  const int64_t iterations = 50000;
   std::vector<Case> cases{{1, true, {}},  {1, false, {}},  {2, true, {}},   {4, true, {}},
                           {4, false, {}}, {8, false, {}},  {12, false, {}}, {16, false, {}},
                           {64, false, {}}, {256, false, {}}, {1024, false, {}}};
   for (int round = 0; round < kRounds; ++round) {
 #if defined(__x86_64__)
-    const size_t part = copies * bytes / threads & ~size_t(255);
-    read_times.push_back(seconds([&] {
-      on_threads(threads, [&](int i) { read_all(weights + i * part, part); });
-    }) / double(part * threads));
-    peak_times.push_back(seconds([&] {
-      on_threads(threads, [&](int) { peak(iterations); });
-    }) / (double(iterations) * 16 * 64 * threads));
+    const size_t slices = copies * bytes / kSlice / threads;
+    for (double t : time_slices(threads, 60, [&](int thread, int slice) {
+           const size_t at = thread * slices + (round * 60 + slice) % slices;
+           read_all(weights + at * kSlice, kSlice);
+         })) read_times.push_back(t / double(kSlice * threads));
+    for (double t : time_slices(threads, 60, [&](int, int) { peak(iterations); })) {
+      peak_times.push_back(t / (double(iterations) * 16 * 64 * threads));
+    }
 #endif
     for (auto& c : cases) {
       run(c.m, c.cold);
       const int repeats = std::max(1, int(3e8 * threads / double(c.m * n * k) / (c.m < 4 ? 1 : 0.5)));
-      std::vector<double> calls;
-      for (int i = 0; i < repeats; ++i) calls.push_back(seconds([&] { run(c.m, c.cold); }));
-      c.times.push_back(median(calls));
+      for (int i = 0; i < repeats; ++i) c.times.push_back(seconds([&] { run(c.m, c.cold); }));
     }
   }
-  const double bandwidth = 1e-9 / median(read_times), macs = 1e-9 / median(peak_times);
+  const double bandwidth = 1e-9 / quartile(read_times), macs = 1e-9 / quartile(peak_times);
   std::printf("isa %s  threads %d  bits %d  k %lld  n %lld  group %lld\n", kbn_isa(), threads, bits,
               (long long)k, (long long)n, (long long)group);
   std::printf("cold read %.1f GB/s   vpdpbusd %.0f GMAC/s\n", bandwidth, macs);
   for (auto& c : cases) {
-    const double t = median(c.times);
+    const double t = quartile(c.times);
     const double gb = double(bytes) / t * 1e-9, gmac = double(c.m * n * k) / t * 1e-9;
     std::printf("m %5lld %-6s %9.1f us  %6.1f GB/s (%3.0f %%)  %6.1f GMAC/s (%3.0f %%)\n",
                 (long long)c.m, c.cold ? "cold" : "cached", t * 1e6, gb, 100 * gb / bandwidth, gmac,

@@ -2,64 +2,22 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <limits>
-#include <memory>
-#include <new>
-#include <utility>
 
 #include "pool.h"
+#include "scratch.h"
 
 namespace kbn {
 namespace {
 
-constexpr int64_t kSmall = 1 << 20;         // multiply-adds not worth waking a thread for
+constexpr int64_t kSmall = 1 << 20;              // multiply-adds not worth waking a thread for
 constexpr int64_t kActivationBytes = 384 << 10;  // activations kept in the L2 cache for a pass
-constexpr int kSumsPerBlock = 4096;     // numbers in the buffer that a block fills
+constexpr int kSumsPerBlock = 4096;              // numbers in the buffer that a block fills
 // Kernels may sum codes that are still shifted left, so int32 bounds the length of a segment.
 constexpr int64_t kLongestSegment = 65536;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Memory that a thread keeps from call to call. A call takes it away while it runs, so that a
-// nested call on the same thread finds none and makes its own.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) : block_(std::exchange(kept_, Kept{})) {
-    if (block_.bytes >= bytes) return;
-    block_.memory.reset();
-    block_.bytes = 0;
-    block_.memory.reset(static_cast<char*>(std::malloc(bytes + kAlignment)));
-    if (!block_.memory) throw std::bad_alloc();
-    block_.bytes = bytes;
-  }
-  ~Scratch() {
-    if (block_.bytes <= kMostKept) kept_ = std::move(block_);
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  char* data() const {
-    const auto address = reinterpret_cast<uintptr_t>(block_.memory.get());
-    return block_.memory.get() + (kAlignment - address % kAlignment) % kAlignment;
-  }
-
- private:
-  static constexpr size_t kAlignment = 64;
-  static constexpr size_t kMostKept = 64 << 20;
-  struct Free {
-    void operator()(char* memory) const { std::free(memory); }
-  };
-  struct Kept {
-    std::unique_ptr<char, Free> memory;
-    size_t bytes = 0;
-  };
-  static thread_local Kept kept_;
-  Kept block_;
-};
-
-thread_local Scratch::Kept Scratch::kept_;
 
 class Matmul {
  public:
@@ -85,16 +43,22 @@ class Matmul {
   void run() {
     const int64_t codes = round_up(p_.rows * packed_inputs_, 64);
     const int64_t scales = round_up(p_.rows * 4, 64);
-    Scratch scratch(codes + scales + p_.rows * groups_ * 4);
+    const int64_t sums = round_up(p_.rows * groups_ * 4, 64);
+    // All memory comes from here: a task must not throw.
+    Scratch scratch(codes + scales + sums + row_blocks_ * packed_inputs_);
     x_codes_ = reinterpret_cast<int8_t*>(scratch.data());
     x_scales_ = reinterpret_cast<float*>(scratch.data() + codes);
     x_sums_ = reinterpret_cast<int32_t*>(scratch.data() + codes + scales);
+    rows_in_work_ = reinterpret_cast<int8_t*>(scratch.data() + codes + scales + sums);
 
     const int threads = parallel_ ? parallel_->threads : pool_threads();
     const bool small =
         threads < 2 || p_.rows * packed_inputs_ < kSmall / std::max<int64_t>(p_.out_features, 1);
-    if (p_.per_tensor && !p_.x_scale) tensor_absmax_ = kernels_.absmax(p_.x, p_.dtype, p_.rows * p_.in_features);
-    for_each(small || p_.rows * packed_inputs_ < kSmall / 16, row_blocks_, [](void* self, int64_t i) {
+    if (p_.per_tensor && !p_.x_scale) {
+      tensor_absmax_ = kernels_.absmax(p_.x, p_.dtype, p_.rows * p_.in_features);
+    }
+    const bool few = small || p_.rows * packed_inputs_ < kSmall / 16;
+    for_each(few, row_blocks_, [](void* self, int64_t i) {
       static_cast<Matmul*>(self)->quantize_block(i);
     });
     if (probe_.quantized) return;
@@ -130,8 +94,7 @@ class Matmul {
     const int64_t begin = first_row(block), end = first_row(block + 1), rows = end - begin;
     int8_t* packed = x_codes_ + begin * packed_inputs_;
     if (rows == 1) return quantize_row(begin, packed);
-    Scratch scratch(packed_inputs_);
-    auto* codes = reinterpret_cast<int8_t*>(scratch.data());
+    int8_t* codes = rows_in_work_ + block * packed_inputs_;
     for (int64_t row = 0; row < rows; ++row) {
       quantize_row(begin + row, codes);
       for (int64_t k = 0; k < packed_inputs_; k += 4) {
@@ -214,15 +177,18 @@ class Matmul {
       block.x_codes = x_codes_ + row * packed_inputs_ + step * tile_inputs_ * block.rows;
       kernels_.multiply[bits_index_](block);
       step += block.segments * block.segment_steps;
-      for (int64_t i = 0; i < block.segments; ++i, ++segment) {
-        if (p_.group_size) {
-          emit(block, sums + i * size, row, tile, segment, y);
-        } else {
-          add(sums + i * size, size, total);
-        }
+      if (p_.group_size) {
+        emit(block, row, tile, segment, y);
+        segment += block.segments;
+      } else {
+        for (int64_t i = 0; i < block.segments; ++i) add(sums + i * size, size, total);
       }
     }
-    if (!p_.group_size) emit(block, total, row, tile, 0, y);
+    if (!p_.group_size) {
+      block.sums = total;
+      block.segments = 1;
+      emit(block, row, tile, 0, y);
+    }
     if (!probe_.sums) store(block, row, tile, y);
   }
 
@@ -240,29 +206,35 @@ class Matmul {
     return static_cast<int>(std::min<int64_t>(block.columns * kTileOutputs, left));
   }
 
-  // Adds the sums of one group of inputs to y, scaled; or hands them out as they are.
-  void emit(const Block& block, const int32_t* sums, int64_t row, int64_t tile, int64_t group,
-            float* y) const {
+  // Adds the sums of some groups of inputs to y, scaled; or hands them out as they are.
+  void emit(const Block& block, int64_t row, int64_t tile, int64_t group, float* y) const {
+    if (probe_.sums) return hand_out(block, row, tile, group);
+    const bool shared = p_.scale_columns == 1;
+    Scaling scaling;
+    scaling.factor = factor_;
+    scaling.shift = shift_;
+    scaling.unit = 1.0f / static_cast<float>(factor_);
+    scaling.valid = valid_columns(block, tile);
+    scaling.x_sums = x_sums_ + row * groups_ + group;
+    scaling.x_sums_stride = groups_;
+    scaling.scale = p_.scale + group * p_.scale_columns + (shared ? 0 : tile * kTileOutputs);
+    scaling.scale_stride = p_.scale_columns;
+    scaling.shared = shared;
+    kernels_.add_scaled(block, scaling, y);
+  }
+
+  void hand_out(const Block& block, int64_t row, int64_t tile, int64_t group) const {
     const int width = block.columns * kTileOutputs, valid = valid_columns(block, tile);
-    const int64_t column = tile * kTileOutputs;
-    float scale[kMaxColumns];
-    if (!probe_.sums) {
-      const float unit = 1.0f / static_cast<float>(factor_);
-      const float* from = p_.scale + group * p_.scale_columns;
-      const bool shared = p_.scale_columns == 1;
-      for (int i = 0; i < valid; ++i) scale[i] = (shared ? *from : from[column + i]) * unit;
-    }
-    for (int r = 0; r < block.rows; ++r) {
-      const int64_t x_row = (row + r) * groups_ + group;
-      const auto shift = static_cast<uint32_t>(shift_) * static_cast<uint32_t>(x_sums_[x_row]);
-      if (probe_.sums) {
+    const int32_t* sums = block.sums;
+    for (int64_t segment = 0; segment < block.segments; ++segment) {
+      for (int r = 0; r < block.rows; ++r, sums += width) {
+        const int64_t place = (row + r) * groups_ + group + segment;
+        const auto shift = static_cast<uint32_t>(shift_) * static_cast<uint32_t>(x_sums_[place]);
+        int32_t* to = probe_.sums + place * p_.out_features + tile * kTileOutputs;
         for (int i = 0; i < valid; ++i) {
-          probe_.sums[x_row * p_.out_features + column + i] = static_cast<int32_t>(
-              static_cast<uint32_t>(factor_) * static_cast<uint32_t>(sums[r * width + i]) + shift);
+          const auto sum = static_cast<uint32_t>(factor_) * static_cast<uint32_t>(sums[i]);
+          to[i] = static_cast<int32_t>(sum + shift);
         }
-      } else {
-        kernels_.add_scaled(sums + r * width, factor_, static_cast<int32_t>(shift), scale, valid,
-                            y + r * width);
       }
     }
   }
@@ -298,6 +270,7 @@ class Matmul {
   int8_t* x_codes_ = nullptr;   // row blocks, packed as `Block::x_codes`
   float* x_scales_ = nullptr;   // (rows)
   int32_t* x_sums_ = nullptr;   // (rows, groups)
+  int8_t* rows_in_work_ = nullptr;  // a row for each block, before it is packed
 };
 
 }  // namespace

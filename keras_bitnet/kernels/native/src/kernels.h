@@ -30,6 +30,19 @@ struct Block {
   int columns;            // columns of tiles
 };
 
+// How sums become numbers: y += float(factor * sum + shift * x_sum) * scale * unit, where the
+// bracket is exact int32 arithmetic and `x_sum` the sum of the activation codes of the segment.
+struct Scaling {
+  int32_t factor, shift;
+  float unit;
+  int valid;             // columns of the block that exist
+  const int32_t* x_sums; // [rows][x_sums_stride], from the first segment on
+  int64_t x_sums_stride;
+  const float* scale;    // [segments][scale_stride], from the first segment and column on
+  int64_t scale_stride;
+  bool shared;           // one scale for all columns
+};
+
 struct Kernels {
   const char* name;
   int rows;     // a block has at most so many rows,
@@ -45,9 +58,8 @@ struct Kernels {
   // Computes a block, one function for each of 1, 2, 4 and 8 bits.
   void (*multiply[4])(const Block& block);
 
-  // y += (factor * sums + shift) * scale, of which the bracket is exact int32 arithmetic.
-  void (*add_scaled)(const int32_t* sums, int32_t factor, int32_t shift, const float* scale,
-                     int count, float* y);
+  // Adds the sums of every segment of a block, scaled, to y.
+  void (*add_scaled)(const Block& block, const Scaling& scaling, float* y);
 
   // out = y * x_scale + bias as a `kbn_dtype`; `bias` may be null.
   void (*store)(const float* y, float x_scale, const float* bias, int dtype, int count, void* out);

@@ -124,14 +124,44 @@ void quantize(const void* x, int dtype, int64_t count, float inverse, float high
   }
 }
 
-void add_scaled(const int32_t* sums, int32_t factor, int32_t shift, const float* scale, int count,
-                float* y) {
-  for (int i = 0; i < count; ++i) {
-    // Unsigned: a term may wrap where the whole fits.
-    const uint32_t sum = static_cast<uint32_t>(factor) * static_cast<uint32_t>(sums[i]) +
-                         static_cast<uint32_t>(shift);
-    y[i] += static_cast<float>(static_cast<int32_t>(sum)) * scale[i];
+// `Valid` columns, or as many as `scaling` says where it is 0: short loops of known length.
+template <bool Shared, int Valid>
+void add_scaled_columns(const Block& block, const Scaling& scaling, float* y) {
+  const int width = block.columns * kTileOutputs;
+  const int valid = Valid ? Valid : scaling.valid;
+  const auto factor = static_cast<uint32_t>(scaling.factor);  // unsigned: a term may wrap where
+  const auto shift = static_cast<uint32_t>(scaling.shift);    // the whole does not
+  const int32_t* sums = block.sums;
+  for (int64_t segment = 0; segment < block.segments; ++segment) {
+    const float* __restrict scale = scaling.scale + segment * scaling.scale_stride;
+#if defined(__GNUC__)
+    // The next columns of this row of scales: a stride that no hardware prefetcher follows.
+    __builtin_prefetch(scale + width);
+    __builtin_prefetch(scale + width + kTileOutputs);
+#endif
+    for (int row = 0; row < block.rows; ++row, sums += width) {
+      const int32_t x_sum = scaling.x_sums[row * scaling.x_sums_stride + segment];
+      const uint32_t added = shift * static_cast<uint32_t>(x_sum);
+      float* __restrict to = y + row * width;
+      for (int i = 0; i < valid; ++i) {
+        const auto sum = static_cast<int32_t>(factor * static_cast<uint32_t>(sums[i]) + added);
+        to[i] += static_cast<float>(sum) * (scale[Shared ? 0 : i] * scaling.unit);
+      }
+    }
   }
+}
+
+template <bool Shared>
+void add_scaled_as(const Block& block, const Scaling& scaling, float* y) {
+  switch (scaling.valid) {
+    case kTileOutputs: return add_scaled_columns<Shared, kTileOutputs>(block, scaling, y);
+    case 2 * kTileOutputs: return add_scaled_columns<Shared, 2 * kTileOutputs>(block, scaling, y);
+    default: return add_scaled_columns<Shared, 0>(block, scaling, y);
+  }
+}
+
+void add_scaled(const Block& block, const Scaling& scaling, float* y) {
+  scaling.shared ? add_scaled_as<true>(block, scaling, y) : add_scaled_as<false>(block, scaling, y);
 }
 
 void store(const float* y, float x_scale, const float* bias, int dtype, int count, void* out) {
