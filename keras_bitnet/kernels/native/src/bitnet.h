@@ -11,6 +11,11 @@
 enum kbn_dtype { KBN_F32 = 0, KBN_BF16 = 1, KBN_F16 = 2 };
 
 // One packed matmul, y = dequantize(quantize(x)) @ dequantize(tiles) + bias.
+//
+// Sums of a group, or of all inputs, are int32: `in_features` or `group_size` may be at most
+// 2^31 / (128 * max |step * (code + offset)|), so 131,071 at 8 bits, 2,097,151 at 4 bits and
+// 5 to 16 million below; more is an error. NaN or infinity in a row of x makes its outputs NaN or
+// infinite. The mode of the float unit should round to nearest.
 // Meaning: keras_bitnet/ops/reference.py; byte layout: keras_bitnet/ops/layout.py.
 typedef struct kbn_matmul {
   int64_t rows;            // m

@@ -5,12 +5,6 @@
 
 #include "portable.h"
 
-#if defined(__GNUC__)
-#define KBN_UNROLL _Pragma("GCC unroll 16")
-#else
-#define KBN_UNROLL
-#endif
-
 namespace kbn {
 namespace {
 

@@ -3,8 +3,6 @@
 
 #include "portable.h"
 
-#define KBN_UNROLL _Pragma("GCC unroll 16")
-
 namespace kbn {
 namespace {
 

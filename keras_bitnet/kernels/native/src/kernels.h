@@ -6,6 +6,15 @@
 #pragma once
 #include <stdint.h>
 
+// Before a loop over registers: it must vanish, or they become an array in memory.
+#if defined(__clang__)
+#define KBN_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define KBN_UNROLL _Pragma("GCC unroll 16")
+#else
+#define KBN_UNROLL
+#endif
+
 namespace kbn {
 
 constexpr int kTileOutputs = 16;
