@@ -5,7 +5,6 @@ import pathlib
 import shutil
 import subprocess
 
-import numpy as np
 import pytest
 from helpers import BACKEND, relative_error, run_python
 

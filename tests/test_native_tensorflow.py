@@ -15,7 +15,6 @@ from test_native_adapters import make_packed, packed_layer
 
 from keras_bitnet import kernels
 from keras_bitnet.kernels import native
-from keras_bitnet.ops import bit_matmul
 from keras_bitnet.quantizers.activations import ActivationInt8
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reason()))

@@ -1,7 +1,6 @@
 """The native CPU kernels for PyTorch: the operator `keras_bitnet::bit_matmul` and its gradient."""
 
 import ctypes
-import functools
 
 import keras
 import torch
