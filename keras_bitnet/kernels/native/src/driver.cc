@@ -10,7 +10,7 @@
 namespace kbn {
 namespace {
 
-constexpr int64_t kSmall = 1 << 20;              // multiply-adds not worth waking a thread for
+constexpr int64_t kSmall = 2 << 20;              // multiply-adds not worth waking a thread for
 constexpr int64_t kActivationBytes = 384 << 10;  // activations kept in the L2 cache for a pass
 constexpr int kSumsPerBlock = 4096;              // numbers in the buffer that a block fills
 // Kernels may sum codes that are still shifted left, so int32 bounds the length of a segment.

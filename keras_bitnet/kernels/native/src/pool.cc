@@ -38,6 +38,7 @@ bool spin_until(Condition condition) {
       if (condition()) return true;
       relax();
     }
+    std::this_thread::yield();  // on a busy machine the other thread may need this very core
   } while (std::chrono::steady_clock::now() < end);
   return false;
 }
