@@ -53,6 +53,7 @@ from keras_bitnet.ops import PackedTensor
 BACKEND = keras.backend.backend()
 QUANTIZER = {1: "binary", 2: "ternary", 4: "int4", 8: "int8"}[ARGS.bits]
 CHECKED_COLUMNS = 64
+BUDGET = 1.0  # seconds of samples of a candidate at one size
 
 
 class Case:
@@ -76,11 +77,10 @@ class Case:
         scale = np.broadcast_to(self.packed.scale, (1, n))[:, :CHECKED_COLUMNS]
         self.dequantized = (codes + packed.offset) * scale.astype(np.float64)
 
-    def expected(self, m, kind):
-        """float64 results of the first columns: of the packed weight, or of the float one."""
-        x = self.x[m].astype(np.float64)
-        if kind == "float":
-            return x @ self.weight[:, :CHECKED_COLUMNS]
+    def expected(self, m, weight):
+        """float64 results of the first columns; of the packed weight where `weight` is None."""
+        if weight is not None:
+            return self.x[m].astype(np.float64) @ weight[:, :CHECKED_COLUMNS]
         largest = np.maximum(np.abs(self.x[m]).max(-1, keepdims=True), np.float32(1e-5))
         codes = np.rint(self.x[m] * (np.float32(127) / largest))
         return (codes * (largest / 127)) @ self.dequantized
@@ -110,12 +110,9 @@ def keras_call(layer, case, nbytes):
         return call
 
     def stateless(values, x):
-        count = len(layer.trainable_variables)
-        trainable = {id(v): value for v, value in zip(variables, values, strict=True)}
-        split = [[trainable[id(v)] for v in group]
-                 for group in (layer.trainable_variables, layer.non_trainable_variables)]  # fmt: skip
-        assert len(split[0]) == count
-        return layer.stateless_call(*split, x)[0]
+        by_variable = {id(v): value for v, value in zip(variables, values, strict=True)}
+        groups = (layer.trainable_variables, layer.non_trainable_variables)
+        return layer.stateless_call(*([by_variable[id(v)] for v in g] for g in groups), x)[0]
 
     if BACKEND == "jax":
         import jax
@@ -139,7 +136,7 @@ def keras_call(layer, case, nbytes):
 
 def packed_layer(case):
     """The public layer with the kernel it chooses by itself."""
-    return keras_call(case.layer, case, case.packed.nbytes), "packed", 1e-5
+    return keras_call(case.layer, case, case.packed.nbytes), None, 1e-5
 
 
 def bare_abi(case):
@@ -154,7 +151,7 @@ def bare_abi(case):
         y = native.matmul(case.x[m], packed[i % len(packed)], out=out[m])
         return time.perf_counter() - begin, y
 
-    return call, "packed", 1e-5
+    return call, None, 1e-5
 
 
 def keras_dense(case, mode=None):
@@ -165,7 +162,8 @@ def keras_dense(case, mode=None):
     if mode is not None:
         layer.quantize(mode)
     nbytes = case.k * case.n * {None: 4, "int8": 1, "int4": 0.5}[mode]
-    return keras_call(layer, case, int(nbytes)), "float", {None: 1e-4, "int8": 0.05}.get(mode, 0.5)
+    tolerance = {None: 1e-4, "int8": 0.05, "int4": 0.5}[mode]  # of its weights too
+    return keras_call(layer, case, int(nbytes)), case.weight, tolerance
 
 
 CANDIDATES = {
@@ -178,9 +176,9 @@ CANDIDATES = {
 }
 
 
-def check(name, y, case, m, kind, tolerance):
+def check(name, y, case, m, weight, tolerance):
     y = y if isinstance(y, np.ndarray) else keras.ops.convert_to_numpy(y)
-    wanted = case.expected(m, kind)
+    wanted = case.expected(m, weight)
     error = np.abs(y[:, :CHECKED_COLUMNS] - wanted).max() / np.abs(wanted).max()
     if not error < tolerance:
         raise SystemExit(f"{name}: wrong result for m={m}, relative error {error:.2g}")
@@ -191,23 +189,29 @@ def prepare(case, skipped):
     ready = {}
     for name, make in CANDIDATES.items():
         try:
-            call, kind, tolerance = make(case)
+            call, weight, tolerance = make(case)
         except Skip as reason:
             skipped[name] = str(reason)
             continue
         for m in case.x:
-            check(name, call(m, 0)[1], case, m, kind, tolerance)
+            check(name, call(m, 0)[1], case, m, weight, tolerance)
         ready[name] = call
     return ready
 
 
 def measure(ready, case, rounds):
-    """Seconds of each call, `{(name, m): [...]}`; a slow candidate takes part in fewer rounds."""
+    """Seconds of each call, `{(name, m): [...]}`; a slow candidate takes part in fewer rounds.
+
+    The frameworks' idle threads spin for a while and would slow the next candidate, so there is
+    a pause before each, and a call that only wakes its own threads.
+    """
     samples = {(name, m): [] for name in ready for m in case.x}
     for i in range(rounds):
         for (name, m), taken in samples.items():
-            if sum(taken) < 4.0 or len(taken) < 3:
-                taken.append(ready[name](m, i)[0])
+            if sum(taken) < BUDGET or len(taken) < 3:
+                time.sleep(0.003)
+                ready[name](m, 2 * i)
+                taken.append(ready[name](m, 2 * i + 1)[0])
     return samples
 
 
@@ -242,7 +246,7 @@ def cpu_name():
 
 def main():
     shapes, rows = (SHAPES[:2], ROWS[::2]) if ARGS.quick else (SHAPES, ROWS)
-    rounds = ARGS.rounds or (7 if ARGS.quick else 21)
+    rounds = ARGS.rounds or (7 if ARGS.quick else 15)
     native.set_threads(ARGS.threads)
     report = {
         "backend": BACKEND, "bits": ARGS.bits, "threads": ARGS.threads, "rounds": rounds,
