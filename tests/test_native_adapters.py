@@ -96,6 +96,15 @@ def test_leading_axes(shape, rng):
     np.testing.assert_array_equal(to_numpy(y).reshape(-1, 33), to_numpy(rows))
 
 
+def test_packed_tensor_of_numpy_arrays(rng):
+    codes, packed = make_packed(rng, 100, 33)
+    arrays = PackedTensor.from_codes(codes, packed.scale, packed.offset, 2)
+    x = rng.normal(size=(3, 100)).astype("float32")
+    with kernels.use_kernel("native"):
+        y = to_numpy(bit_matmul(x, arrays, ActivationInt8()))
+        np.testing.assert_array_equal(y, to_numpy(bit_matmul(x, packed, ActivationInt8())))
+
+
 def test_lower_bound_of_the_absolute_maximum(rng):
     _, packed = make_packed(rng, 100, 33)
     x = rng.uniform(-0.1, 0.1, (3, 100)).astype("float32")

@@ -24,8 +24,8 @@ def run(x, packed, activation_quantizer, bias):
     bias = torch.empty(0, device=x.device) if bias is None else ops.cast(bias, "float32")
     return torch.ops.keras_bitnet.bit_matmul(
         x.contiguous(),
-        packed.tiles.contiguous(),
-        packed.scale.contiguous(),
+        ops.convert_to_tensor(packed.tiles).contiguous(),
+        ops.convert_to_tensor(packed.scale).contiguous(),
         bias.contiguous(),
         packed.out_features,
         packed.bits,
@@ -44,7 +44,7 @@ def _fake(x, tiles, scale, bias, out_features, *attributes):
 def _setup_context(ctx, inputs, output):
     x, tiles, scale, bias, out_features, bits, group_size, _, _, offset, _ = inputs
     ctx.save_for_backward(tiles, scale)
-    ctx.in_features, ctx.has_bias = x.shape[-1], bias.shape[0] > 0
+    ctx.has_bias = bias.shape[0] > 0
     ctx.facts = (offset, bits, x.shape[-1], out_features, group_size or None)
 
 
