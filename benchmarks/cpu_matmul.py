@@ -248,6 +248,8 @@ def main():
     shapes, rows = (SHAPES[:2], ROWS[::2]) if ARGS.quick else (SHAPES, ROWS)
     rounds = ARGS.rounds or (7 if ARGS.quick else 15)
     native.set_threads(ARGS.threads)
+    ARGS.results.mkdir(parents=True, exist_ok=True)
+    path = ARGS.results / f"cpu_matmul_{BACKEND}.json"
     report = {
         "backend": BACKEND, "bits": ARGS.bits, "threads": ARGS.threads, "rounds": rounds,
         "cpu": cpu_name(), "system": platform.platform(), "versions": versions(),
@@ -265,9 +267,7 @@ def main():
                 "median": statistics.median(taken), "best": min(taken),
                 "spread": statistics.pstdev(taken), "bits_read": case.packed.nbytes * 8,
             })  # fmt: skip
-    ARGS.results.mkdir(parents=True, exist_ok=True)
-    path = ARGS.results / f"cpu_matmul_{BACKEND}.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
+        path.write_text(json.dumps(report, indent=1) + "\n")  # what is done, should it be stopped
     import cpu_report
 
     print(cpu_report.table(report))

@@ -88,9 +88,9 @@ def _load():
         return None, f"TensorFlow {tf.__version__} does not load {path.name}: {error}"
     library = ctypes.CDLL(str(path))
     library.kbn_tensorflow_error.restype = ctypes.c_char_p
-    error = library.kbn_tensorflow_error().decode()
-    if error:
-        return None, f"TensorFlow {tf.__version__} does not take the op: {error}"
+    refusal = library.kbn_tensorflow_error().decode()
+    if refusal:
+        return None, f"TensorFlow {tf.__version__} does not take the op: {refusal}"
     # TensorFlow fixes this number when it starts; 0 leaves it to the machine.
     library.kbn_tensorflow_set_threads(tf.config.threading.get_intra_op_parallelism_threads())
     tf.RegisterGradient(_OP)(_gradient)
