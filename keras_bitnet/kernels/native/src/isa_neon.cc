@@ -14,8 +14,8 @@ inline int8x16_t operand(uint8x16_t raw, int i) {
   if constexpr (Bits == 8) {
     return vreinterpretq_s8_u8(veorq_u8(raw, vdupq_n_u8(0x80)));
   } else {
-    // A shift to the left by a negative number, as shifts by constants want 1 or more.
-    const uint8x16_t shifted = vshlq_u8(raw, vdupq_n_s8(static_cast<int8_t>(-Bits * i)));
+    // The operator, as the intrinsic wants a literal of 1 or more: it becomes `ushr`, or nothing.
+    const uint8x16_t shifted = raw >> static_cast<uint8_t>(Bits * i);
     return vreinterpretq_s8_u8(vandq_u8(shifted, vdupq_n_u8((1 << Bits) - 1)));
   }
 }
