@@ -3,15 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BACKENDS ?= jax torch tensorflow
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 
 .PHONY: demo test check format bench clean
 
-$(READY): pyproject.toml requirements-dev.txt
+$(INSTALLED): pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	KERAS_BITNET_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --no-deps \
+		--no-build-isolation --editable .
+	touch $@
+
+# The native kernels, built into the source tree.
+$(READY): $(INSTALLED) CMakeLists.txt $(wildcard keras_bitnet/kernels/native/src/*)
+	$(BIN)/cmake -S . -B build/native -G Ninja -D CMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake --build build/native
+	$(BIN)/cmake --install build/native --prefix .
 	touch $@
 
 ## demo: train, pack and run a ternary network on MNIST; prints a table, saves a plot.
