@@ -149,10 +149,8 @@ def plot(histories, model, path):
         axes[1].plot(100 * np.array(history["val_accuracy"]), label=name)
     axes[0].set(title="Training loss", xlabel="epoch", yscale="log")
     axes[1].set(title="Test accuracy, %", xlabel="epoch", ylim=(80, 100))
-    axes[1].plot(
-        100 * np.array(histories["ternary"]["quantization_strength"]),
-        color="0.7", linestyle=":", label="strength, %",
-    )  # fmt: skip
+    strength = np.array(histories["ternary"]["quantization_strength"])
+    axes[1].axvspan(0, int(np.argmax(strength)), color="0.92", label="warm-up")
     axes[1].legend()
     for axis, layer in zip(axes[2:], layers, strict=True):
         codes, scale, _ = layer.quantized_matrix()

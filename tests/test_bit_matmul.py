@@ -128,3 +128,19 @@ def test_explain_ends_with_the_reference(rng):
     x = ops.ones((2, 8))
     rows = kernels.explain(kernels.Problem.of(x, packed, quantizers.get_activation("int8")))
     assert rows[-1] == ("reference", None)
+
+
+class Clipped(quantizers.ActivationInt8):
+    """A quantizer of a user's, which no kernel knows."""
+
+    def _round(self, ratio):
+        return ops.clip(super()._round(ratio), -50, 50)
+
+
+def test_a_quantizer_of_ones_own_runs_as_it_says(rng):
+    _, packed = make("ternary", 40, 3, rng)
+    x = rng.normal(size=(4, 40)).astype("float32")
+    quantizer = Clipped()
+    codes, scale = quantizer.quantize(x)
+    wanted = to_numpy(codes).astype("float64") * to_numpy(scale) @ to_numpy(packed.dequantize())
+    assert relative_error(to_numpy(bit_matmul(x, packed, quantizer)), wanted) < 1e-5

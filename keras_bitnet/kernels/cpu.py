@@ -27,6 +27,8 @@ def refuse(problem):
         return "the activations are float: the kernel multiplies integers"
     if problem.activation_bits not in (4, 8):
         return f"activations of {problem.activation_bits} bits; accepted: 4, 8"
+    if problem.activation_formula != "absmax":
+        return f"activations quantized by {problem.activation_formula}; accepted: absmax"
     if problem.activation_granularity not in ("token", "tensor"):
         return f"activation granularity {problem.activation_granularity!r}"
     if problem.dtype not in DTYPES:

@@ -32,6 +32,7 @@ class Problem:
         dtype: Dtype of the activations.
         activation_bits: Bits of the quantized activations, or `None` for float.
         activation_granularity: `"token"`, `"tensor"` or `None`.
+        activation_formula: `"absmax"`, another name for a quantizer of the user's, or `None`.
         device: Where the activations are ("cpu", "cuda:0", ...), or `None` when not known.
     """
 
@@ -43,6 +44,7 @@ class Problem:
     dtype: str
     activation_bits: int | None
     activation_granularity: str | None
+    activation_formula: str | None
     device: str | None
 
     @classmethod
@@ -66,6 +68,7 @@ class Problem:
             dtype=dtype,
             activation_bits=getattr(activation_quantizer, "bits", None),
             activation_granularity=getattr(activation_quantizer, "granularity", None),
+            activation_formula=getattr(activation_quantizer, "formula", None),
             device=_device(x),
         )
 
