@@ -56,10 +56,10 @@ def roofline(report, path):
     ends = [min(intensity) / 2, max(intensity) * 2]
     axes.plot(ends, [bandwidth * e / 1e9 for e in ends], "k--", lw=1,
               label=f"cold read, {bandwidth / 1e9:.1f} GB/s")  # fmt: skip
-    best = max(r["rows"] * r["in"] * r["out"] / r["best"] / 1e9 for r in report["rows"])
-    axes.set_ylim(top=3 * best)
+    speeds = [r["rows"] * r["in"] * r["out"] / r["median"] / 1e9 for r in report["rows"]]
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_ylim(min(speeds) / 2, max(speeds) * 3)
     axes.set_xlabel("multiply-adds per byte of the packed weight")
     axes.set_ylabel("multiply-adds a second (1e9)")
     axes.set_title(f"{report['bits']}-bit packed matmul, {report['backend']}, "
