@@ -70,8 +70,7 @@ def _input_specs(model, input_shape):
         shapes = _flatten_shapes(input_shape)
         if len(shapes) != len(known):
             raise ValueError(
-                f"Model '{model.name}' has {len(known)} inputs. "
-                f"Received: input_shape={input_shape}"
+                f"Model '{model.name}' has {len(known)} inputs. Received: input_shape={input_shape}"
             )
         specs = [keras.KerasTensor(s, dtype=x.dtype) for s, x in zip(shapes, known, strict=True)]
         return keras.tree.pack_sequence_as(structure, specs)
