@@ -5,10 +5,10 @@ A table is a literal tuple of rows, best first. A row says why it refuses a prob
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import math
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -85,20 +85,56 @@ class Kernel:
     run: Callable[..., Any]
 
 
+# The modules of the rows import their framework, so each is imported with its first question.
+# Plain imports: `torch.compile` traces through these and not through `importlib`.
+
+
+def _jax():
+    from keras_bitnet.kernels import jax
+
+    return jax.NATIVE
+
+
+def _torch():
+    from keras_bitnet.kernels import torch
+
+    return torch.NATIVE
+
+
+def _tensorflow():
+    from keras_bitnet.kernels import tensorflow
+
+    return tensorflow.NATIVE
+
+
+def _later(name, row):
+    """The row that `row()` gives, under its name."""
+    return Kernel(name, lambda problem: row().refuse(problem), lambda *args: row().run(*args))
+
+
 REFERENCE = Kernel("reference", refuse=lambda problem: None, run=reference_matmul)
 
 TABLES: dict[str, tuple[Kernel, ...]] = {
-    "jax": (REFERENCE,),
-    "torch": (REFERENCE,),
-    "tensorflow": (REFERENCE,),
+    "jax": (_later("native", _jax), REFERENCE),
+    "torch": (_later("native", _torch), REFERENCE),
+    "tensorflow": (_later("native", _tensorflow), REFERENCE),
 }
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
+_scope = threading.local()  # `torch.compile` traces through this, not through a ContextVar
 
 
 @contextlib.contextmanager
 def use_kernel(name):
     """Forces one kernel inside a `with` block; it is read while tracing.
+
+    `"reference"` is plain `keras.ops`, so what is exported inside the block runs in a process
+    without this package:
+
+    >>> with keras_bitnet.kernels.use_kernel("reference"):
+    ...     model.export("model", format="tf_saved_model")
+
+    A function that was traced before keeps its kernel: clone the model, or reset
+    `model.predict_function`, before it is traced again.
 
     Args:
         name: `"auto"` or the name of a row, see `explain`.
@@ -107,11 +143,12 @@ def use_kernel(name):
         ValueError: No row of this backend has that name.
     """
     _named(name)
-    token = _forced.set(name)
+    outer = getattr(_scope, "forced", None)
+    _scope.forced = name
     try:
         yield
     finally:
-        _forced.reset(token)
+        _scope.forced = outer
 
 
 def choose(problem):
@@ -120,7 +157,7 @@ def choose(problem):
     Raises:
         ValueError: The forced kernel is unknown or cannot run the problem.
     """
-    name = _forced.get() or os.environ.get(VARIABLE) or "auto"
+    name = getattr(_scope, "forced", None) or os.environ.get(VARIABLE) or "auto"
     forced = _named(name)
     if forced is None:
         return next(row for row in _table() if row.refuse(problem) is None)

@@ -88,6 +88,7 @@ class BitLayer(keras.Layer):
         self.kernel_regularizer = regularizers.get(kernel_regularizer)
         self.kernel_constraint = constraints.get(kernel_constraint)
         self.kernel: Any = None
+        self.kernel_log2_scale: Any = None
         self.kernel_scale: Any = None
         self.kernel_tiles: Any = None
         self.quantization_strength: Any = None
@@ -128,10 +129,11 @@ class BitLayer(keras.Layer):
             autocast=False,
         )
         if self.weight_quantizer.learned:
-            self.kernel_scale = self.add_weight(
-                name="kernel_scale",
+            # Trained as its logarithm: a step of Adam is then relative, and it stays positive.
+            self.kernel_log2_scale = self.add_weight(
+                name="kernel_log2_scale",
                 shape=self.weight_quantizer.scale_shape(self.in_features, self.out_features),
-                initializer=self._initial_scale,
+                initializer=self._initial_log2_scale,
                 dtype="float32",
                 autocast=False,
             )
@@ -166,13 +168,19 @@ class BitLayer(keras.Layer):
         matrix = self.kernel_initializer((self.in_features, self.out_features), dtype=dtype)
         return self.matrix_to_kernel(matrix)
 
-    def _initial_scale(self, shape=None, dtype=None):
-        return self.weight_quantizer.compute_scale(self.kernel_matrix())
+    def _initial_log2_scale(self, shape=None, dtype=None):
+        return ops.log2(self.weight_quantizer.compute_scale(self.kernel_matrix()))
 
     def reset_scale(self):
         """Starts a learned scale again from the kernel, after the kernel was replaced."""
-        if self.kernel is not None and self.kernel_scale is not None:
-            self.kernel_scale.assign(self._initial_scale())
+        if self.kernel_log2_scale is not None:
+            self.kernel_log2_scale.assign(self._initial_log2_scale())
+
+    def learned_scale(self):
+        """The trained scale of the float kernel as a tensor, or `None`: it is computed."""
+        if self.kernel_log2_scale is None:
+            return None
+        return ops.power(2.0, ops.convert_to_tensor(self.kernel_log2_scale))
 
     def kernel_to_matrix(self, kernel):
         """Reshapes a float kernel to `(in_features, out_features)`."""
@@ -221,19 +229,18 @@ class BitLayer(keras.Layer):
 
     def fake_quantized_matrix(self, strength=None):
         """The `float32` kernel `(in_features, out_features)` that QAT multiplies with."""
-        scale = None if self.kernel_scale is None else ops.convert_to_tensor(self.kernel_scale)
+        scale = self.learned_scale()
         return self.weight_quantizer.fake_quantize(self.kernel_matrix(), scale, strength)
 
     def quantized_matrix(self):
         """The `QuantizedWeight` of the float kernel, at full strength."""
-        scale = None if self.kernel_scale is None else ops.convert_to_tensor(self.kernel_scale)
-        return self.weight_quantizer.quantize(self.kernel_matrix(), scale)
+        return self.weight_quantizer.quantize(self.kernel_matrix(), self.learned_scale())
 
     @property
     def packed_kernel(self):
         """The kernel of a packed layer as a `PackedTensor`."""
         if not self.packed:
-            raise AttributeError(
+            raise ValueError(
                 f"Layer '{self.name}' is not packed: pack the model with "
                 "`keras_bitnet.pack_model(model)`."
             )
@@ -276,8 +283,8 @@ class BitLayer(keras.Layer):
         quantized = quantizers.QuantizedWeight(packed.codes(), packed.scale, packed.offset)
         kernel = self.weight_quantizer.restore(quantized)
         self.kernel.assign(self.matrix_to_kernel(kernel))
-        if self.kernel_scale is not None:
-            self.kernel_scale.assign(packed.scale)
+        if self.kernel_log2_scale is not None:
+            self.kernel_log2_scale.assign(ops.log2(packed.scale))
 
     def mark_untrained(self):
         """Remembers that the present kernel comes from float training, not from QAT."""
@@ -336,8 +343,8 @@ class BitLayer(keras.Layer):
         )
         if self.kernel is not None:
             self.kernel.trainable = False
-            if self.kernel_scale is not None:
-                self.kernel_scale.trainable = False
+            if self.kernel_log2_scale is not None:
+                self.kernel_log2_scale.trainable = False
         self._tracker.lock()
         self.lora_enabled = True
         self.lora_rank = rank
@@ -380,8 +387,7 @@ class BitLayer(keras.Layer):
             )
         for name, value in found.items():
             if name == "kernel_trits":
-                codes = layout.unpack_trits(np.asarray(value), self.in_features)
-                name, value = "kernel_tiles", layout.pack(codes, self.weight_quantizer.bits)
+                name, value = "kernel_tiles", self._tiles_from_trits(np.asarray(value))
             self._assign(name, value)
         if self.packed and not np.isfinite(ops.convert_to_numpy(self.kernel_scale)).all():
             raise ValueError(f"The saved scale of layer '{self.name}' holds a NaN or an infinity.")
@@ -402,6 +408,15 @@ class BitLayer(keras.Layer):
                 f"Received: shape {tuple(value.shape)}"
             )
         variable.assign(value)
+
+    def _tiles_from_trits(self, trits):
+        codes = layout.unpack_trits(trits, self.in_features)
+        if codes.shape[1] != self.out_features:
+            raise ValueError(
+                f"The packed kernel of layer '{self.name}' has {self.out_features} outputs. "
+                f"Received: data of {codes.shape[1]}"
+            )
+        return layout.pack(codes, self.weight_quantizer.bits)
 
     @property
     def _saves_trits(self):
@@ -425,6 +440,11 @@ class BitLayer(keras.Layer):
             config["lora_rank"] = self.lora_rank
             config["lora_alpha"] = self.lora_alpha
         return {**super().get_config(), **config}
+
+
+def assign_copy(target, source):
+    """Assigns a variable a copy of another: on JAX, `fit` would delete a shared array."""
+    target.assign(ops.copy(source))
 
 
 def _check_arguments(layer, norm, norm_position, quantization_strength, lora_rank):

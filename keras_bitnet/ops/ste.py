@@ -22,6 +22,7 @@ def straight_through(x, value):
         Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic
         Neurons for Conditional Computation" (https://arxiv.org/abs/1308.3432).
     """
+    x, value = ops.convert_to_tensor(x), ops.convert_to_tensor(value)
     return ops.stop_gradient(value) + (x - ops.stop_gradient(x))
 
 

@@ -78,8 +78,10 @@ class ActivationQuantizer(keras.Quantizer):
         axis = -1 if self.granularity == "token" else None
         largest = ops.max(ops.abs(ops.stop_gradient(x)), axis=axis, keepdims=True)
         largest = ops.maximum(largest, self.epsilon)
-        # The constant is multiplied: XLA turns a division by it into that, others do not.
-        return x * (self.highest / largest), largest * np.float32(1 / self.highest)
+        # `ops.divide`, as `number / tensor` is a rounded reciprocal times the number on torch. The
+        # constant is multiplied: XLA turns a division by it into that, others do not.
+        inverse = ops.divide(np.float32(self.highest), largest)
+        return x * inverse, largest * np.float32(1 / self.highest)
 
     def _round(self, ratio):
         return ops.clip(ops.round(ops.stop_gradient(ratio)), -self.highest, self.highest)

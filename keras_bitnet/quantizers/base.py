@@ -60,7 +60,8 @@ class WeightQuantizer(keras.Quantizer):
     Args:
         scale: How the scale is found: `"absmean"`, `"absmedian"` or `"absmax"` of the weights
             that share it, or `"learned"`: a trained variable of the layer (learned step size,
-            LSQ), which starts from the statistic `learned_init`.
+            LSQ), which starts from the statistic `learned_init`. The layer trains its
+            logarithm (as TQT does, https://arxiv.org/abs/1903.08066).
         granularity: Which weights share a scale: `"tensor"` (all), `"channel"` (an output's),
             `"group"` (`group_size` consecutive inputs of an output).
         group_size: Inputs to a group, a multiple of 32. Giving it implies
@@ -176,13 +177,13 @@ class WeightQuantizer(keras.Quantizer):
 
         Args:
             weight: Tensor `(in, out)`.
-            scale: The learned scale of the layer, or `None` to compute it.
+            scale: The learned scale of the layer, positive, or `None` to compute it.
 
         Returns:
             `QuantizedWeight(codes, scale, offset)`.
         """
         weight = _as_matrix(weight)
-        scale = self.compute_scale(weight) if scale is None else self._positive(scale)
+        scale = self.compute_scale(weight) if scale is None else ops.cast(scale, "float32")
         levels = self.round_levels(weight / self._expand(scale, weight))
         return QuantizedWeight(ops.cast(levels - self.offset, "uint8"), scale, self.offset)
 
@@ -227,6 +228,7 @@ class WeightQuantizer(keras.Quantizer):
             for a learned scale, those of weight and scale are the ones of LSQ.
         """
         weight = _as_matrix(weight)
+        scale = None if scale is None else ops.convert_to_tensor(scale)
         if self.learned and scale is not None:
             return blend(weight, self._learned_step(weight, scale), strength)
         scale = self.compute_scale(weight) if scale is None else ops.stop_gradient(scale)
@@ -242,7 +244,7 @@ class WeightQuantizer(keras.Quantizer):
         """LSQ: `round(w / s) * s`, differentiable in both, the gradient of s damped."""
         sharing = math.prod(weight.shape) / math.prod(scale.shape)
         scale = scale_gradient(scale, 1 / math.sqrt(sharing * max(self.highest, 1.0)))
-        step = self._expand(self._positive(scale), weight)
+        step = self._expand(scale, weight)
         ratio = weight / step
         levels = ops.stop_gradient(self.round_levels(ratio))
         inside = self._inside(ratio, margin=self.learned_margin)
@@ -250,9 +252,6 @@ class WeightQuantizer(keras.Quantizer):
 
     def _inside(self, ratio, margin):
         return ops.logical_and(ratio >= self.lowest - margin, ratio <= self.highest + margin)
-
-    def _positive(self, scale):
-        return ops.maximum(ops.cast(scale, "float32"), self.epsilon * self.factor)
 
     def _expand(self, scale, weight):
         return expand_scale(scale, weight.shape[0], self.group_size)

@@ -2,9 +2,7 @@
 
 import warnings
 
-import keras
-
-from keras_bitnet.layers import BitLayer
+from keras_bitnet.layers.base import BitLayer, assign_copy
 from keras_bitnet.transforms.converted import child_layers, get_child
 from keras_bitnet.transforms.rewrite import Rule, copy_weights, rewrite
 
@@ -70,7 +68,9 @@ def unpack_model(model, *, verbose=1, return_changes=False):
     def replace(layer, path):
         if not (isinstance(layer, BitLayer) and layer.packed):
             return f"{type(layer).__name__} is not packed"
-        return type(layer).from_config({**layer.get_config(), "packed": False})
+        # The outputs to keep are the fully quantized ones, whatever strength training began at.
+        changed = {"packed": False, "quantization_strength": 1.0}
+        return type(layer).from_config({**layer.get_config(), **changed})
 
     def transfer(old, new):
         new.unpack_from(old)
@@ -91,7 +91,7 @@ def _copy_the_rest(old, new):
     news = new.own_weights()
     for name, variable in old.own_weights().items():
         if name in news and not name.startswith("kernel"):
-            news[name].assign(keras.ops.convert_to_tensor(variable))
+            assign_copy(news[name], variable)
     for path, child in child_layers(old).items():
         copy_weights(child, get_child(new, path))
 

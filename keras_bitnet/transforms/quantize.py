@@ -1,6 +1,5 @@
 """From a float Keras model to one that trains with quantization."""
 
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +7,9 @@ from typing import Any
 import keras
 
 from keras_bitnet import quantizers
+from keras_bitnet.filters import layer_filter
 from keras_bitnet.layers import BitEinsumDense, BitLinear
+from keras_bitnet.layers.base import assign_copy
 from keras_bitnet.transforms.rewrite import Rule, rewrite
 
 TWINS: dict[type, Any] = {keras.layers.Dense: BitLinear, keras.layers.EinsumDense: BitEinsumDense}
@@ -41,7 +42,7 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
     Raises:
         ValueError: An argument is not one of these, or `model` is not built.
     """
-    matches = _matcher(filters)
+    matches = layer_filter(filters)
 
     def replace(layer, path):
         twin = TWINS.get(type(layer))
@@ -69,9 +70,9 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
 
 
 def _transfer(old, new):
-    new.kernel.assign(keras.ops.convert_to_tensor(old.kernel))  # with LoRA merged, if there was any
+    assign_copy(new.kernel, old.kernel)  # with LoRA merged, if there was any
     if old.bias is not None:
-        new.bias.assign(keras.ops.convert_to_tensor(old.bias))
+        assign_copy(new.bias, old.bias)
     new.reset_scale()
     new.mark_untrained()
 
@@ -93,19 +94,3 @@ def _arguments(spec):
         quantizers.get(arguments.get("weight_quantizer", "ternary"))
     )
     return arguments
-
-
-def _matcher(filters):
-    if filters is None:
-        return lambda layer, path: True
-    if isinstance(filters, str):
-        filters = [filters]
-    if isinstance(filters, (list, tuple)) and all(isinstance(f, str) for f in filters):
-        patterns = [re.compile(f) for f in filters]
-        return lambda layer, path: any(pattern.search(path) for pattern in patterns)
-    if callable(filters):
-        return lambda layer, path: filters(layer)
-    raise ValueError(
-        "`filters` must be a regex, a list of regexes, or a callable. "
-        f"Received: {filters!r} of type {type(filters).__name__}"
-    )

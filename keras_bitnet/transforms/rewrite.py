@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import keras
 
+from keras_bitnet.layers.base import assign_copy
 from keras_bitnet.transforms.converted import child_layers, get_child, make_converted
 
 
@@ -159,7 +160,7 @@ def copy_own_weights(old, new):
             f"Received: {[tuple(v.shape) for v in news]}"
         )
     for source, target in zip(olds, news, strict=True):
-        target.assign(keras.ops.convert_to_tensor(source))
+        assign_copy(target, source)
 
 
 def copy_weights(old, new):

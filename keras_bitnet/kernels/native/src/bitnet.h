@@ -11,12 +11,17 @@
 enum kbn_dtype { KBN_F32 = 0, KBN_BF16 = 1, KBN_F16 = 2 };
 
 // One packed matmul, y = dequantize(quantize(x)) @ dequantize(tiles) + bias.
+//
+// Sums of a group, or of all inputs, are int32: `in_features` or `group_size` may be at most
+// 2^31 / (128 * max |step * (code + offset)|), so 131,071 at 8 bits, 2,097,151 at 4 bits and
+// 5 to 16 million below; more is an error. NaN or infinity in a row of x makes its outputs NaN or
+// infinite. The mode of the float unit should round to nearest.
 // Meaning: keras_bitnet/ops/reference.py; byte layout: keras_bitnet/ops/layout.py.
 typedef struct kbn_matmul {
   int64_t rows;            // m
   int64_t in_features;     // k
   int64_t out_features;    // n
-  int64_t group_size;      // inputs that share a row of `scale`, 0: all
+  int64_t group_size;      // inputs that share a row of `scale`, a multiple of 32; 0: all
   int32_t bits;            // 1, 2, 4 or 8
   int32_t dtype;           // kbn_dtype of x and y
   int32_t activation_bits; // 8 or 4: codes in [-127, 127] or [-7, 7]
@@ -43,9 +48,13 @@ typedef struct kbn_parallel {
 
 KBN_API int kbn_abi_version(void);
 
-// Runs the matmul. Returns 0, or a code for `kbn_error`; on error y is untouched.
+// Runs the matmul. Returns 0, or a code for `kbn_error`; on error y is untouched. The text belongs
+// to the calling thread, until its next call.
 KBN_API int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel);
 KBN_API const char* kbn_error(int code);
+
+// The codes (m, k) and scales (m) that `kbn_run` makes of the activations, for tests.
+KBN_API int kbn_quantize(const kbn_matmul* problem, int8_t* x_codes, float* x_scales);
 
 // The exact integer sums of the reference, `step * (code + offset) * x_code`, for tests:
 // x_codes (m, k) int8, sums (m, groups, n) int32. Only shape, bits, offset, group_size, tiles of
@@ -53,7 +62,8 @@ KBN_API const char* kbn_error(int code);
 KBN_API int kbn_accumulate(const kbn_matmul* problem, const int8_t* x_codes, int32_t* sums);
 
 // Instruction set in use ("avx512vnni", "avx2", "neon", "generic", ...); a ','-separated list of
-// those that this build and CPU can run; and forcing one, non-zero where it cannot.
+// those that this build and CPU can run; and forcing one, non-zero where it cannot ("auto": the
+// best, whatever KERAS_BITNET_ISA says). `kbn_isa` is null where KERAS_BITNET_ISA names none.
 KBN_API const char* kbn_isa(void);
 KBN_API const char* kbn_isas(void);
 KBN_API int kbn_set_isa(const char* name);

@@ -1,0 +1,56 @@
+# Everything a fresh machine needs is set up in .venv by the targets themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BACKENDS ?= jax torch tensorflow
+INSTALLED := $(VENV)/.installed
+READY := $(VENV)/.ready
+
+.PHONY: demo test check format bench clean
+
+$(INSTALLED): pyproject.toml requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	KERAS_BITNET_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --no-deps \
+		--no-build-isolation --editable .
+	touch $@
+
+# The native kernels, built into the source tree.
+$(READY): $(INSTALLED) CMakeLists.txt $(wildcard keras_bitnet/kernels/native/src/*)
+	$(BIN)/cmake -S . -B build/native -G Ninja -D CMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
+	$(BIN)/cmake --build build/native
+	$(BIN)/cmake --install build/native --prefix .
+	touch $@
+
+## demo: train, pack and run a ternary network on MNIST; prints a table, saves a plot.
+demo: $(READY)
+	$(BIN)/python examples/mnist.py
+
+## test: the whole suite, once per backend.
+test: $(READY)
+	@for backend in $(BACKENDS); do \
+		echo "== $$backend"; \
+		KERAS_BACKEND=$$backend $(BIN)/python -m pytest tests || exit 1; \
+	done
+
+## check: formatting, lint and types.
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+## format: rewrite the files as `check` wants them.
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+## bench: every benchmark; results go to benchmarks/results.
+bench: $(READY)
+	$(BIN)/python benchmarks/accuracy.py
+	@for backend in $(BACKENDS); do \
+		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/training_step.py || exit 1; \
+	done
+
+clean:
+	rm -rf $(VENV) build dist

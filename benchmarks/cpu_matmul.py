@@ -1,0 +1,278 @@
+"""Times the packed matmul on a CPU beside its peers, interleaved in one run.
+
+    KERAS_BACKEND=jax python benchmarks/cpu_matmul.py [--quick] [--threads 2] [--bits 2]
+
+Every candidate first has to give the right result, then one call of each is timed in turn, over
+and over; the table holds medians. Each candidate owns several copies of its weights and takes
+the next one for each call, so that they come from memory and not from a cache. Writes
+`results/cpu_matmul_<backend>.json` and `.png` and prints a Markdown table.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import time
+
+HERE = pathlib.Path(__file__).parent
+SHAPES = ((2560, 2560), (4096, 4096), (4096, 14336), (14336, 4096))  # in, out
+ROWS = (1, 4, 16, 64, 256)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two shapes, three sizes, few rounds")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--bits", type=int, default=2, choices=(1, 2, 4, 8))
+    parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--cold-mebibytes", type=int, default=96, help="weights of a candidate")
+    parser.add_argument("--results", type=pathlib.Path, default=HERE / "results")
+    return parser.parse_args()
+
+
+ARGS = arguments()
+# Before any framework starts: they size their pools by the CPUs that the process may use.
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: ARGS.threads])
+os.environ.setdefault("OMP_NUM_THREADS", str(ARGS.threads))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import keras
+import numpy as np
+from cpu_peers import PEERS, Skip
+
+from keras_bitnet import kernels
+from keras_bitnet.kernels import native
+from keras_bitnet.layers import BitLinear
+from keras_bitnet.ops import PackedTensor
+
+BACKEND = keras.backend.backend()
+QUANTIZER = {1: "binary", 2: "ternary", 4: "int4", 8: "int8"}[ARGS.bits]
+CHECKED_COLUMNS = 64
+BUDGET = 1.0  # seconds of samples of a candidate at one size
+
+
+class Case:
+    """One shape: a float weight, its packed twin, activations, and the right results."""
+
+    def __init__(self, k, n, rows):
+        rng = np.random.default_rng(0)
+        self.k, self.n = k, n
+        self.weight = rng.standard_normal((k, n), np.float32)
+        self.x = {m: rng.standard_normal((m, k), np.float32) for m in rows}
+        layer = BitLinear(n, use_bias=False, weight_quantizer=QUANTIZER)
+        layer.build((None, k))
+        layer.kernel.assign(self.weight)
+        self.layer = BitLinear(n, use_bias=False, weight_quantizer=QUANTIZER, packed=True)
+        self.layer.build((None, k))
+        self.layer.pack_from(layer)
+        packed = self.layer.packed_kernel
+        arrays = (keras.ops.convert_to_numpy(v) for v in (packed.tiles, packed.scale))
+        self.packed = PackedTensor(*arrays, packed.offset, packed.bits, k, n, packed.group_size)
+        codes = keras.ops.convert_to_numpy(packed.codes())[:, :CHECKED_COLUMNS]
+        scale = np.broadcast_to(self.packed.scale, (1, n))[:, :CHECKED_COLUMNS]
+        self.dequantized = (codes + packed.offset) * scale.astype(np.float64)
+
+    def expected(self, m, weight):
+        """float64 results of the first columns; of the packed weight where `weight` is None."""
+        if weight is not None:
+            return self.x[m].astype(np.float64) @ weight[:, :CHECKED_COLUMNS]
+        largest = np.maximum(np.abs(self.x[m]).max(-1, keepdims=True), np.float32(1e-5))
+        codes = np.rint(self.x[m] * (np.float32(127) / largest))
+        return (codes * (largest / 127)) @ self.dequantized
+
+    def copies(self, nbytes):
+        """How many copies of a weight of so many bytes no cache can hold, at least two."""
+        return max(2, -(-(ARGS.cold_mebibytes << 20) // nbytes))
+
+
+def keras_call(layer, case, nbytes):
+    """`call(m, i)`: the layer compiled as its backend does, on the i-th copy of its weights."""
+    variables = layer.variables
+    copies = case.copies(nbytes)
+    weights = [[keras.ops.copy(v.value) for v in variables] for _ in range(copies)]
+    x = {m: keras.ops.convert_to_tensor(value) for m, value in case.x.items()}
+    if BACKEND == "torch":
+        import torch
+
+        def call(m, i):
+            for variable, copy in zip(variables, weights[i % copies], strict=True):
+                variable.value.data = copy
+            with torch.inference_mode():
+                begin = time.perf_counter()
+                y = layer(x[m])
+                return time.perf_counter() - begin, y
+
+        return call
+
+    def stateless(values, x):
+        by_variable = {id(v): value for v, value in zip(variables, values, strict=True)}
+        groups = (layer.trainable_variables, layer.non_trainable_variables)
+        return layer.stateless_call(*([by_variable[id(v)] for v in g] for g in groups), x)[0]
+
+    if BACKEND == "jax":
+        import jax
+
+        compiled = jax.jit(stateless)
+    else:
+        import tensorflow as tf
+
+        compiled = tf.function(stateless)
+
+    def call(m, i):
+        values = weights[i % copies]
+        begin = time.perf_counter()
+        y = compiled(values, x[m])
+        if BACKEND == "jax":
+            y.block_until_ready()
+        return time.perf_counter() - begin, y
+
+    return call
+
+
+def packed_layer(case):
+    """The public layer with the kernel it chooses by itself."""
+    return keras_call(case.layer, case, case.packed.nbytes), None, 1e-5
+
+
+def bare_abi(case):
+    """The C ABI over ctypes and NumPy: what the adapters stand on."""
+    tiles = [case.packed.tiles.copy() for _ in range(case.copies(case.packed.nbytes))]
+    out = {m: np.empty((m, case.n), np.float32) for m in case.x}
+    facts = (case.packed.offset, case.packed.bits, case.k, case.n, case.packed.group_size)
+    packed = [PackedTensor(copy, case.packed.scale, *facts) for copy in tiles]
+
+    def call(m, i):
+        begin = time.perf_counter()
+        y = native.matmul(case.x[m], packed[i % len(packed)], out=out[m])
+        return time.perf_counter() - begin, y
+
+    return call, None, 1e-5
+
+
+def keras_dense(case, mode=None):
+    """The float layer of the same backend, or what Keras itself quantizes it to."""
+    layer = keras.layers.Dense(case.n, use_bias=False)
+    layer.build((None, case.k))
+    layer.kernel.assign(case.weight)
+    if mode is not None:
+        layer.quantize(mode)
+    nbytes = case.k * case.n * {None: 4, "int8": 1, "int4": 0.5}[mode]
+    tolerance = {None: 1e-4, "int8": 0.05, "int4": 0.5}[mode]  # of its weights too
+    return keras_call(layer, case, int(nbytes)), case.weight, tolerance
+
+
+CANDIDATES = {
+    "BitLinear": packed_layer,
+    "C ABI": bare_abi,
+    "Keras float32": keras_dense,
+    "Keras int8": lambda case: keras_dense(case, "int8"),
+    "Keras int4": lambda case: keras_dense(case, "int4"),
+    **PEERS,
+}
+
+
+def check(name, y, case, m, weight, tolerance):
+    y = y if isinstance(y, np.ndarray) else keras.ops.convert_to_numpy(y)
+    wanted = case.expected(m, weight)
+    error = np.abs(y[:, :CHECKED_COLUMNS] - wanted).max() / np.abs(wanted).max()
+    if not error < tolerance:
+        raise SystemExit(f"{name}: wrong result for m={m}, relative error {error:.2g}")
+
+
+def prepare(case, skipped):
+    """The candidates that can run and are right: {name: call}."""
+    ready = {}
+    for name, make in CANDIDATES.items():
+        try:
+            call, weight, tolerance = make(case)
+        except Skip as reason:
+            skipped[name] = str(reason)
+            continue
+        for m in case.x:
+            check(name, call(m, 0)[1], case, m, weight, tolerance)
+        ready[name] = call
+    return ready
+
+
+def measure(ready, case, rounds):
+    """Seconds of each call, `{(name, m): [...]}`; a slow candidate takes part in fewer rounds.
+
+    The frameworks' idle threads spin for a while and would slow the next candidate, so there is
+    a pause before each, and a call that only wakes its own threads.
+    """
+    samples = {(name, m): [] for name in ready for m in case.x}
+    for i in range(rounds):
+        for (name, m), taken in samples.items():
+            if sum(taken) < BUDGET or len(taken) < 3:
+                time.sleep(0.003)
+                ready[name](m, 2 * i)
+                taken.append(ready[name](m, 2 * i + 1)[0])
+    return samples
+
+
+def read_bandwidth(rounds):
+    """Bytes a second that the threads read from memory together: the ceiling of m = 1."""
+    import concurrent.futures
+
+    parts = [np.ones(1 << 25, np.float32) for _ in range(ARGS.threads)]  # 128 MiB each
+    with concurrent.futures.ThreadPoolExecutor(ARGS.threads) as pool:
+        times = []
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            list(pool.map(lambda part: float(part.max()), parts))
+            times.append(time.perf_counter() - begin)
+    return sum(part.nbytes for part in parts) / statistics.median(times)
+
+
+def versions():
+    found = {}
+    for name in ("keras", "numpy", "jax", "torch", "tensorflow", "tensorflow_cpu", "openvino"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_name():
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
+
+
+def main():
+    shapes, rows = (SHAPES[:2], ROWS[::2]) if ARGS.quick else (SHAPES, ROWS)
+    rounds = ARGS.rounds or (7 if ARGS.quick else 15)
+    native.set_threads(ARGS.threads)
+    ARGS.results.mkdir(parents=True, exist_ok=True)
+    path = ARGS.results / f"cpu_matmul_{BACKEND}.json"
+    report = {
+        "backend": BACKEND, "bits": ARGS.bits, "threads": ARGS.threads, "rounds": rounds,
+        "cpu": cpu_name(), "system": platform.platform(), "versions": versions(),
+        "isa": native.isa(), "kernel": None, "load": os.getloadavg()[0],
+        "read_bytes_per_second": [], "skipped": {}, "rows": [],
+    }  # fmt: skip
+    for k, n in shapes:
+        case = Case(k, n, rows)
+        report["kernel"] = next(row for row, why in kernels.explain(case.layer) if why is None)
+        ready = prepare(case, report["skipped"])
+        report["read_bytes_per_second"].append(read_bandwidth(rounds))
+        for (name, m), taken in measure(ready, case, rounds).items():
+            report["rows"].append({
+                "name": name, "in": k, "out": n, "rows": m, "samples": len(taken),
+                "median": statistics.median(taken), "best": min(taken),
+                "spread": statistics.pstdev(taken), "bits_read": case.packed.nbytes * 8,
+            })  # fmt: skip
+        path.write_text(json.dumps(report, indent=1) + "\n")  # what is done, should it be stopped
+    import cpu_report
+
+    print(cpu_report.table(report))
+    cpu_report.roofline(report, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

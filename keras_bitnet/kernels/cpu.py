@@ -1,0 +1,112 @@
+"""What the native CPU rows of the three backends share; each adds its own way into the library."""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_bitnet.kernels import native
+from keras_bitnet.ops.packed_tensor import PackedTensor
+
+NAME = "native"
+NO_LIBRARY = native.reason()  # read once: `torch.compile` traces what reads it
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def refuse(problem):
+    """Why the native library cannot run a problem, or `None`.
+
+    Args:
+        problem: `keras_bitnet.kernels.Problem`. An unknown device is no reason: JAX takes the
+            reference where the compiled program turns out not to run on a CPU.
+    """
+    if NO_LIBRARY is not None:
+        return NO_LIBRARY
+    if problem.device and not problem.device.lower().endswith(_CPU_DEVICES):
+        return f"the activations are on {problem.device!r}, not on the CPU"
+    if problem.activation_bits is None:
+        return "the activations are float: the kernel multiplies integers"
+    if problem.activation_bits not in (4, 8):
+        return f"activations of {problem.activation_bits} bits; accepted: 4, 8"
+    if problem.activation_granularity not in ("token", "tensor"):
+        return f"activation granularity {problem.activation_granularity!r}"
+    if problem.dtype not in DTYPES:
+        return f"activations of dtype {problem.dtype}; accepted: {', '.join(DTYPES)}"
+    if problem.group_size is not None and problem.group_size % 32:
+        return f"group_size={problem.group_size} is not a multiple of 32"
+    summed = min(problem.in_features, problem.group_size or problem.in_features)
+    longest = (2**31 - 1) // (128 << problem.bits)  # a code weighs at most 2**bits
+    if summed > longest:
+        return f"{summed} inputs could leave the range of int32 sums; accepted: {longest}"
+    return None
+
+
+# Of a CPU tensor the three backends say "cpu", "cpu:0", "TFRT_CPU_0" and
+# "/job:localhost/replica:0/task:0/device:CPU:0"; "meta" is torch's for shapes without data.
+_CPU_DEVICES = ("cpu", "cpu:0", "cpu_0", "meta")
+
+
+class Facts(NamedTuple):
+    """The static side of one call, hashable: all but the tensors.
+
+    Attributes:
+        in_features: Inner size.
+        out_features: Outputs.
+        bits: Storage bits of a weight.
+        group_size: Inputs that share a scale, or `None`.
+        offset: `w = scale * (code + offset)`.
+        quantizer: The `ActivationQuantizer`.
+    """
+
+    in_features: int
+    out_features: int
+    bits: int
+    group_size: int | None
+    offset: float
+    quantizer: Any
+
+    @classmethod
+    def of(cls, packed, quantizer):
+        """The facts of a `PackedTensor` and an activation quantizer."""
+        return cls(
+            packed.in_features,
+            packed.out_features,
+            packed.bits,
+            packed.group_size,
+            packed.offset,
+            quantizer,
+        )
+
+    def packed(self, tiles, scale):
+        """The `PackedTensor` that these facts describe."""
+        return PackedTensor(
+            tiles,
+            scale,
+            self.offset,
+            self.bits,
+            self.in_features,
+            self.out_features,
+            self.group_size,
+        )
+
+    @property
+    def per_tensor(self):
+        """Whether all rows of the activations share a scale."""
+        return self.quantizer.granularity == "tensor"
+
+
+def gradients(dy, packed):
+    """The straight-through gradients of the matmul, those that autodiff gives the reference.
+
+        dx = dy @ dequantize(packed)^T,   dbias = sum over rows of dy
+
+    Args:
+        dy: Float tensor `(..., out_features)`.
+        packed: `PackedTensor`; its codes and scale are constants here.
+
+    Returns:
+        `(dx, dbias)`: `(..., in_features)` of the dtype of `dy`, `float32 (out_features,)`.
+    """
+    dtype = dy.dtype
+    dy = ops.cast(dy, "float32")
+    dx = ops.matmul(dy, ops.transpose(packed.dequantize()))
+    return ops.cast(dx, dtype), ops.sum(dy, axis=tuple(range(len(dy.shape) - 1)))

@@ -1,0 +1,280 @@
+"""The native CPU kernels: one shared library with a C ABI, loaded with `ctypes`.
+
+The library is optional. `library()` gives it or `None`, and `reason()` says why it is missing.
+`src/bitnet.h` is the ABI; `matmul` and `accumulate` call it on NumPy arrays.
+"""
+
+import ctypes
+import functools
+import pathlib
+import sys
+import threading
+
+import numpy as np
+
+_ABI_VERSION = 1
+_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+_SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
+_lock = threading.Lock()
+
+
+class MatmulStruct(ctypes.Structure):
+    """`kbn_matmul` of `src/bitnet.h`, field by field."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("out_features", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("activation_bits", ctypes.c_int32),
+        ("per_tensor", ctypes.c_int32),
+        ("offset", ctypes.c_float),
+        ("epsilon", ctypes.c_float),
+        ("scale_columns", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("x", ctypes.c_void_p),
+        ("tiles", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("x_scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+    )
+
+
+def library_path(name="libbitnet"):
+    """Where a native library of this package lies, built or not."""
+    suffix = _SUFFIXES.get(sys.platform, ".so")
+    return pathlib.Path(__file__).parent / (name + suffix)
+
+
+def library():
+    """The loaded library as a `ctypes.CDLL`, or `None`; see `reason`."""
+    return _load()[0]
+
+
+def reason():
+    """Why there is no native library, or `None` where there is one."""
+    return _load()[1]
+
+
+def isa():
+    """Name of the instruction set in use: "avx512vnni", "avx2", "neon" or "generic".
+
+    Raises:
+        RuntimeError: The library is missing.
+        ValueError: `KERAS_BITNET_ISA` names none that runs here.
+    """
+    name = _required().kbn_isa()
+    if name is None:
+        _check(_required().kbn_run(ctypes.byref(_nothing()), None))
+    return name.decode()
+
+
+def isas():
+    """Names of the instruction sets that this build and machine can run, best first."""
+    return _required().kbn_isas().decode().split(",")
+
+
+def set_isa(name):
+    """Forces an instruction set for the whole process; `"auto"` takes the best one.
+
+    Raises:
+        ValueError: It cannot run here.
+    """
+    _check(_required().kbn_set_isa(name.encode()))
+
+
+def threads():
+    """Threads of the library's own pool, the calling one included."""
+    return _required().kbn_threads()
+
+
+def set_threads(count):
+    """Sets the threads of the library's own pool, the calling one included."""
+    if count < 1:
+        raise ValueError(f"`count` must be at least 1. Received: count={count}")
+    _required().kbn_set_threads(int(count))
+
+
+def matmul(
+    x, packed, activation_bits=8, per_tensor=False, epsilon=1e-5, x_scale=None, bias=None, out=None
+):
+    """Multiplies NumPy activations by a packed weight; see `ops.bit_matmul` for the meaning.
+
+    Args:
+        x: Array `(..., in_features)` of float32, bfloat16 or float16.
+        packed: `PackedTensor` of NumPy arrays.
+        activation_bits: 8 or 4.
+        per_tensor: One activation scale for all of `x` instead of one for each row.
+        epsilon: Lower bound of the absolute maximum of the activations.
+        x_scale: A static activation scale, or `None` to compute it.
+        bias: Array `(out_features,)` or `None`.
+        out: Contiguous array to write to, of the dtype of `x`, or `None`.
+
+    Returns:
+        Array `(..., out_features)` of the dtype of `x`.
+
+    Raises:
+        ValueError: The library refuses an argument; it says which.
+    """
+    x = np.ascontiguousarray(x)
+    if x.dtype.name not in _DTYPES or x.shape[-1:] != (packed.in_features,):
+        raise ValueError(
+            f"`x` must be an array (..., {packed.in_features}) of one of {tuple(_DTYPES)}. "
+            f"Received: {x.dtype} array of shape {x.shape}"
+        )
+    shape = (*x.shape[:-1], packed.out_features)
+    if out is None:
+        out = np.empty(shape, x.dtype)
+    elif out.shape != shape or out.dtype != x.dtype or not out.flags.c_contiguous:
+        raise ValueError(
+            f"`out` must be a contiguous {x.dtype} array of shape {shape}. "
+            f"Received: {out.dtype} array of shape {out.shape}"
+        )
+    problem = _activations(x, activation_bits, per_tensor, epsilon, x_scale)
+    problem.weights(packed)
+    if bias is not None:
+        problem.point("bias", np.ascontiguousarray(bias, np.float32), (packed.out_features,))
+    problem.point("y", out, shape)
+    _check(_required().kbn_run(ctypes.byref(problem.struct), None))
+    return out
+
+
+def quantize(x, activation_bits=8, per_tensor=False, epsilon=1e-5, x_scale=None):
+    """The activation codes `int8 (m, k)` and scales `float32 (m,)` that `matmul` uses.
+
+    Args: as for `matmul`, `x` of shape `(m, k)`.
+    """
+    x = np.ascontiguousarray(x)
+    codes, scales = np.empty(x.shape, np.int8), np.empty(x.shape[0], np.float32)
+    problem = _activations(x, activation_bits, per_tensor, epsilon, x_scale)
+    _check(
+        _required().kbn_quantize(
+            ctypes.byref(problem.struct), codes.ctypes.data, scales.ctypes.data
+        )
+    )
+    return codes, scales
+
+
+def accumulate(x_codes, packed):
+    """The exact integer sums, as `keras_bitnet.ops.reference.accumulate`.
+
+    Args:
+        x_codes: `int8` array `(m, in_features)`.
+        packed: `PackedTensor` of NumPy arrays.
+
+    Returns:
+        `int32` array `(m, groups, out_features)`; one group where the weight has none.
+    """
+    x_codes = np.ascontiguousarray(x_codes, np.int8)
+    rows = x_codes.shape[0]
+    groups = -(-packed.in_features // (packed.group_size or packed.in_features))
+    sums = np.empty((rows, groups, packed.out_features), np.int32)
+    problem = _Problem(rows, packed.in_features)
+    problem.weights(packed)
+    _check(
+        _required().kbn_accumulate(
+            ctypes.byref(problem.struct), x_codes.ctypes.data, sums.ctypes.data
+        )
+    )
+    return sums
+
+
+class _Problem:
+    """A `kbn_matmul` and the arrays that it points to."""
+
+    def __init__(self, rows, in_features):
+        self.struct = MatmulStruct(rows=rows, in_features=in_features)
+        self.arrays = []
+
+    def point(self, field, array, shape):
+        if array.shape != tuple(shape):
+            raise ValueError(f"`{field}` must have shape {shape}. Received: {array.shape}")
+        self.arrays.append(array)
+        setattr(self.struct, field, array.ctypes.data)
+
+    def weights(self, packed):
+        tiles = np.ascontiguousarray(packed.tiles, np.uint8)
+        scale = np.ascontiguousarray(packed.scale, np.float32)
+        self.struct.out_features = packed.out_features
+        self.struct.bits = packed.bits
+        self.struct.offset = packed.offset
+        self.struct.group_size = packed.group_size or 0
+        self.struct.scale_columns = scale.shape[1]
+        self.point("tiles", tiles, tiles.shape)
+        self.point("scale", scale, scale.shape)
+
+
+def _activations(x, activation_bits, per_tensor, epsilon, x_scale):
+    problem = _Problem(x.size // x.shape[-1], x.shape[-1])
+    problem.struct.dtype = _DTYPES[x.dtype.name]
+    problem.struct.activation_bits = activation_bits
+    problem.struct.per_tensor = per_tensor
+    problem.struct.epsilon = epsilon
+    problem.point("x", x, x.shape)
+    if x_scale is not None:
+        problem.point("x_scale", np.asarray(x_scale, np.float32).reshape(1), (1,))
+    return problem
+
+
+def _nothing():
+    """A valid problem without rows: running it reports only what is wrong with the library."""
+    problem = _Problem(0, 1)
+    problem.arrays.append(np.zeros(64, np.uint8))
+    struct = problem.struct
+    struct.out_features = struct.scale_columns = 1
+    struct.bits = struct.activation_bits = 8
+    struct.epsilon = 1.0
+    struct.tiles = struct.scale = problem.arrays[0].ctypes.data
+    return struct
+
+
+def _check(code):
+    if code:
+        raise ValueError(_required().kbn_error(code).decode())
+
+
+def _required():
+    loaded, why = _load()
+    if loaded is None:
+        raise RuntimeError(f"The native kernels are not available: {why}")
+    return loaded
+
+
+def _load():
+    with _lock:
+        return _load_once()
+
+
+@functools.cache
+def _load_once():
+    path = library_path()
+    if not path.exists():
+        return (
+            None,
+            f"this installation has no native library ({path.name}): no compiler at install",
+        )
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"{path.name} does not load: {error}"
+    version = loaded.kbn_abi_version()
+    if version != _ABI_VERSION:
+        return None, f"{path.name} has ABI version {version}, this package needs {_ABI_VERSION}"
+    pointer = ctypes.c_void_p
+    for name, result, arguments in (
+        ("kbn_run", ctypes.c_int, (pointer, pointer)),
+        ("kbn_quantize", ctypes.c_int, (pointer, pointer, pointer)),
+        ("kbn_accumulate", ctypes.c_int, (pointer, pointer, pointer)),
+        ("kbn_error", ctypes.c_char_p, (ctypes.c_int,)),
+        ("kbn_isa", ctypes.c_char_p, ()),
+        ("kbn_isas", ctypes.c_char_p, ()),
+        ("kbn_set_isa", ctypes.c_int, (ctypes.c_char_p,)),
+        ("kbn_set_threads", None, (ctypes.c_int,)),
+        ("kbn_threads", ctypes.c_int, ()),
+    ):
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    return loaded, None

@@ -1,0 +1,164 @@
+// The C ABI: checks its arguments, picks a table of kernels, and has the driver run it.
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <new>
+
+#include "bitnet.h"
+#include "dispatch.h"
+#include "driver.h"
+#include "pool.h"
+
+namespace kbn {
+namespace {
+
+enum Error { kOk = 0, kInvalid = 1, kTooLong = 2, kNoIsa = 3, kNoMemory = 4 };
+
+thread_local char message[256];
+
+int fail(Error code, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(message, sizeof(message), format, arguments);
+  va_end(arguments);
+  return code;
+}
+
+long long printable(int64_t value) { return value; }
+
+// Largest |factor * (code + offset)|.
+double largest_weight(const kbn_matmul& p) {
+  const double top = (1 << p.bits) - 1 + p.offset;
+  const double factor = std::floor(p.offset) == p.offset ? 1 : 2;
+  return factor * std::fmax(std::fabs(p.offset), std::fabs(top));
+}
+
+int check_weights(const kbn_matmul& p) {
+  if (p.rows < 0 || p.in_features < 1 || p.out_features < 1) {
+    return fail(kInvalid,
+                "rows must be at least 0, in_features and out_features at least 1. "
+                "Received: rows=%lld, in_features=%lld, out_features=%lld",
+                printable(p.rows), printable(p.in_features), printable(p.out_features));
+  }
+  if (p.bits != 1 && p.bits != 2 && p.bits != 4 && p.bits != 8) {
+    return fail(kInvalid, "bits must be 1, 2, 4 or 8. Received: bits=%d", p.bits);
+  }
+  if (p.group_size < 0 || p.group_size % 32 != 0) {
+    return fail(kInvalid, "group_size must be a multiple of 32, or 0. Received: group_size=%lld",
+                printable(p.group_size));
+  }
+  if (!(std::fabs(p.offset) <= 1024.0f) || std::floor(2 * p.offset) != 2 * p.offset) {
+    return fail(kInvalid, "offset must be a multiple of 1/2 in [-1024, 1024]. Received: offset=%g",
+                static_cast<double>(p.offset));
+  }
+  // The sums of a group, or of all inputs, must fit in int32 whatever the codes are.
+  const int64_t summed =
+      p.group_size && p.group_size < p.in_features ? p.group_size : p.in_features;
+  const double longest = std::floor(2147483647.0 / (128 * std::fmax(largest_weight(p), 1.0)));
+  if (static_cast<double>(summed) > longest) {
+    return fail(kTooLong,
+                "%lld inputs can leave the range of int32 sums. Accepted: at most %.0f inputs (or "
+                "a group_size up to that) for bits=%d, offset=%g",
+                printable(summed), longest, p.bits, static_cast<double>(p.offset));
+  }
+  if (p.tiles == nullptr) return fail(kInvalid, "tiles must be given. Received: null");
+  return kOk;
+}
+
+int check_activations(const kbn_matmul& p) {
+  if (p.dtype != KBN_F32 && p.dtype != KBN_BF16 && p.dtype != KBN_F16) {
+    return fail(kInvalid, "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16). Received: %d",
+                p.dtype);
+  }
+  if (p.activation_bits != 8 && p.activation_bits != 4) {
+    return fail(kInvalid, "activation_bits must be 8 or 4. Received: activation_bits=%d",
+                p.activation_bits);
+  }
+  if (p.x_scale != nullptr ? !(*p.x_scale > 0 && std::isfinite(*p.x_scale)) : !(p.epsilon > 0)) {
+    return fail(kInvalid,
+                "epsilon, and a static x_scale, must be positive and finite. "
+                "Received: epsilon=%g, x_scale=%g",
+                static_cast<double>(p.epsilon), p.x_scale ? static_cast<double>(*p.x_scale) : 0.0);
+  }
+  if (p.rows > 0 && p.x == nullptr) return fail(kInvalid, "x must be given. Received: null");
+  return kOk;
+}
+
+int check_output(const kbn_matmul& p) {
+  if (p.scale_columns != 1 && p.scale_columns != p.out_features) {
+    return fail(kInvalid, "scale_columns must be 1 or out_features=%lld. Received: %d",
+                printable(p.out_features), p.scale_columns);
+  }
+  if (p.scale == nullptr || (p.rows > 0 && p.y == nullptr)) {
+    return fail(kInvalid, "scale and y must be given. Received: null");
+  }
+  return kOk;
+}
+
+int run_checked(const kbn_matmul& problem, const kbn_parallel* parallel, const Probe& probe) {
+  const Kernels* kernels = current_kernels();
+  if (kernels == nullptr) {
+    return fail(kNoIsa, "KERAS_BITNET_ISA must be 'auto' or one of '%s' on this machine. "
+                "Received: '%s'", available_isas(), isa_of_environment());
+  }
+  if (problem.rows == 0) return kOk;
+  try {
+    run(problem, *kernels, parallel, probe);
+  } catch (const std::bad_alloc&) {
+    return fail(kNoMemory, "No memory for the quantized activations of %lld rows x %lld inputs",
+                printable(problem.rows), printable(problem.in_features));
+  }
+  return kOk;
+}
+
+}  // namespace
+}  // namespace kbn
+
+int kbn_abi_version(void) { return 1; }
+
+int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel) {
+  int error = kbn::check_weights(*problem);
+  if (!error) error = kbn::check_activations(*problem);
+  if (!error) error = kbn::check_output(*problem);
+  return error ? error : kbn::run_checked(*problem, parallel, {});
+}
+
+int kbn_quantize(const kbn_matmul* problem, int8_t* x_codes, float* x_scales) {
+  kbn_matmul p = *problem;
+  const uint8_t no_tiles = 0;  // only the activations count
+  p.bits = 8, p.offset = 0, p.out_features = 1, p.group_size = 0, p.tiles = &no_tiles;
+  int error = kbn::check_weights(p);
+  if (!error) error = kbn::check_activations(p);
+  kbn::Probe probe;
+  probe.quantized = x_codes;
+  probe.x_scales = x_scales;
+  return error ? error : kbn::run_checked(p, nullptr, probe);
+}
+
+int kbn_accumulate(const kbn_matmul* problem, const int8_t* x_codes, int32_t* sums) {
+  kbn::Probe probe;
+  probe.x_codes = x_codes;
+  probe.sums = sums;
+  kbn_matmul p = *problem;
+  p.per_tensor = 0;
+  const int error = kbn::check_weights(p);
+  return error ? error : kbn::run_checked(p, nullptr, probe);
+}
+
+const char* kbn_error(int code) { return code == 0 ? "" : kbn::message; }
+
+const char* kbn_isa(void) {
+  const kbn::Kernels* kernels = kbn::current_kernels();
+  return kernels ? kernels->name : nullptr;
+}
+
+const char* kbn_isas(void) { return kbn::available_isas(); }
+
+int kbn_set_isa(const char* name) {
+  if (kbn::select_kernels(name)) return 0;
+  return kbn::fail(kbn::kNoIsa, "The instruction set must be 'auto' or one of '%s' on this "
+                   "machine. Received: '%s'", kbn::available_isas(), name ? name : "");
+}
+
+void kbn_set_threads(int count) { kbn::pool_set_threads(count); }
+int kbn_threads(void) { return kbn::pool_threads(); }

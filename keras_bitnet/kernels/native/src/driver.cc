@@ -1,0 +1,283 @@
+#include "driver.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "pool.h"
+#include "scratch.h"
+
+namespace kbn {
+namespace {
+
+constexpr int64_t kSmall = 2 << 20;              // multiply-adds not worth waking a thread for
+constexpr int64_t kActivationBytes = 384 << 10;  // activations kept in the L2 cache for a pass
+constexpr int kSumsPerBlock = 4096;              // numbers in the buffer that a block fills
+// Kernels may sum codes that are still shifted left, so int32 bounds the length of a segment.
+constexpr int64_t kLongestSegment = 65536;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+class Matmul {
+ public:
+  Matmul(const kbn_matmul& problem, const Kernels& kernels, const kbn_parallel* parallel,
+         const Probe& probe)
+      : p_(problem),
+        kernels_(kernels),
+        parallel_(parallel),
+        probe_(probe),
+        bits_index_(problem.bits == 1 ? 0 : problem.bits == 2 ? 1 : problem.bits == 4 ? 2 : 3),
+        tile_inputs_(32 / problem.bits),
+        tiles_in_(ceil_div(problem.in_features, tile_inputs_)),
+        tiles_out_(ceil_div(problem.out_features, kTileOutputs)),
+        groups_(problem.group_size ? ceil_div(problem.in_features, problem.group_size) : 1),
+        row_blocks_(ceil_div(problem.rows, kernels.rows)),
+        packed_inputs_(tiles_in_ * tile_inputs_),
+        factor_(problem.offset == std::floor(problem.offset) ? 1 : 2),
+        shift_(static_cast<int32_t>(factor_ * problem.offset)) {
+    const int64_t segment = problem.group_size ? problem.group_size : kLongestSegment;
+    segment_tiles_ = std::min(tiles_in_, segment / tile_inputs_);
+  }
+
+  void run() {
+    const int64_t codes = round_up(p_.rows * packed_inputs_, 64);
+    const int64_t scales = round_up(p_.rows * 4, 64);
+    const int64_t sums = round_up(p_.rows * groups_ * 4, 64);
+    // All memory comes from here: a task must not throw.
+    Scratch scratch(codes + scales + sums + row_blocks_ * packed_inputs_);
+    x_codes_ = reinterpret_cast<int8_t*>(scratch.data());
+    x_scales_ = reinterpret_cast<float*>(scratch.data() + codes);
+    x_sums_ = reinterpret_cast<int32_t*>(scratch.data() + codes + scales);
+    rows_in_work_ = reinterpret_cast<int8_t*>(scratch.data() + codes + scales + sums);
+
+    const int threads = parallel_ ? parallel_->threads : pool_threads();
+    const bool small =
+        threads < 2 || p_.rows * packed_inputs_ < kSmall / std::max<int64_t>(p_.out_features, 1);
+    if (p_.per_tensor && !p_.x_scale) {
+      tensor_absmax_ = kernels_.absmax(p_.x, p_.dtype, p_.rows * p_.in_features);
+    }
+    const bool few = small || p_.rows * packed_inputs_ < kSmall / 16;
+    for_each(few, row_blocks_, [](void* self, int64_t i) {
+      static_cast<Matmul*>(self)->quantize_block(i);
+    });
+    if (probe_.quantized) return;
+
+    // Blocks small enough to share the work evenly, large enough to stream.
+    const int64_t pairs = ceil_div(tiles_out_, kernels_.columns);
+    task_tiles_ = std::clamp<int64_t>(pairs / (threads * 8), 1, 16) * kernels_.columns;
+    for_each(small, ceil_div(tiles_out_, task_tiles_), [](void* self, int64_t i) {
+      static_cast<Matmul*>(self)->multiply_columns(i);
+    });
+  }
+
+ private:
+  void for_each(bool inline_, int64_t count, Task task) {
+    if (inline_ || count < 2) {
+      for (int64_t i = 0; i < count; ++i) task(this, i);
+    } else if (parallel_) {
+      parallel_->run(parallel_->context, count, task, this);
+    } else {
+      pool_run(count, task, this);
+    }
+  }
+
+  // Blocks of nearly equal size.
+  int64_t first_row(int64_t block) const { return p_.rows * block / row_blocks_; }
+
+  const char* x_row(int64_t row) const {
+    return static_cast<const char*>(p_.x) + row * p_.in_features * element_size();
+  }
+
+  // Quantizes the rows of a block and packs them as `Block::x_codes` wants them.
+  void quantize_block(int64_t block) {
+    const int64_t begin = first_row(block), end = first_row(block + 1), rows = end - begin;
+    int8_t* packed = x_codes_ + begin * packed_inputs_;
+    if (rows == 1) return quantize_row(begin, packed);
+    int8_t* codes = rows_in_work_ + block * packed_inputs_;
+    for (int64_t row = 0; row < rows; ++row) {
+      quantize_row(begin + row, codes);
+      for (int64_t k = 0; k < packed_inputs_; k += 4) {
+        std::memcpy(packed + k * rows + row * 4, codes + k, 4);
+      }
+    }
+  }
+
+  void quantize_row(int64_t row, int8_t* codes) {
+    const int64_t k = p_.in_features;
+    if (probe_.x_codes) {
+      std::memcpy(codes, probe_.x_codes + row * k, k);
+    } else {
+      const float highest = p_.activation_bits == 8 ? 127.0f : 7.0f;
+      float absmax = tensor_absmax_;
+      if (!p_.per_tensor || p_.x_scale) absmax = kernels_.absmax(x_row(row), p_.dtype, k);
+      const float bound = absmax < p_.epsilon ? p_.epsilon : absmax;
+      float scale = bound * (1.0f / highest), inverse = highest / bound;
+      if (p_.x_scale) scale = *p_.x_scale, inverse = 1.0f / scale;
+      if (std::isfinite(absmax)) {
+        kernels_.quantize(x_row(row), p_.dtype, k, inverse, highest, codes);
+      } else {
+        // The scale carries NaN or infinity to every output, which no integer could.
+        std::memset(codes, 0, k);
+        scale = absmax;
+      }
+      x_scales_[row] = scale;
+    }
+    std::memset(codes + k, 0, packed_inputs_ - k);
+    if (probe_.quantized) {
+      std::memcpy(probe_.quantized + row * k, codes, k);
+      probe_.x_scales[row] = x_scales_[row];
+    }
+    for (int64_t group = 0; group < groups_; ++group) {
+      const int64_t begin = group * p_.group_size;
+      const int64_t end = p_.group_size ? std::min(begin + p_.group_size, k) : k;
+      uint32_t sum = 0;
+      for (int64_t i = begin; i < end; ++i) sum += static_cast<uint32_t>(codes[i]);
+      x_sums_[row * groups_ + group] = static_cast<int32_t>(sum);
+    }
+  }
+
+  // One task: some columns of tiles, all rows. The columns are read again for each pass of rows
+  // that fits in the cache.
+  void multiply_columns(int64_t task) {
+    const int64_t begin = task * task_tiles_;
+    const int64_t end = std::min(begin + task_tiles_, tiles_out_);
+    const int64_t pass =
+        std::max<int64_t>(1, kActivationBytes / (packed_inputs_ * kernels_.rows));
+    for (int64_t first = 0; first < row_blocks_; first += pass) {
+      const int64_t last = std::min(first + pass, row_blocks_);
+      for (int64_t tile = begin; tile < end; tile += kernels_.columns) {
+        for (int64_t block = first; block < last; ++block) multiply_block(block, tile);
+      }
+    }
+  }
+
+  void multiply_block(int64_t row_block, int64_t tile) {
+    const int64_t row = first_row(row_block);
+    Block block;
+    block.rows = static_cast<int>(first_row(row_block + 1) - row);
+    block.columns = static_cast<int>(std::min<int64_t>(kernels_.columns, tiles_out_ - tile));
+    block.tile_stride = tiles_in_ * kTileBytes;
+    const int size = block.rows * block.columns * kTileOutputs;
+    const int64_t most = std::max(1, kSumsPerBlock / size);
+
+    alignas(64) int32_t sums[kSumsPerBlock];
+    alignas(64) int32_t total[kMaxRows * kMaxColumns];
+    alignas(64) float y[kMaxRows * kMaxColumns];
+    std::memset(total, 0, sizeof(int32_t) * size);
+    std::memset(y, 0, sizeof(float) * size);
+    block.sums = sums;
+    int64_t segment = 0;
+    for (int64_t step = 0; step < tiles_in_;) {
+      // Whole segments, as many as the buffer holds; at the end the short one.
+      const int64_t whole = (tiles_in_ - step) / segment_tiles_;
+      block.segments = whole > 0 ? std::min(whole, most) : 1;
+      block.segment_steps = whole > 0 ? segment_tiles_ : tiles_in_ - step;
+      block.tiles = p_.tiles + tile * block.tile_stride + step * kTileBytes;
+      block.x_codes = x_codes_ + row * packed_inputs_ + step * tile_inputs_ * block.rows;
+      kernels_.multiply[bits_index_](block);
+      step += block.segments * block.segment_steps;
+      if (p_.group_size) {
+        emit(block, row, tile, segment, y);
+        segment += block.segments;
+      } else {
+        for (int64_t i = 0; i < block.segments; ++i) add(sums + i * size, size, total);
+      }
+    }
+    if (!p_.group_size) {
+      block.sums = total;
+      block.segments = 1;
+      emit(block, row, tile, 0, y);
+    }
+    if (!probe_.sums) store(block, row, tile, y);
+  }
+
+  // Modulo 2^32: a part may leave int32 where the whole does not.
+  static void add(const int32_t* sums, int size, int32_t* total) {
+    for (int i = 0; i < size; ++i) {
+      total[i] = static_cast<int32_t>(static_cast<uint32_t>(total[i]) +
+                                      static_cast<uint32_t>(sums[i]));
+    }
+  }
+
+  // Columns of the block that exist.
+  int valid_columns(const Block& block, int64_t tile) const {
+    const int64_t left = p_.out_features - tile * kTileOutputs;
+    return static_cast<int>(std::min<int64_t>(block.columns * kTileOutputs, left));
+  }
+
+  // Adds the sums of some groups of inputs to y, scaled; or hands them out as they are.
+  void emit(const Block& block, int64_t row, int64_t tile, int64_t group, float* y) const {
+    if (probe_.sums) return hand_out(block, row, tile, group);
+    const bool shared = p_.scale_columns == 1;
+    Scaling scaling;
+    scaling.factor = factor_;
+    scaling.shift = shift_;
+    scaling.unit = 1.0f / static_cast<float>(factor_);
+    scaling.valid = valid_columns(block, tile);
+    scaling.x_sums = x_sums_ + row * groups_ + group;
+    scaling.x_sums_stride = groups_;
+    scaling.scale = p_.scale + group * p_.scale_columns + (shared ? 0 : tile * kTileOutputs);
+    scaling.scale_stride = p_.scale_columns;
+    scaling.shared = shared;
+    kernels_.add_scaled(block, scaling, y);
+  }
+
+  void hand_out(const Block& block, int64_t row, int64_t tile, int64_t group) const {
+    const int width = block.columns * kTileOutputs, valid = valid_columns(block, tile);
+    const int32_t* sums = block.sums;
+    for (int64_t segment = 0; segment < block.segments; ++segment) {
+      for (int r = 0; r < block.rows; ++r, sums += width) {
+        const int64_t place = (row + r) * groups_ + group + segment;
+        const auto shift = static_cast<uint32_t>(shift_) * static_cast<uint32_t>(x_sums_[place]);
+        int32_t* to = probe_.sums + place * p_.out_features + tile * kTileOutputs;
+        for (int i = 0; i < valid; ++i) {
+          const auto sum = static_cast<uint32_t>(factor_) * static_cast<uint32_t>(sums[i]);
+          to[i] = static_cast<int32_t>(sum + shift);
+        }
+      }
+    }
+  }
+
+  void store(const Block& block, int64_t row, int64_t tile, const float* y) const {
+    const int width = block.columns * kTileOutputs, valid = valid_columns(block, tile);
+    const int64_t column = tile * kTileOutputs;
+    const float* bias = p_.bias ? p_.bias + column : nullptr;
+    for (int r = 0; r < block.rows; ++r) {
+      char* out = static_cast<char*>(p_.y) +
+                  ((row + r) * p_.out_features + column) * element_size();
+      kernels_.store(y + r * width, x_scales_[row + r], bias, p_.dtype, valid, out);
+    }
+  }
+
+  int64_t element_size() const { return p_.dtype == KBN_F32 ? 4 : 2; }
+
+  const kbn_matmul& p_;
+  const Kernels& kernels_;
+  const kbn_parallel* parallel_;
+  const Probe& probe_;
+  const int bits_index_;
+  const int64_t tile_inputs_;
+  const int64_t tiles_in_, tiles_out_;
+  const int64_t groups_;
+  const int64_t row_blocks_;
+  const int64_t packed_inputs_;  // in_features, rounded up to whole tiles
+  const int32_t factor_;         // makes factor * (code + offset) whole
+  const int32_t shift_;          // factor * offset
+  int64_t segment_tiles_ = 0;
+  int64_t task_tiles_ = 0;
+  float tensor_absmax_ = 0.0f;
+  int8_t* x_codes_ = nullptr;   // row blocks, packed as `Block::x_codes`
+  float* x_scales_ = nullptr;   // (rows)
+  int32_t* x_sums_ = nullptr;   // (rows, groups)
+  int8_t* rows_in_work_ = nullptr;  // a row for each block, before it is packed
+};
+
+}  // namespace
+
+void run(const kbn_matmul& problem, const Kernels& kernels, const kbn_parallel* parallel,
+         const Probe& probe) {
+  Matmul(problem, kernels, parallel, probe).run();
+}
+
+}  // namespace kbn

@@ -1,0 +1,20 @@
+// Cuts one packed matmul in blocks and has a table of kernels run them.
+#pragma once
+#include "bitnet.h"
+#include "kernels.h"
+
+namespace kbn {
+
+// What `run` does beside the float output; at most one is given.
+struct Probe {
+  const int8_t* x_codes = nullptr;  // codes to take instead of quantizing x, and
+  int32_t* sums = nullptr;          // where to put the exact sums instead of y
+  int8_t* quantized = nullptr;      // only quantize: where to put the codes and
+  float* x_scales = nullptr;        // the scales
+};
+
+// The problem must have passed the checks of core.cc. Throws std::bad_alloc.
+void run(const kbn_matmul& problem, const Kernels& kernels, const kbn_parallel* parallel,
+         const Probe& probe);
+
+}  // namespace kbn

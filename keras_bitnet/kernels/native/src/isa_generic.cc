@@ -1,0 +1,43 @@
+// Portable C++: correct on every machine, and the meaning that the other tables must match.
+#include "portable.h"
+
+namespace kbn {
+namespace {
+
+template <int Bits>
+void multiply(const Block& block) {
+  constexpr int kOperands = 8 / Bits;
+  constexpr int kMask = (1 << Bits) - 1;
+  const int columns = block.columns * kTileOutputs;
+  int32_t* sums = block.sums;
+  int64_t step = 0;
+  for (int64_t segment = 0; segment < block.segments; ++segment) {
+    memset(sums, 0, sizeof(int32_t) * block.rows * columns);
+    for (const int64_t end = step + block.segment_steps; step < end; ++step) {
+      const int8_t* x_step = block.x_codes + step * kOperands * 4 * block.rows;
+      for (int column = 0; column < columns; ++column) {
+        const uint8_t* word = block.tiles + column / kTileOutputs * block.tile_stride +
+                              step * kTileBytes + column % kTileOutputs * 4;
+        for (int row = 0; row < block.rows; ++row) {
+          int32_t sum = 0;
+          for (int i = 0; i < kOperands; ++i) {
+            const int8_t* x = x_step + (i * block.rows + row) * 4;
+            for (int j = 0; j < 4; ++j) sum += ((word[j] >> (Bits * i)) & kMask) * x[j];
+          }
+          int32_t& to = sums[row * columns + column];
+          to = static_cast<int32_t>(static_cast<uint32_t>(to) + static_cast<uint32_t>(sum));
+        }
+      }
+    }
+    sums += block.rows * columns;
+  }
+}
+
+}  // namespace
+
+extern const Kernels kGeneric = {
+    "generic", 4, 1, absmax, quantize, {multiply<1>, multiply<2>, multiply<4>, multiply<8>},
+    add_scaled, store,
+};
+
+}  // namespace kbn

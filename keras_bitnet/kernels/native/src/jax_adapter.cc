@@ -1,0 +1,166 @@
+// The packed matmul as an XLA FFI handler, for JAX. Operands x, tiles, scale, bias; result y.
+#include <string.h>
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "adapter.h"
+#include "xla_ffi.h"
+
+namespace {
+
+using namespace xla_ffi;
+using kbn_adapter::Shape;
+
+void* error(const CallFrame* frame, int32_t code, const char* message) {
+  const std::string text = std::string("keras_bitnet: ") + message;
+  ErrorCreate args{sizeof args, nullptr, text.c_str(), code};
+  return frame->api->error_create(&args);
+}
+
+bool failed(const CallFrame* frame, void* error) {
+  if (!error) return false;
+  ErrorDestroy args{sizeof args, nullptr, error};
+  frame->api->error_destroy(&args);
+  return true;
+}
+
+// One parallel loop on XLA's intra-op pool. The caller takes part, and a helper that starts late
+// finds no index left: nobody waits for a thread that the pool may never have free. Helpers may
+// outlive the call, so they share the counters and touch `argument` only while holding an index.
+struct Loop {
+  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> done{0};
+  int64_t count;
+  void (*task)(void*, int64_t);
+  void* argument;
+
+  void work() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      task(argument, i);
+      done.fetch_add(1, std::memory_order_release);
+    }
+  }
+};
+
+struct Pool {
+  const CallFrame* frame;
+  int64_t threads;
+};
+
+void run_on_pool(void* context, int64_t count, void (*task)(void*, int64_t), void* argument) {
+  const Pool* pool = static_cast<Pool*>(context);
+  auto loop = std::make_shared<Loop>();
+  loop->count = count;
+  loop->task = task;
+  loop->argument = argument;
+  for (int64_t i = 1; i < pool->threads && i < count; ++i) {
+    auto* share = new std::shared_ptr<Loop>(loop);
+    auto help = [](void* data) {
+      std::unique_ptr<std::shared_ptr<Loop>> own(static_cast<std::shared_ptr<Loop>*>(data));
+      (*own)->work();
+    };
+    Schedule args{sizeof args, nullptr, pool->frame->context, help, share};
+    if (failed(pool->frame, pool->frame->api->schedule(&args))) {
+      delete share;
+      break;
+    }
+  }
+  loop->work();
+  for (int spins = 0; loop->done.load(std::memory_order_acquire) < count; ++spins)
+    if (spins > 1000) std::this_thread::yield();
+}
+
+// Threads of XLA's pool, or 0 where this runtime has none to offer.
+int64_t pool_threads(const CallFrame* frame) {
+  if (frame->api->struct_size < offsetof(Api, num_threads) + sizeof(void*)) return 0;
+  int64_t count = 0;
+  NumThreads args{sizeof args, nullptr, frame->context, &count};
+  return failed(frame, frame->api->num_threads(&args)) ? 0 : count;
+}
+
+const void* scalar(const xla_ffi::Attributes& attributes, const char* name, int32_t dtype) {
+  for (int64_t i = 0; i < attributes.size; ++i) {
+    const ByteSpan* span = attributes.names[i];
+    if (span->size != strlen(name) || memcmp(span->data, name, span->size) != 0) continue;
+    const Scalar* found = static_cast<Scalar*>(attributes.values[i]);
+    return attributes.types[i] == kScalarAttribute && found->dtype == dtype ? found->value : nullptr;
+  }
+  return nullptr;
+}
+
+bool read(const xla_ffi::Attributes& attributes, kbn_adapter::Attributes* out) {
+  const struct { const char* name; int64_t* value; } integers[] = {
+      {"out_features", &out->out_features}, {"bits", &out->bits},
+      {"group_size", &out->group_size},     {"activation_bits", &out->activation_bits},
+      {"per_tensor", &out->per_tensor},
+  };
+  const struct { const char* name; double* value; } floats[] = {
+      {"offset", &out->offset}, {"epsilon", &out->epsilon},
+  };
+  for (const auto& row : integers) {
+    const void* found = scalar(attributes, row.name, kS64);
+    if (!found) return false;
+    memcpy(row.value, found, sizeof *row.value);
+  }
+  for (const auto& row : floats) {
+    const void* found = scalar(attributes, row.name, kF64);
+    if (!found) return false;
+    memcpy(row.value, found, sizeof *row.value);
+  }
+  return true;
+}
+
+int32_t dtype_of(int32_t dtype) {
+  return dtype == kF32 ? KBN_F32 : dtype == kBF16 ? KBN_BF16 : dtype == kF16 ? KBN_F16 : -1;
+}
+
+Shape shape(const Buffer* buffer) { return {buffer->dims, buffer->rank}; }
+
+// Asked once at registration: which version of the API this handler speaks. Nothing newer than
+// 0.1 is used without asking `struct_size`, so it answers with the runtime's own, within what is
+// known.
+bool answer_metadata(const CallFrame* frame) {
+  for (Extension* e = frame->extension; e; e = e->next) {
+    if (e->type != kMetadataExtension) continue;
+    Metadata* metadata = reinterpret_cast<MetadataExtension*>(e)->metadata;
+    int minor = frame->api ? frame->api->version.minor_version : 1;
+    minor = minor < 1 ? 1 : minor > 3 ? 3 : minor;
+    metadata->version = ApiVersion{sizeof(ApiVersion), nullptr, 0, minor};
+    metadata->traits = 0;
+    return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+KBN_API void* kbn_xla_matmul(xla_ffi::CallFrame* frame) {
+  if (answer_metadata(frame) || frame->stage != kExecuteStage) return nullptr;
+  kbn_adapter::Attributes attributes;
+  if (frame->arguments.size != 4 || frame->results.size != 1 ||
+      !read(frame->attributes, &attributes))
+    return error(frame, kInvalidArgument, "wrong number of operands or attributes");
+  Buffer **in = frame->arguments.buffers, *y = frame->results.buffers[0];
+  Buffer *x = in[0], *tiles = in[1], *scale = in[2], *bias = in[3];
+  kbn_matmul problem;
+  const char* wrong = kbn_adapter::describe(attributes, shape(x), shape(tiles), shape(scale),
+                                            shape(bias), &problem);
+  if (wrong) return error(frame, kInvalidArgument, wrong);
+  problem.dtype = dtype_of(x->dtype);
+  if (problem.dtype < 0 || y->dtype != x->dtype || tiles->dtype != kU8 || scale->dtype != kF32 ||
+      bias->dtype != kF32 || shape(y).rows() != problem.rows ||
+      shape(y)[-1] != problem.out_features)
+    return error(frame, kInvalidArgument, "wrong dtype of an operand, or shape of the result");
+  problem.x = x->data;
+  problem.tiles = static_cast<const uint8_t*>(tiles->data);
+  problem.scale = static_cast<const float*>(scale->data);
+  problem.bias = bias->dims[0] ? static_cast<const float*>(bias->data) : nullptr;
+  problem.y = y->data;
+  Pool pool{frame, pool_threads(frame)};
+  kbn_parallel parallel{run_on_pool, &pool, static_cast<int32_t>(pool.threads)};
+  wrong = kbn_adapter::run(problem, pool.threads ? &parallel : nullptr);
+  return wrong ? error(frame, kInternal, wrong) : nullptr;
+}

@@ -1,0 +1,82 @@
+// What an instruction set provides: a small table of functions. The driver knows nothing else.
+//
+// Every isa_*.cc is compiled with its own flags and exports one constant table. Such a file must
+// not instantiate templates or inline functions with external linkage (not even std::max): the
+// linker keeps one copy of those, and the one it keeps may need an instruction that this CPU lacks.
+#pragma once
+#include <stdint.h>
+
+// Before a loop over registers: it must vanish, or they become an array in memory.
+#if defined(__clang__)
+#define KBN_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define KBN_UNROLL _Pragma("GCC unroll 16")
+#else
+#define KBN_UNROLL
+#endif
+
+namespace kbn {
+
+constexpr int kTileOutputs = 16;
+constexpr int kTileBytes = 64;
+constexpr int kMaxRows = 12;   // most rows of a block in any table
+constexpr int kMaxTiles = 4;   // most column tiles of a block in any table
+constexpr int kMaxColumns = kMaxTiles * kTileOutputs;
+
+// A block of the product: a few rows of activations times a few columns of tiles.
+//
+// Activation codes come packed as int8 [k / 4][rows][4]: the four bytes that a dot product
+// broadcasts, next to those of the other rows. The sums of `sum_k code * x_code` are stored every
+// `segment_steps` tiles: for each group of inputs, or once.
+struct Block {
+  const uint8_t* tiles;
+  int64_t tile_stride;    // bytes from a column of tiles to the next
+  const int8_t* x_codes;
+  int64_t segment_steps;  // tiles along k in a segment
+  int64_t segments;
+  int32_t* sums;          // [segments][rows][columns * 16]
+  int rows;
+  int columns;            // columns of tiles
+};
+
+// How sums become numbers: y += float(factor * sum + shift * x_sum) * scale * unit, where the
+// bracket is exact int32 arithmetic and `x_sum` the sum of the activation codes of the segment.
+struct Scaling {
+  int32_t factor, shift;
+  float unit;
+  int valid;             // columns of the block that exist
+  const int32_t* x_sums; // [rows][x_sums_stride], from the first segment on
+  int64_t x_sums_stride;
+  const float* scale;    // [segments][scale_stride], from the first segment and column on
+  int64_t scale_stride;
+  bool shared;           // one scale for all columns
+};
+
+struct Kernels {
+  const char* name;
+  int rows;     // a block has at most so many rows,
+  int columns;  // and at most so many columns of tiles
+
+  // max |x| of `count` numbers of a `kbn_dtype`; NaN where one is NaN.
+  float (*absmax)(const void* x, int dtype, int64_t count);
+
+  // codes = clip(rint(x * inverse), -highest, highest), halves to even.
+  void (*quantize)(const void* x, int dtype, int64_t count, float inverse, float highest,
+                   int8_t* codes);
+
+  // Computes a block, one function for each of 1, 2, 4 and 8 bits.
+  void (*multiply[4])(const Block& block);
+
+  // Adds the sums of every segment of a block, scaled, to y.
+  void (*add_scaled)(const Block& block, const Scaling& scaling, float* y);
+
+  // out = y * x_scale + bias as a `kbn_dtype`; `bias` may be null.
+  void (*store)(const float* y, float x_scale, const float* bias, int dtype, int count, void* out);
+};
+
+extern const Kernels kGeneric;
+extern const Kernels kAvx2;
+extern const Kernels kAvx512Vnni;
+extern const Kernels kNeon;
+
+}  // namespace kbn

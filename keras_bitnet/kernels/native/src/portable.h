@@ -1,0 +1,176 @@
+// The parts of a table that plain C++ serves well: each instruction set compiles them with its own
+// flags, and the compiler vectorizes the loops. Everything here has internal linkage (kernels.h).
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#include "bitnet.h"
+#include "kernels.h"
+
+namespace kbn {
+namespace {
+
+inline float as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t as_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+// The element types: widening is exact, narrowing rounds to nearest, halves to even.
+struct Float32 {
+  using Storage = float;
+  static float widen(float x) { return x; }
+  static float narrow(float x) { return x; }
+  static uint32_t magnitude(float x) { return as_bits(x) & 0x7fffffffu; }
+  static float from_magnitude(uint32_t bits) { return as_float(bits); }
+};
+
+struct BFloat16 {
+  using Storage = uint16_t;
+  static float widen(uint16_t x) { return as_float(static_cast<uint32_t>(x) << 16); }
+  static uint16_t narrow(float x) {
+    const uint32_t bits = as_bits(x);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+    const uint32_t nan = (bits >> 16) | 0x40u;  // rounding could carry a NaN into infinity
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+  }
+  static uint32_t magnitude(uint16_t x) { return x & 0x7fffu; }
+  static float from_magnitude(uint32_t bits) { return as_float(bits << 16); }
+};
+
+struct Float16 {
+  using Storage = uint16_t;
+  // No step meets a float32 subnormal, so flush-to-zero modes of the caller change nothing.
+  static float widen(uint16_t x) {
+    const uint32_t magnitude = (x & 0x7fffu) << 13;
+    const uint32_t rebias = 112u << 23;
+    const uint32_t normal = magnitude + rebias;
+    const uint32_t subnormal =
+        as_bits(as_float(magnitude + rebias + (1u << 23)) - as_float(rebias + (1u << 23)));
+    const uint32_t infinite = magnitude + 2 * rebias;
+    uint32_t bits = magnitude < (1u << 23) ? subnormal : normal;
+    bits = magnitude >= (31u << 23) ? infinite : bits;
+    return as_float(bits | (static_cast<uint32_t>(x & 0x8000u) << 16));
+  }
+  static uint16_t narrow(float x) {
+    const uint32_t magnitude = as_bits(x) & 0x7fffffffu;
+    const uint32_t sign = (as_bits(x) >> 16) & 0x8000u;
+    const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1)) >> 13;
+    // Adding 1/2 makes the adder round at the place of the last bit of a float16 subnormal.
+    const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);
+    uint32_t bits = magnitude < (113u << 23) ? subnormal : normal;
+    bits = magnitude >= 0x477ff000u ? 0x7c00u : bits;  // 65520 and above round to infinity
+    bits = magnitude > 0x7f800000u ? 0x7e00u : bits;
+    return static_cast<uint16_t>(bits | sign);
+  }
+  static uint32_t magnitude(uint16_t x) { return x & 0x7fffu; }
+  static float from_magnitude(uint32_t bits) { return widen(static_cast<uint16_t>(bits)); }
+};
+
+template <typename Element>
+float absmax_of(const void* data, int64_t count) {
+  const auto* x = static_cast<const typename Element::Storage*>(data);
+  uint32_t largest = 0;  // as integers, magnitudes sort as floats do, NaN above infinity
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t magnitude = Element::magnitude(x[i]);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return Element::from_magnitude(largest);
+}
+
+template <typename Element>
+void quantize_as(const void* data, int64_t count, float inverse, float highest, int8_t* codes) {
+  const auto* x = static_cast<const typename Element::Storage*>(data);
+  // Below 2^22, adding 1.5 * 2^23 rounds to a whole number in the low bits: rint without a call.
+  const float magic = 12582912.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    float ratio = Element::widen(x[i]) * inverse;
+    ratio = ratio < highest ? ratio : highest;  // before rounding: the bounds are whole
+    ratio = ratio > -highest ? ratio : -highest;
+    codes[i] = static_cast<int8_t>(as_bits(ratio + magic));
+  }
+}
+
+template <typename Element>
+void store_as(const float* y, float x_scale, const float* bias, int count, void* out) {
+  auto* to = static_cast<typename Element::Storage*>(out);
+  if (bias != nullptr) {
+    for (int i = 0; i < count; ++i) to[i] = Element::narrow(y[i] * x_scale + bias[i]);
+  } else {
+    for (int i = 0; i < count; ++i) to[i] = Element::narrow(y[i] * x_scale);
+  }
+}
+
+float absmax(const void* x, int dtype, int64_t count) {
+  switch (dtype) {
+    case KBN_BF16: return absmax_of<BFloat16>(x, count);
+    case KBN_F16: return absmax_of<Float16>(x, count);
+    default: return absmax_of<Float32>(x, count);
+  }
+}
+
+void quantize(const void* x, int dtype, int64_t count, float inverse, float highest,
+              int8_t* codes) {
+  switch (dtype) {
+    case KBN_BF16: return quantize_as<BFloat16>(x, count, inverse, highest, codes);
+    case KBN_F16: return quantize_as<Float16>(x, count, inverse, highest, codes);
+    default: return quantize_as<Float32>(x, count, inverse, highest, codes);
+  }
+}
+
+// `Valid` columns, or as many as `scaling` says where it is 0: short loops of known length.
+template <bool Shared, int Valid>
+void add_scaled_columns(const Block& block, const Scaling& scaling, float* y) {
+  const int width = block.columns * kTileOutputs;
+  const int valid = Valid ? Valid : scaling.valid;
+  const auto factor = static_cast<uint32_t>(scaling.factor);  // unsigned: a term may wrap where
+  const auto shift = static_cast<uint32_t>(scaling.shift);    // the whole does not
+  const int32_t* sums = block.sums;
+  for (int64_t segment = 0; segment < block.segments; ++segment) {
+    const float* __restrict scale = scaling.scale + segment * scaling.scale_stride;
+#if defined(__GNUC__)
+    // The next columns of this row of scales: a stride that no hardware prefetcher follows.
+    __builtin_prefetch(scale + width);
+    __builtin_prefetch(scale + width + kTileOutputs);
+#endif
+    for (int row = 0; row < block.rows; ++row, sums += width) {
+      const int32_t x_sum = scaling.x_sums[row * scaling.x_sums_stride + segment];
+      const uint32_t added = shift * static_cast<uint32_t>(x_sum);
+      float* __restrict to = y + row * width;
+      for (int i = 0; i < valid; ++i) {
+        const auto sum = static_cast<int32_t>(factor * static_cast<uint32_t>(sums[i]) + added);
+        to[i] += static_cast<float>(sum) * (scale[Shared ? 0 : i] * scaling.unit);
+      }
+    }
+  }
+}
+
+template <bool Shared>
+void add_scaled_as(const Block& block, const Scaling& scaling, float* y) {
+  switch (scaling.valid) {
+    case kTileOutputs: return add_scaled_columns<Shared, kTileOutputs>(block, scaling, y);
+    case 2 * kTileOutputs: return add_scaled_columns<Shared, 2 * kTileOutputs>(block, scaling, y);
+    default: return add_scaled_columns<Shared, 0>(block, scaling, y);
+  }
+}
+
+void add_scaled(const Block& block, const Scaling& scaling, float* y) {
+  scaling.shared ? add_scaled_as<true>(block, scaling, y) : add_scaled_as<false>(block, scaling, y);
+}
+
+void store(const float* y, float x_scale, const float* bias, int dtype, int count, void* out) {
+  switch (dtype) {
+    case KBN_BF16: return store_as<BFloat16>(y, x_scale, bias, count, out);
+    case KBN_F16: return store_as<Float16>(y, x_scale, bias, count, out);
+    default: return store_as<Float32>(y, x_scale, bias, count, out);
+  }
+}
+
+}  // namespace
+}  // namespace kbn

@@ -1,0 +1,253 @@
+// The packed matmul as a TensorFlow op, through TensorFlow's stable C API for ops and kernels.
+// The functions are declared here and found in the process that loads this library with
+// `tf.load_op_library`, so that one binary serves every version and builds without TensorFlow.
+#if !defined(_WIN32)
+#include <stdint.h>
+#include <stdio.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "adapter.h"
+#include "symbols.h"
+
+namespace {
+
+using kbn_adapter::Attributes;
+using kbn_adapter::Shape;
+
+struct TF_OpDefinitionBuilder;
+struct TF_Status;
+struct TF_ShapeInferenceContext;
+struct TF_ShapeHandle;
+struct TF_KernelBuilder;
+struct TF_OpKernelConstruction;
+struct TF_OpKernelContext;
+struct TF_Tensor;
+
+enum { kFloat = 1, kBfloat16 = 14, kHalf = 19 };  // TF_DataType
+enum { kInvalidArgument = 3, kInternal = 13 };    // TF_Code
+
+using ShapeFunction = void (*)(TF_ShapeInferenceContext*, TF_Status*);
+using Create = void* (*)(TF_OpKernelConstruction*);
+using Compute = void (*)(void*, TF_OpKernelContext*);
+using Delete = void (*)(void*);
+
+// The functions that are needed: X(result, name, arguments).
+#define KBN_TF_FUNCTIONS(X)                                                                      \
+  X(TF_Status*, TF_NewStatus, (void))                                                            \
+  X(void, TF_DeleteStatus, (TF_Status*))                                                         \
+  X(int, TF_GetCode, (const TF_Status*))                                                         \
+  X(const char*, TF_Message, (const TF_Status*))                                                 \
+  X(void, TF_SetStatus, (TF_Status*, int, const char*))                                          \
+  X(TF_OpDefinitionBuilder*, TF_NewOpDefinitionBuilder, (const char*))                           \
+  X(void, TF_OpDefinitionBuilderAddAttr, (TF_OpDefinitionBuilder*, const char*))                 \
+  X(void, TF_OpDefinitionBuilderAddInput, (TF_OpDefinitionBuilder*, const char*))                \
+  X(void, TF_OpDefinitionBuilderAddOutput, (TF_OpDefinitionBuilder*, const char*))               \
+  X(void, TF_OpDefinitionBuilderSetShapeInferenceFunction,                                       \
+    (TF_OpDefinitionBuilder*, ShapeFunction))                                                    \
+  X(void, TF_RegisterOpDefinition, (TF_OpDefinitionBuilder*, TF_Status*))                        \
+  X(TF_ShapeHandle*, TF_NewShapeHandle, (void))                                                  \
+  X(void, TF_DeleteShapeHandle, (TF_ShapeHandle*))                                               \
+  X(void, TF_ShapeInferenceContextGetInput,                                                      \
+    (TF_ShapeInferenceContext*, int, TF_ShapeHandle*, TF_Status*))                               \
+  X(void, TF_ShapeInferenceContextSetOutput,                                                     \
+    (TF_ShapeInferenceContext*, int, TF_ShapeHandle*, TF_Status*))                               \
+  X(void, TF_ShapeInferenceContextSetUnknownShape, (TF_ShapeInferenceContext*, TF_Status*))      \
+  X(void, TF_ShapeInferenceContextWithRank,                                                      \
+    (TF_ShapeInferenceContext*, TF_ShapeHandle*, int64_t, TF_ShapeHandle*, TF_Status*))          \
+  X(void, TF_ShapeInferenceContextWithRankAtLeast,                                               \
+    (TF_ShapeInferenceContext*, TF_ShapeHandle*, int64_t, TF_ShapeHandle*, TF_Status*))          \
+  X(int, TF_ShapeInferenceContextRankKnown, (TF_ShapeInferenceContext*, TF_ShapeHandle*))        \
+  X(void, TF_ShapeInferenceContextSubshape,                                                      \
+    (TF_ShapeInferenceContext*, TF_ShapeHandle*, int64_t, int64_t, TF_ShapeHandle*, TF_Status*)) \
+  X(void, TF_ShapeInferenceContextConcatenateShapes,                                             \
+    (TF_ShapeInferenceContext*, TF_ShapeHandle*, TF_ShapeHandle*, TF_ShapeHandle*, TF_Status*))  \
+  X(TF_KernelBuilder*, TF_NewKernelBuilder,                                                      \
+    (const char*, const char*, Create, Compute, Delete))                                         \
+  X(void, TF_RegisterKernelBuilder, (const char*, TF_KernelBuilder*, TF_Status*))                \
+  X(void, TF_OpKernelConstruction_GetAttrInt64,                                                  \
+    (TF_OpKernelConstruction*, const char*, int64_t*, TF_Status*))                               \
+  X(void, TF_OpKernelConstruction_GetAttrFloat,                                                  \
+    (TF_OpKernelConstruction*, const char*, float*, TF_Status*))                                 \
+  X(void, TF_OpKernelConstruction_Failure, (TF_OpKernelConstruction*, TF_Status*))               \
+  X(void, TF_GetInput, (TF_OpKernelContext*, int, TF_Tensor**, TF_Status*))                      \
+  X(TF_Tensor*, TF_AllocateOutput,                                                               \
+    (TF_OpKernelContext*, int, int, const int64_t*, int, size_t, TF_Status*))                    \
+  X(void, TF_OpKernelContext_Failure, (TF_OpKernelContext*, TF_Status*))                         \
+  X(int, TF_TensorType, (const TF_Tensor*))                                                      \
+  X(int, TF_NumDims, (const TF_Tensor*))                                                         \
+  X(int64_t, TF_Dim, (const TF_Tensor*, int))                                                    \
+  X(void*, TF_TensorData, (const TF_Tensor*))                                                    \
+  X(void, TF_DeleteTensor, (TF_Tensor*))
+
+#define X(result, name, arguments) result(*name) arguments;
+KBN_TF_FUNCTIONS(X)
+#undef X
+
+constexpr char kOp[] = "KerasBitnetMatmul";
+constexpr int kInputs = 4;  // x, tiles, scale, bias
+std::atomic<int32_t> max_threads{0};
+
+struct StatusDeleter {
+  void operator()(TF_Status* status) const { TF_DeleteStatus(status); }
+};
+struct ShapeDeleter {
+  void operator()(TF_ShapeHandle* shape) const { TF_DeleteShapeHandle(shape); }
+};
+struct TensorDeleter {
+  void operator()(TF_Tensor* tensor) const { TF_DeleteTensor(tensor); }
+};
+using Status = std::unique_ptr<TF_Status, StatusDeleter>;
+using ShapeOwner = std::unique_ptr<TF_ShapeHandle, ShapeDeleter>;
+using TensorOwner = std::unique_ptr<TF_Tensor, TensorDeleter>;
+
+// (..., in), tiles, scale, (out,) -> (..., out). The stable API shows a shape function no
+// integer attribute, so `out` is read off the bias, which is therefore always there.
+void infer_shape(TF_ShapeInferenceContext* context, TF_Status* status) {
+  const int64_t ranks[kInputs] = {1, 4, 2, 1};
+  ShapeOwner in[kInputs], out(TF_NewShapeHandle());
+  for (int i = 0; i < kInputs; ++i) {
+    in[i].reset(TF_NewShapeHandle());
+    TF_ShapeInferenceContextGetInput(context, i, in[i].get(), status);
+    if (TF_GetCode(status)) return;
+    auto with_rank = i == 0 ? TF_ShapeInferenceContextWithRankAtLeast
+                            : TF_ShapeInferenceContextWithRank;
+    with_rank(context, in[i].get(), ranks[i], in[i].get(), status);
+    if (TF_GetCode(status)) return;
+  }
+  if (!TF_ShapeInferenceContextRankKnown(context, in[0].get())) {
+    TF_ShapeInferenceContextSetUnknownShape(context, status);
+    return;
+  }
+  TF_ShapeInferenceContextSubshape(context, in[0].get(), 0, -1, out.get(), status);
+  if (TF_GetCode(status)) return;
+  TF_ShapeInferenceContextConcatenateShapes(context, out.get(), in[3].get(), out.get(), status);
+  if (TF_GetCode(status)) return;
+  TF_ShapeInferenceContextSetOutput(context, 0, out.get(), status);
+}
+
+void* create(TF_OpKernelConstruction* context) {
+  Status status(TF_NewStatus());
+  auto attributes = std::make_unique<Attributes>();
+  float offset = 0, epsilon = 0;
+  const struct { const char* name; int64_t* value; } integers[] = {
+      {"bits", &attributes->bits},
+      {"group_size", &attributes->group_size},
+      {"activation_bits", &attributes->activation_bits},
+      {"per_tensor", &attributes->per_tensor},
+  };
+  for (const auto& row : integers)
+    if (!TF_GetCode(status.get()))
+      TF_OpKernelConstruction_GetAttrInt64(context, row.name, row.value, status.get());
+  if (!TF_GetCode(status.get()))
+    TF_OpKernelConstruction_GetAttrFloat(context, "offset", &offset, status.get());
+  if (!TF_GetCode(status.get()))
+    TF_OpKernelConstruction_GetAttrFloat(context, "epsilon", &epsilon, status.get());
+  if (TF_GetCode(status.get())) {
+    TF_OpKernelConstruction_Failure(context, status.get());
+    return nullptr;
+  }
+  attributes->offset = offset;
+  attributes->epsilon = epsilon;
+  return attributes.release();
+}
+
+void destroy(void* kernel) { delete static_cast<Attributes*>(kernel); }
+
+std::vector<int64_t> dims(const TF_Tensor* tensor) {
+  std::vector<int64_t> sizes(TF_NumDims(tensor));
+  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = TF_Dim(tensor, static_cast<int>(i));
+  return sizes;
+}
+
+int32_t kbn_dtype_of(int dtype) {
+  return dtype == kFloat ? KBN_F32 : dtype == kBfloat16 ? KBN_BF16 : dtype == kHalf ? KBN_F16 : -1;
+}
+
+void run(Attributes attributes, TF_OpKernelContext* context, TF_Status* status) {
+  TensorOwner in[kInputs];
+  std::vector<int64_t> sizes[kInputs];
+  for (int i = 0; i < kInputs; ++i) {
+    TF_Tensor* tensor = nullptr;
+    TF_GetInput(context, i, &tensor, status);
+    if (TF_GetCode(status)) return;
+    in[i].reset(tensor);
+    sizes[i] = dims(tensor);
+  }
+  auto shape = [&](int i) { return Shape{sizes[i].data(), static_cast<int64_t>(sizes[i].size())}; };
+  attributes.out_features = sizes[3].size() == 1 ? sizes[3][0] : 0;
+  kbn_matmul problem;
+  const char* wrong = kbn_adapter::describe(attributes, shape(0), shape(1), shape(2), shape(3),
+                                            &problem);
+  if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
+  const int dtype = TF_TensorType(in[0].get());
+  problem.dtype = kbn_dtype_of(dtype);
+  std::vector<int64_t> result = sizes[0];
+  result.back() = attributes.out_features;
+  const size_t bytes = static_cast<size_t>(problem.rows) * attributes.out_features *
+                       (problem.dtype == KBN_F32 ? 4 : 2);
+  TensorOwner y(TF_AllocateOutput(context, 0, dtype, result.data(),
+                                  static_cast<int>(result.size()), bytes, status));
+  if (TF_GetCode(status)) return;
+  problem.x = TF_TensorData(in[0].get());
+  problem.tiles = static_cast<const uint8_t*>(TF_TensorData(in[1].get()));
+  problem.scale = static_cast<const float*>(TF_TensorData(in[2].get()));
+  problem.bias = static_cast<const float*>(TF_TensorData(in[3].get()));
+  problem.y = TF_TensorData(y.get());
+  wrong = kbn_run_limited(&problem, max_threads.load(std::memory_order_relaxed));
+  if (wrong) TF_SetStatus(status, kInternal, wrong);
+}
+
+void compute(void* kernel, TF_OpKernelContext* context) {
+  Status status(TF_NewStatus());
+  run(*static_cast<Attributes*>(kernel), context, status.get());
+  if (TF_GetCode(status.get())) TF_OpKernelContext_Failure(context, status.get());
+}
+
+// Returns the name of a function that is missing, or null.
+const char* resolve() {
+  void* library = kbn_symbols::loaded("libtensorflow_framework.");
+  if (!library) return "libtensorflow_framework";
+#define X(result, name, arguments)                                     \
+  name = reinterpret_cast<result(*) arguments>(dlsym(library, #name)); \
+  if (!name) return #name;
+  KBN_TF_FUNCTIONS(X)
+#undef X
+  return nullptr;
+}
+
+std::string register_op() {
+  if (const char* missing = resolve()) return std::string("TensorFlow lacks ") + missing;
+  Status status(TF_NewStatus());
+  TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(kOp);
+  for (const char* attribute : {"T: {float, bfloat16, half}", "bits: int", "group_size: int",
+                                "activation_bits: int", "per_tensor: int", "offset: float",
+                                "epsilon: float"})
+    TF_OpDefinitionBuilderAddAttr(op, attribute);
+  for (const char* input : {"x: T", "tiles: uint8", "scale: float", "bias: float"})
+    TF_OpDefinitionBuilderAddInput(op, input);
+  TF_OpDefinitionBuilderAddOutput(op, "y: T");
+  TF_OpDefinitionBuilderSetShapeInferenceFunction(op, infer_shape);
+  TF_RegisterOpDefinition(op, status.get());
+  if (TF_GetCode(status.get())) return TF_Message(status.get());
+  TF_KernelBuilder* kernel = TF_NewKernelBuilder(kOp, "CPU", create, compute, destroy);
+  TF_RegisterKernelBuilder("KerasBitnetMatmulCPU", kernel, status.get());
+  return TF_GetCode(status.get()) ? TF_Message(status.get()) : "";
+}
+
+// TensorFlow collects the ops that a library registers while it is being loaded; it offers
+// kernel libraries no other entry point here.
+const std::string registration_error = register_op();
+
+}  // namespace
+
+// Why the op could not be registered when this library was loaded; empty where it was.
+KBN_API const char* kbn_tensorflow_error(void) { return registration_error.c_str(); }
+
+// Threads that one op may use, the calling one included; 0: as many as the library's pool has.
+KBN_API void kbn_tensorflow_set_threads(int count) { max_threads = count; }
+#endif

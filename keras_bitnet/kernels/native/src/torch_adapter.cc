@@ -1,0 +1,170 @@
+// The packed matmul as an operator of PyTorch's dispatcher, through the stable C functions of
+// libtorch (complete from 2.8), found at run time: one binary for every version of PyTorch.
+// Where they are missing, kernels/torch.py defines the same operator over ctypes.
+#if !defined(_WIN32)
+#include <stdint.h>
+#include <string.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "adapter.h"
+#include "symbols.h"
+
+namespace {
+
+using kbn_adapter::Shape;
+using Handle = void*;      // a tensor or a library
+using Slot = uint64_t;     // one value on the dispatcher's stack, bits of an int, double or Handle
+
+// The functions that are needed: X(result, name, arguments).
+#define KBN_TORCH_FUNCTIONS(X)                                                                 \
+  X(int32_t, aoti_torch_library_init_fragment, (const char*, const char*, uint32_t, Handle*))  \
+  X(int32_t, aoti_torch_library_init_impl,                                                     \
+    (const char*, const char*, const char*, uint32_t, Handle*))                                \
+  X(int32_t, aoti_torch_library_def, (Handle, const char*))                                    \
+  X(int32_t, aoti_torch_library_impl, (Handle, const char*, void (*)(Slot*, uint64_t, uint64_t))) \
+  X(int32_t, aoti_torch_get_data_ptr, (Handle, void**))                                        \
+  X(int32_t, aoti_torch_get_dim, (Handle, int64_t*))                                           \
+  X(int32_t, aoti_torch_get_sizes, (Handle, int64_t**))                                        \
+  X(int32_t, aoti_torch_get_dtype, (Handle, int32_t*))                                         \
+  X(int32_t, aoti_torch_is_contiguous, (Handle, bool*))                                        \
+  X(int32_t, aoti_torch_empty_strided,                                                         \
+    (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*))             \
+  X(int32_t, aoti_torch_delete_tensor_object, (Handle))                                        \
+  X(int32_t, aoti_torch_dtype_uint8, (void))                                                   \
+  X(int32_t, aoti_torch_dtype_float32, (void))                                                 \
+  X(int32_t, aoti_torch_dtype_bfloat16, (void))                                                \
+  X(int32_t, aoti_torch_dtype_float16, (void))
+
+#define X(result, name, arguments) result(*name) arguments;
+KBN_TORCH_FUNCTIONS(X)
+#undef X
+int (*get_num_threads)();
+
+constexpr char kSchema[] =
+    "bit_matmul(Tensor x, Tensor tiles, Tensor scale, Tensor bias, int out_features, int bits, "
+    "int group_size, int activation_bits, bool per_tensor, float offset, float epsilon) -> Tensor";
+constexpr int kTensors = 4;
+constexpr int64_t kMaxRank = 32;
+
+// A tensor of the stack; the kernel owns it.
+struct Tensor {
+  Handle handle = nullptr;
+  void* data = nullptr;
+  int64_t rank = 0;
+  int64_t* dims = nullptr;
+  int32_t dtype = -1;
+  bool contiguous = false;
+
+  bool read() {
+    return !aoti_torch_get_data_ptr(handle, &data) && !aoti_torch_get_dim(handle, &rank) &&
+           !aoti_torch_get_sizes(handle, &dims) && !aoti_torch_get_dtype(handle, &dtype) &&
+           !aoti_torch_is_contiguous(handle, &contiguous);
+  }
+  Shape shape() const { return {dims, rank}; }
+  ~Tensor() {
+    if (handle) aoti_torch_delete_tensor_object(handle);
+  }
+};
+
+Handle tensor_of(Slot slot) { return reinterpret_cast<Handle>(static_cast<uintptr_t>(slot)); }
+
+double float_of(Slot slot) {
+  double value;
+  memcpy(&value, &slot, sizeof value);
+  return value;
+}
+
+int32_t kbn_dtype_of(int32_t dtype) {
+  return dtype == aoti_torch_dtype_float32()    ? KBN_F32
+         : dtype == aoti_torch_dtype_bfloat16() ? KBN_BF16
+         : dtype == aoti_torch_dtype_float16()  ? KBN_F16
+                                                : -1;
+}
+
+// Allocates y like x with `columns` for its last axis.
+bool allocate(const Tensor& x, int64_t columns, Tensor* y) {
+  int64_t sizes[kMaxRank], strides[kMaxRank], stride = 1;
+  for (int64_t i = x.rank - 1; i >= 0; --i) {
+    sizes[i] = i == x.rank - 1 ? columns : x.dims[i];
+    strides[i] = stride;
+    stride *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  const int32_t cpu = 0;
+  return !aoti_torch_empty_strided(x.rank, sizes, strides, x.dtype, cpu, 0, &y->handle) &&
+         !aoti_torch_get_data_ptr(y->handle, &y->data);
+}
+
+const char* compute(Slot* stack, Tensor* tensors, Tensor* y) {
+  Tensor &x = tensors[0], &tiles = tensors[1], &scale = tensors[2], &bias = tensors[3];
+  for (int i = 0; i < kTensors; ++i) {
+    if (!tensors[i].read()) return "an operand cannot be read";
+    if (!tensors[i].contiguous) return "the operands must be contiguous";
+  }
+  kbn_adapter::Attributes attributes;
+  int64_t* integers[] = {&attributes.out_features, &attributes.bits, &attributes.group_size,
+                         &attributes.activation_bits, &attributes.per_tensor};
+  for (int i = 0; i < 5; ++i) *integers[i] = static_cast<int64_t>(stack[kTensors + i]);
+  attributes.per_tensor &= 1;  // of a bool only the lowest byte is defined
+  attributes.offset = float_of(stack[kTensors + 5]);
+  attributes.epsilon = float_of(stack[kTensors + 6]);
+  kbn_matmul problem;
+  const char* wrong = kbn_adapter::describe(attributes, x.shape(), tiles.shape(), scale.shape(),
+                                            bias.shape(), &problem);
+  if (wrong) return wrong;
+  problem.dtype = kbn_dtype_of(x.dtype);
+  if (problem.dtype < 0 || tiles.dtype != aoti_torch_dtype_uint8() ||
+      scale.dtype != aoti_torch_dtype_float32() || bias.dtype != scale.dtype)
+    return "wrong dtype of an operand";
+  if (x.rank > kMaxRank) return "x has too many axes";
+  if (!allocate(x, attributes.out_features, y)) return "no memory for the result";
+  problem.x = x.data;
+  problem.tiles = static_cast<const uint8_t*>(tiles.data);
+  problem.scale = static_cast<const float*>(scale.data);
+  problem.bias = bias.dims[0] ? static_cast<const float*>(bias.data) : nullptr;
+  problem.y = y->data;
+  return kbn_run_limited(&problem, get_num_threads ? get_num_threads() : 0);
+}
+
+// Errors leave as an exception, the way in which PyTorch's own stable headers report them.
+void kernel(Slot* stack, uint64_t, uint64_t) {
+  Tensor tensors[kTensors], y;
+  for (int i = 0; i < kTensors; ++i) tensors[i].handle = tensor_of(stack[i]);
+  if (const char* wrong = compute(stack, tensors, &y))
+    throw std::runtime_error(std::string("keras_bitnet::bit_matmul: ") + wrong);
+  stack[0] = static_cast<Slot>(reinterpret_cast<uintptr_t>(y.handle));
+  y.handle = nullptr;  // the stack owns it now
+}
+
+bool resolve() {
+  void* library = kbn_symbols::loaded("libtorch_cpu.");
+  if (!library) return false;
+#define X(result, name, arguments)                                           \
+  name = reinterpret_cast<result(*) arguments>(dlsym(library, #name)); \
+  if (!name) return false;
+  KBN_TORCH_FUNCTIONS(X)
+#undef X
+  // at::get_num_threads(); its C name exists from PyTorch 2.10 only.
+  get_num_threads = reinterpret_cast<int (*)()>(dlsym(library, "_ZN2at15get_num_threadsEv"));
+  return true;
+}
+
+bool register_operator() {
+  Handle definition, implementation;
+  return resolve() &&
+         !aoti_torch_library_init_fragment("keras_bitnet", "torch_adapter.cc", __LINE__, &definition) &&
+         !aoti_torch_library_def(definition, kSchema) &&
+         !aoti_torch_library_init_impl("keras_bitnet", "CPU", "torch_adapter.cc", __LINE__,
+                                       &implementation) &&
+         !aoti_torch_library_impl(implementation, "bit_matmul", kernel);
+}
+
+}  // namespace
+
+// Defines `keras_bitnet::bit_matmul`. Returns 0, or 1: this PyTorch lacks the stable functions.
+KBN_API int kbn_torch_register(void) {
+  static const bool registered = register_operator();
+  return registered ? 0 : 1;
+}
+#endif

@@ -1,0 +1,102 @@
+"""The native CPU kernels for TensorFlow: the op `KerasBitnetMatmul` and its gradient.
+
+Importing this module registers the op. A process that loads a SavedModel which holds it imports
+`keras_bitnet.kernels.tensorflow` first, or the model is exported with the reference, see
+`keras_bitnet.kernels.use_kernel`.
+"""
+
+import ctypes
+import functools
+
+import tensorflow as tf
+from keras import ops
+from tensorflow.python.ops import control_flow_util
+
+from keras_bitnet.kernels import cpu, native
+from keras_bitnet.kernels.select import Kernel
+from keras_bitnet.ops.packed_tensor import PackedTensor
+
+_OP = "KerasBitnetMatmul"
+
+
+def refuse(problem):
+    """Why the kernel cannot run a problem here, or `None`; asked while tracing."""
+    reason = cpu.refuse(problem) or _error
+    if reason is not None:
+        return reason
+    if not problem.device and tf.config.list_logical_devices("GPU"):
+        return "there is a GPU and the activations may be on it; use `tf.device` or `keras.device`"
+    graph = tf.compat.v1.get_default_graph()
+    if not tf.executing_eagerly() and control_flow_util.GraphOrParentsInXlaContext(graph):
+        return "XLA compiles this function and cannot call the op; `jit_compile=False` runs it"
+    return None
+
+
+def run(x, packed, activation_quantizer, bias):
+    """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
+    bias = _no_bias(packed.out_features) if bias is None else ops.cast(bias, "float32")
+    return _module.keras_bitnet_matmul(
+        x=x,
+        tiles=tf.convert_to_tensor(packed.tiles),  # a Variable would take TensorFlow's slow path
+        scale=tf.convert_to_tensor(packed.scale),
+        bias=bias,
+        bits=packed.bits,
+        group_size=packed.group_size or 0,
+        activation_bits=activation_quantizer.bits,
+        per_tensor=int(activation_quantizer.granularity == "tensor"),
+        offset=packed.offset,
+        epsilon=activation_quantizer.epsilon,
+    )
+
+
+def _no_bias(out_features):
+    """Zeros: the op reads the number of outputs off its bias, so there always is one."""
+    if tf.executing_eagerly():
+        return _eager_zeros(out_features)
+    return tf.zeros((out_features,))
+
+
+@functools.cache
+def _eager_zeros(size):
+    return tf.zeros((size,))
+
+
+def _gradient(op, dy):
+    x, tiles, scale, bias = op.inputs
+    group_size = op.get_attr("group_size") or None
+    packed = PackedTensor(
+        tiles,
+        scale,
+        op.get_attr("offset"),
+        op.get_attr("bits"),
+        x.shape[-1],
+        bias.shape[0],
+        group_size,
+    )
+    dx, dbias = cpu.gradients(dy, packed)
+    return dx, None, None, dbias
+
+
+def _load():
+    """Registers the op. Returns TensorFlow's module with its wrapper, and what went wrong."""
+    path = native.library_path("libbitnet_tf")
+    if native.library() is None or not path.exists():
+        return None, f"this installation has no {path.name}"
+    try:
+        module = tf.load_op_library(str(path))
+    except (tf.errors.OpError, RuntimeError) as error:
+        return None, f"TensorFlow {tf.__version__} does not load {path.name}: {error}"
+    library = ctypes.CDLL(str(path))
+    library.kbn_tensorflow_error.restype = ctypes.c_char_p
+    refusal = library.kbn_tensorflow_error().decode()
+    if refusal:
+        return None, f"TensorFlow {tf.__version__} does not take the op: {refusal}"
+    # TensorFlow fixes this number when it starts; 0 leaves it to the machine.
+    library.kbn_tensorflow_set_threads(tf.config.threading.get_intra_op_parallelism_threads())
+    tf.RegisterGradient(_OP)(_gradient)
+    return module, None
+
+
+_module, _error = _load()
+
+NATIVE = Kernel(cpu.NAME, refuse, run)

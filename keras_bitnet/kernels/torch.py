@@ -1,0 +1,108 @@
+"""The native CPU kernels for PyTorch: the operator `keras_bitnet::bit_matmul` and its gradient."""
+
+import ctypes
+
+import keras
+import torch
+from keras import ops
+
+from keras_bitnet.kernels import cpu, native
+from keras_bitnet.kernels.select import Kernel
+from keras_bitnet.ops.packed_tensor import PackedTensor
+
+_OPERATOR = "keras_bitnet::bit_matmul"
+_SCHEMA = (
+    "bit_matmul(Tensor x, Tensor tiles, Tensor scale, Tensor bias, int out_features, int bits, "
+    "int group_size, int activation_bits, bool per_tensor, float offset, float epsilon) -> Tensor"
+)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_fragments: list[
+    torch.library.Library
+] = []  # what a `torch.library.Library` defines goes away with it
+
+
+def run(x, packed, activation_quantizer, bias):
+    """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
+    bias = torch.empty(0, device=x.device) if bias is None else ops.cast(bias, "float32")
+    return torch.ops.keras_bitnet.bit_matmul(
+        x.contiguous(),
+        ops.convert_to_tensor(packed.tiles).contiguous(),
+        ops.convert_to_tensor(packed.scale).contiguous(),
+        bias.contiguous(),
+        packed.out_features,
+        packed.bits,
+        packed.group_size or 0,
+        activation_quantizer.bits,
+        activation_quantizer.granularity == "tensor",
+        packed.offset,
+        activation_quantizer.epsilon,
+    )
+
+
+def _fake(x, tiles, scale, bias, out_features, *attributes):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _setup_context(ctx, inputs, output):
+    x, tiles, scale, bias, out_features, bits, group_size, _, _, offset, _ = inputs
+    ctx.save_for_backward(tiles, scale)
+    ctx.has_bias = bias.shape[0] > 0
+    ctx.facts = (offset, bits, x.shape[-1], out_features, group_size or None)
+
+
+def _backward(ctx, dy):
+    with keras.device("cpu"):  # where the operator ran, whatever Keras's default device
+        dx, dbias = cpu.gradients(dy, PackedTensor(*ctx.saved_tensors, *ctx.facts))
+    if not ctx.has_bias:
+        dbias = dbias.new_zeros(0)
+    return dx, None, None, dbias, *[None] * 7
+
+
+def _run_through_ctypes(
+    x, tiles, scale, bias, out_features, bits, group_size, activation_bits, per_tensor, offset,
+    epsilon,
+):  # fmt: skip
+    """The operator for a PyTorch without the stable C functions that the library registers with."""
+    y = x.new_empty((*x.shape[:-1], out_features))
+    problem = native.MatmulStruct(
+        rows=y.numel() // out_features,
+        in_features=x.shape[-1],
+        out_features=out_features,
+        group_size=group_size,
+        bits=bits,
+        dtype=_DTYPES[x.dtype],
+        activation_bits=activation_bits,
+        per_tensor=per_tensor,
+        offset=offset,
+        epsilon=epsilon,
+        scale_columns=scale.shape[1],
+        x=x.data_ptr(),
+        tiles=tiles.data_ptr(),
+        scale=scale.data_ptr(),
+        bias=bias.data_ptr() if bias.numel() else None,
+        y=y.data_ptr(),
+    )
+    library = native.library()
+    wrong = library.kbn_run_limited(ctypes.byref(problem), torch.get_num_threads())
+    if wrong is not None:
+        raise RuntimeError(f"{_OPERATOR}: {wrong.decode()}")
+    return y
+
+
+def _define(library):
+    """Defines the operator: in the library where it can, else here."""
+    library.kbn_run_limited.restype = ctypes.c_char_p
+    register = getattr(library, "kbn_torch_register", None)  # not built on Windows
+    if register is None or register() != 0:
+        fragment = torch.library.Library("keras_bitnet", "FRAGMENT")
+        fragment.define(_SCHEMA)
+        fragment.impl("bit_matmul", _run_through_ctypes, "CPU")
+        _fragments.append(fragment)
+    torch.library.register_fake(_OPERATOR, _fake)
+    torch.library.register_autograd(_OPERATOR, _backward, setup_context=_setup_context)
+
+
+if native.library() is not None:
+    _define(native.library())
+
+NATIVE = Kernel(cpu.NAME, cpu.refuse, run)

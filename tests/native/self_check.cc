@@ -1,0 +1,219 @@
+// Holds the native library against plain loops, without Python: for sanitizers and for other
+// processors under an emulator. Prints what it did; exit status 0 where everything agreed.
+//
+//   self_check [fork]
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <sstream>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if !defined(_WIN32)
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
+
+#include "bitnet.h"
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void require(bool condition, const std::string& what) {
+  if (condition) return;
+  std::printf("FAILED: %s\n", what.c_str());
+  std::exit(1);
+}
+
+// A random problem, its memory of the exact size so that a sanitizer sees a step outside.
+struct Example {
+  kbn_matmul problem{};
+  std::vector<uint8_t> codes, tiles;
+  std::vector<float> x, y, scale, bias;
+  std::vector<int8_t> x_codes;
+
+  Example(int64_t m, int64_t k, int64_t n, int bits, float offset, int64_t group, uint32_t seed) {
+    std::mt19937 random(seed);
+    const int64_t inputs = 32 / bits, tiles_in = ceil_div(k, inputs);
+    codes.resize(k * n);
+    tiles.resize(ceil_div(n, 16) * tiles_in * 64);
+    for (int64_t row = 0; row < k; ++row) {
+      for (int64_t column = 0; column < n; ++column) {
+        const uint8_t code = random() % (1 << bits);
+        codes[row * n + column] = code;
+        const int64_t tile = column / 16 * tiles_in + row / inputs;
+        const int64_t i = row % inputs / 4, j = row % 4;
+        tiles[tile * 64 + column % 16 * 4 + j] |= uint8_t(code << (bits * i));
+      }
+    }
+    std::uniform_real_distribution<float> uniform(-1, 1);
+    for (int64_t i = 0; i < m * k; ++i) x.push_back(uniform(random));
+    for (int64_t i = 0; i < m * k; ++i) x_codes.push_back(int8_t(random()));
+    for (int64_t i = 0; i < (group ? ceil_div(k, group) : 1) * n; ++i) scale.push_back(0.5f);
+    for (int64_t i = 0; i < n; ++i) bias.push_back(uniform(random));
+    y.assign(m * n, std::numeric_limits<float>::quiet_NaN());
+    problem.rows = m, problem.in_features = k, problem.out_features = n;
+    problem.group_size = group, problem.bits = bits, problem.offset = offset;
+    problem.activation_bits = 8, problem.epsilon = 1e-5f, problem.scale_columns = int32_t(n);
+    problem.x = x.data(), problem.tiles = tiles.data(), problem.scale = scale.data();
+    problem.bias = bias.data(), problem.y = y.data();
+  }
+
+  std::string name() const {
+    std::ostringstream out;
+    out << kbn_isa() << " m=" << problem.rows << " k=" << problem.in_features
+        << " n=" << problem.out_features << " bits=" << problem.bits
+        << " offset=" << problem.offset << " group=" << problem.group_size;
+    return out.str();
+  }
+
+  // sum_k step * (code + offset) * x_code, (m, groups, n)
+  std::vector<int64_t> sums(const std::vector<int8_t>& x_codes) const {
+    const int64_t m = problem.rows, k = problem.in_features, n = problem.out_features;
+    const int64_t size = problem.group_size ? problem.group_size : k, groups = ceil_div(k, size);
+    const int step = std::floor(problem.offset) == problem.offset ? 1 : 2;
+    std::vector<int64_t> sums(m * groups * n);
+    for (int64_t row = 0; row < m; ++row) {
+      for (int64_t i = 0; i < k; ++i) {
+        for (int64_t column = 0; column < n; ++column) {
+          const int64_t weight = step * codes[i * n + column] + int64_t(step * problem.offset);
+          sums[(row * groups + i / size) * n + column] += weight * x_codes[row * k + i];
+        }
+      }
+    }
+    return sums;
+  }
+};
+
+void check_sums(const Example& example) {
+  const std::vector<int64_t> expected = example.sums(example.x_codes);
+  std::vector<int32_t> got(expected.size(), -1);
+  const int code = kbn_accumulate(&example.problem, example.x_codes.data(), got.data());
+  require(code == 0, example.name() + ": " + kbn_error(code));
+  for (size_t i = 0; i < got.size(); ++i) {
+    require(got[i] == expected[i], "sums of " + example.name());
+  }
+}
+
+void check_output(Example& example) {
+  const int64_t m = example.problem.rows, k = example.problem.in_features;
+  const int64_t n = example.problem.out_features;
+  std::vector<int8_t> codes(m * k);
+  std::vector<float> scales(m);
+  int code = kbn_quantize(&example.problem, codes.data(), scales.data());
+  require(code == 0, example.name() + ": " + kbn_error(code));
+  for (int64_t row = 0; row < m; ++row) {
+    float absmax = 0;
+    for (int64_t i = 0; i < k; ++i) absmax = std::fmax(absmax, std::fabs(example.x[row * k + i]));
+    absmax = std::fmax(absmax, 1e-5f);
+    const float inverse = 127.0f / absmax;
+    require(scales[row] == absmax * (1.0f / 127.0f), "scales of " + example.name());
+    for (int64_t i = 0; i < k; ++i) {
+      const float ratio = std::nearbyint(example.x[row * k + i] * inverse);
+      require(codes[row * k + i] == int8_t(ratio), "codes of " + example.name());
+    }
+  }
+  code = kbn_run(&example.problem, nullptr);
+  require(code == 0, example.name() + ": " + kbn_error(code));
+  const std::vector<int64_t> sums = example.sums(codes);
+  const int64_t groups = int64_t(sums.size()) / (m * n);
+  const int step = std::floor(example.problem.offset) == example.problem.offset ? 1 : 2;
+  for (int64_t row = 0; row < m; ++row) {
+    for (int64_t column = 0; column < n; ++column) {
+      int64_t sum = 0;
+      for (int64_t group = 0; group < groups; ++group) {
+        sum += sums[(row * groups + group) * n + column];
+      }
+      const double y = double(sum) * 0.5 / step * scales[row] + example.bias[column];
+      const double error = std::fabs(y - example.y[row * n + column]);
+      require(error <= 1e-4 * (1 + std::fabs(y)), "output of " + example.name());
+    }
+  }
+}
+
+void check_isa() {
+  const struct {
+    int bits;
+    float offset;
+  } widths[] = {{1, -0.5f}, {2, -1}, {2, -1.5f}, {4, -8}, {8, -128}};
+  int count = 0;
+  uint32_t seed = 0;
+  for (const auto& width : widths) {
+    for (int64_t group : {0, 32, 64}) {
+      for (int64_t m : {1, 2, 3, 5, 13}) {
+        for (int64_t k : {1, 33, 100, 257}) {
+          for (int64_t n : {1, 31, 100}) {
+            Example example(m, k, n, width.bits, width.offset, group, ++seed);
+            check_sums(example);
+            check_output(example);
+            ++count;
+          }
+        }
+      }
+    }
+  }
+  std::printf("%s: %d problems agree\n", kbn_isa(), count);
+}
+
+// Many callers at once, while the number of threads changes.
+void check_threads() {
+  Example shared(9, 512, 1024, 2, -1, 0, 1);
+  require(kbn_run(&shared.problem, nullptr) == 0, "run");
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 6; ++i) {
+    callers.emplace_back([&] {
+      std::vector<float> y(shared.y.size());
+      kbn_matmul problem = shared.problem;
+      problem.y = y.data();
+      for (int repeat = 0; repeat < 20; ++repeat) {
+        if (kbn_run(&problem, nullptr) || y != shared.y) ++wrong;
+      }
+    });
+  }
+  for (int count : {1, 4, 2, 3, 8, 2}) {
+    kbn_set_threads(count);
+    std::this_thread::yield();
+  }
+  for (auto& caller : callers) caller.join();
+  require(wrong == 0, "concurrent callers");
+  std::printf("concurrent callers agree\n");
+}
+
+void check_fork() {
+#if !defined(_WIN32)
+  Example example(9, 512, 1024, 2, -1, 0, 2);
+  require(kbn_run(&example.problem, nullptr) == 0, "run");
+  const pid_t child = fork();
+  if (child == 0) {
+    const std::vector<float> expected = example.y;
+    std::memset(example.y.data(), 0xff, example.y.size() * 4);
+    _exit(kbn_run(&example.problem, nullptr) || example.y != expected);
+  }
+  int status = -1;
+  waitpid(child, &status, 0);
+  require(status == 0, "forked child");
+  std::printf("forked child agrees\n");
+#endif
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::stringstream isas(kbn_isas());
+  for (std::string isa; std::getline(isas, isa, ',');) {
+    require(kbn_set_isa(isa.c_str()) == 0, "set_isa " + isa);
+    check_isa();
+  }
+  require(kbn_set_isa("no_such_isa") != 0, "an unknown instruction set must be refused");
+  require(kbn_set_isa("auto") == 0, "set_isa auto");
+  kbn_set_threads(3);
+  check_threads();
+  if (argc > 1 && std::string(argv[1]) == "fork") check_fork();
+}

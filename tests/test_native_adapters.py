@@ -1,0 +1,251 @@
+"""The native CPU rows as every backend sees them; what only one has is in test_native_<backend>."""
+
+import threading
+
+import keras
+import numpy as np
+import oracle
+import pytest
+from helpers import BACKEND, gradient, relative_error, run_python, to_numpy
+from keras import ops
+
+from keras_bitnet import kernels
+from keras_bitnet.kernels import native
+from keras_bitnet.layers import BitLinear
+from keras_bitnet.ops import PackedTensor, bit_matmul
+from keras_bitnet.quantizers.activations import ActivationInt4, ActivationInt8
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reason()))
+
+OFFSETS = {1: (-0.5,), 2: (-1.0, -1.5), 4: (-8.0,), 8: (-128.0,)}
+GRANULARITIES = ("tensor", "channel", 32, 128)
+DTYPES = ("float32", "bfloat16", "float16")
+SIZES = ((1, 1, 1), (3, 7, 31), (4, 31, 33), (17, 100, 257), (1, 257, 100), (33, 260, 16))
+QUANTIZERS = (
+    ActivationInt8(),
+    ActivationInt4(),
+    ActivationInt8("tensor"),
+    ActivationInt4("tensor"),
+)
+# A result is rounded to its dtype, and float32 sums differ in order.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
+
+
+def make_packed(rng, k, n, bits=2, granularity="tensor", offset=None):
+    codes = rng.integers(0, 2**bits, (k, n))
+    group_size = granularity if isinstance(granularity, int) else None
+    groups = -(-k // group_size) if group_size else 1
+    scale = rng.uniform(0.5, 1.5, (groups, 1 if granularity == "tensor" else n)).astype("float32")
+    offset = OFFSETS[bits][0] if offset is None else offset
+    packed = PackedTensor.from_codes(codes, scale, offset, bits, group_size)
+    tensors = (ops.convert_to_tensor(packed.tiles), ops.convert_to_tensor(packed.scale))
+    return codes, PackedTensor(*tensors, offset, bits, k, n, group_size)
+
+
+def expected(x, codes, packed, quantizer, bias):
+    x_codes, x_scale = oracle.quantize_activation(
+        x, quantizer.highest, quantizer.granularity == "tensor"
+    )
+    scale = to_numpy(packed.scale).astype("float64")
+    group_size = packed.group_size or packed.in_features
+    step = 1 if float(packed.offset).is_integer() else 2
+    sums = oracle.accumulate(x_codes, codes, packed.offset, group_size) / step  # (m, groups, n)
+    return (sums * scale).sum(axis=1) * x_scale + (0 if bias is None else bias)
+
+
+def packed_layer(rng, k=100, units=33, **kwargs):
+    layer = BitLinear(units, packed=True, **kwargs)
+    source = BitLinear(units, **kwargs)
+    layer.build((None, k))
+    source.build((None, k))
+    layer.pack_from(source)
+    if layer.bias is not None:
+        layer.bias.assign(rng.normal(size=units))
+    return layer
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(("bits", "offset"), [(b, o) for b in OFFSETS for o in OFFSETS[b]])
+def test_equals_oracle_and_reference(bits, offset, granularity, dtype, rng):
+    first = bits + DTYPES.index(dtype) + GRANULARITIES.index(granularity)
+    for i in range(first, first + 3):  # all sizes and quantizers meet over the parameters
+        (m, k, n), quantizer = SIZES[i % len(SIZES)], QUANTIZERS[i % len(QUANTIZERS)]
+        codes, packed = make_packed(rng, k, n, bits, granularity, offset)
+        bias = rng.normal(size=n).astype("float32") if n % 2 else None
+        x = ops.cast(rng.normal(size=(m, k)).astype("float32"), dtype)
+        with kernels.use_kernel("native"):
+            y = bit_matmul(x, packed, quantizer, bias)
+        with kernels.use_kernel("reference"):
+            reference = bit_matmul(x, packed, quantizer, bias)
+        assert keras.backend.standardize_dtype(y.dtype) == dtype
+        assert tuple(y.shape) == (m, n)
+        x, y, reference = (to_numpy(ops.cast(v, "float32")) for v in (x, y, reference))
+        assert relative_error(y, expected(x, codes, packed, quantizer, bias)) < TOLERANCE[dtype]
+        assert relative_error(y, reference) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("shape", [(100,), (0, 100), (2, 0, 100), (1, 2, 3, 4, 100)])
+def test_leading_axes(shape, rng):
+    _, packed = make_packed(rng, 100, 33)
+    x = rng.normal(size=shape).astype("float32")
+    with kernels.use_kernel("native"):
+        y = bit_matmul(x, packed, ActivationInt8())
+        rows = bit_matmul(x.reshape(-1, 100), packed, ActivationInt8())
+    assert tuple(y.shape) == (*shape[:-1], 33)
+    np.testing.assert_array_equal(to_numpy(y).reshape(-1, 33), to_numpy(rows))
+
+
+def test_packed_tensor_of_numpy_arrays(rng):
+    codes, packed = make_packed(rng, 100, 33)
+    arrays = PackedTensor.from_codes(codes, packed.scale, packed.offset, 2)
+    x = rng.normal(size=(3, 100)).astype("float32")
+    with kernels.use_kernel("native"):
+        y = to_numpy(bit_matmul(x, arrays, ActivationInt8()))
+        np.testing.assert_array_equal(y, to_numpy(bit_matmul(x, packed, ActivationInt8())))
+
+
+def test_lower_bound_of_the_absolute_maximum(rng):
+    _, packed = make_packed(rng, 100, 33)
+    x = rng.uniform(-0.1, 0.1, (3, 100)).astype("float32")
+    found = []
+    for name in ("native", "reference"):
+        with kernels.use_kernel(name):
+            found.append(to_numpy(bit_matmul(x, packed, ActivationInt8(epsilon=2.0))))
+    assert relative_error(*found) < 2e-6
+
+
+def test_operands_that_are_views(rng):
+    _, packed = make_packed(rng, 100, 33)
+    x = ops.transpose(ops.convert_to_tensor(rng.normal(size=(100, 6)).astype("float32")))
+    with kernels.use_kernel("native"):
+        y = bit_matmul(x, packed, ActivationInt8())
+    with kernels.use_kernel("reference"):
+        assert relative_error(to_numpy(y), bit_matmul(x, packed, ActivationInt8())) < 2e-6
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_of_activations_and_bias(bits, granularity, dtype, rng):
+    _, packed = make_packed(rng, 100, 33, bits, granularity)
+    x = rng.normal(size=(2, 3, 100)).astype("float32")
+    bias = rng.normal(size=33).astype("float32")
+    weight = rng.normal(size=(2, 3, 33)).astype("float32")
+
+    def loss(x, bias):
+        y = bit_matmul(ops.cast(x, dtype), packed, ActivationInt8(), bias)
+        return ops.sum(ops.multiply(ops.cast(y, "float32"), weight))
+
+    found = {}
+    for name in ("native", "reference"):
+        with kernels.use_kernel(name):
+            found[name] = (
+                gradient(lambda v: loss(v, bias), x),
+                gradient(lambda v: loss(x, ops.convert_to_tensor(v)), bias),
+            )
+    for actual, wanted in zip(found["native"], found["reference"], strict=True):
+        assert relative_error(actual, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+def test_trains_what_is_around_a_packed_layer(policy, rng):
+    layer = packed_layer(rng, norm="rms", dtype=policy)
+    x = rng.normal(size=(64, 100)).astype("float32")
+    target = rng.normal(size=(64, 33)).astype("float32")
+    weights = {}
+    for name in ("reference", "native"):
+        with kernels.use_kernel(name):
+            twin = BitLinear.from_config(layer.get_config())
+            model = keras.Sequential([keras.Input((100,)), twin])
+            twin.set_weights(layer.get_weights())
+            model.compile(keras.optimizers.SGD(0.05), "mse", jit_compile=BACKEND == "jax")
+            history = model.fit(x, target, epochs=3, batch_size=24, shuffle=False, verbose=0)
+            losses = history.history["loss"]
+            assert losses[-1] < losses[0]
+            assert np.isfinite(model.evaluate(x, target, verbose=0))
+            assert model.predict(x, verbose=0).shape == (64, 33)
+            weights[name] = [np.asarray(w, "float32") for w in model.get_weights()]
+    for actual, wanted in zip(weights["native"], weights["reference"], strict=True):
+        np.testing.assert_allclose(actual, wanted, atol=1e-5 if policy == "float32" else 2e-2)
+
+
+def problem(**changes):
+    facts = {"rows": 1, "in_features": 64, "out_features": 8, "bits": 2, "group_size": None,
+             "dtype": "float32", "activation_bits": 8, "activation_granularity": "token",
+             "device": "cpu"}  # fmt: skip
+    return kernels.Problem(**{**facts, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"device": None}, None),
+        ({"group_size": 64, "activation_bits": 4, "activation_granularity": "tensor"}, None),
+        ({"device": "cuda:0"}, "'cuda:0', not on the CPU"),
+        ({"device": "/job:localhost/replica:0/task:0/device:GPU:0"}, "not on the CPU"),
+        ({"activation_bits": None}, "activations are float"),
+        ({"activation_bits": 6}, "activations of 6 bits"),
+        ({"activation_granularity": "static"}, "'static'"),
+        ({"dtype": "float64"}, "dtype float64"),
+        ({"group_size": 48}, "multiple of 32"),
+        ({"bits": 8, "in_features": 200_000}, "int32"),
+    ],
+)
+def test_explain_says_why(changes, reason, monkeypatch):
+    rows = dict(kernels.explain(problem(**changes)))
+    assert rows["reference"] is None
+    if reason is None:
+        assert rows["native"] is None
+    else:
+        assert reason in rows["native"]
+
+
+def test_explain_without_a_library(monkeypatch):
+    monkeypatch.setattr("keras_bitnet.kernels.cpu.NO_LIBRARY", "no compiler at install")
+    assert kernels.explain(problem())[0] == ("native", "no compiler at install")
+
+
+def test_forced_kernel_that_cannot_run(rng):
+    _, packed = make_packed(rng, 32, 8)
+    with kernels.use_kernel("native"), pytest.raises(ValueError, match="activations are float"):
+        bit_matmul(np.ones((2, 32), "float32"), packed)
+
+
+def test_layer_runs_the_native_kernel_by_itself(rng, monkeypatch):
+    layer = packed_layer(rng)
+    assert kernels.explain(layer)[0] == ("native", None)
+    x = rng.normal(size=(4, 100)).astype("float32")
+    y = to_numpy(layer(x))
+    with kernels.use_kernel("native"):
+        np.testing.assert_array_equal(to_numpy(layer(x)), y)
+    monkeypatch.setitem(kernels.select.TABLES, BACKEND, (kernels.select.REFERENCE,))
+    assert relative_error(to_numpy(layer(x)), y) < 2e-6
+
+
+def test_many_threads_at_once(rng):
+    _, packed = make_packed(rng, 512, 512)
+    x = ops.convert_to_tensor(rng.normal(size=(4, 512)).astype("float32"))
+    wanted = to_numpy(bit_matmul(x, packed, ActivationInt8()))
+    wrong = []
+
+    def work():
+        for _ in range(50):
+            y = to_numpy(bit_matmul(x, packed, ActivationInt8()))
+            wrong.append(not np.array_equal(y, wanted))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [False] * 400
+
+
+def test_import_brings_only_the_active_framework():
+    names = "[m for m in ('jax', 'torch', 'tensorflow') if m in sys.modules]"
+    code = f"import json, sys, {{}}; print(json.dumps({names}))"
+    bare = run_python(code.format("keras"))  # Keras may bring another for its own checks
+    ours = "keras_bitnet, keras_bitnet.layers, keras_bitnet.kernels"
+    assert run_python(code.format(ours)) == bare

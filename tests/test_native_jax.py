@@ -1,0 +1,226 @@
+"""The native CPU kernels under JAX's transformations."""
+
+import dataclasses
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+from helpers import BACKEND, relative_error, run_python
+
+if BACKEND != "jax":
+    pytest.skip("the jax backend is not the active one", allow_module_level=True)
+
+import jax
+import jax.numpy as jnp
+import keras
+from test_native_adapters import make_packed, packed_layer
+
+from keras_bitnet import kernels
+from keras_bitnet.kernels import native
+from keras_bitnet.ops import bit_matmul
+from keras_bitnet.quantizers.activations import ActivationInt8
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reason()))
+
+SOURCES = pathlib.Path(native.__file__).parent / "src"
+TARGET = "keras_bitnet_matmul"
+
+
+@pytest.fixture
+def functions(rng):
+    """`(native, reference)`: the same function of `(x, bias)`, per-token activations."""
+    _, packed = make_packed(rng, 100, 33)
+
+    def run(name):
+        def function(x, bias=None):
+            with kernels.use_kernel(name):
+                return bit_matmul(x, packed, ActivationInt8(), bias)
+
+        return function
+
+    return run("native"), run("reference")
+
+
+@pytest.fixture
+def x(rng):
+    return jnp.asarray(rng.normal(size=(4, 5, 100)).astype("float32"))
+
+
+@pytest.fixture
+def bias(rng):
+    return jnp.asarray(rng.normal(size=33).astype("float32"))
+
+
+def same(actual, wanted):
+    for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        assert a.shape == w.shape
+        assert relative_error(a, w) < 5e-6
+
+
+def test_jit_calls_the_library(functions, x, bias):
+    function = jax.jit(functions[0])
+    assert TARGET in function.lower(x, bias).compile().as_text()
+    same(function(x, bias), functions[1](x, bias))
+
+
+TRANSFORMED = {
+    "grad": lambda f: jax.grad(lambda x, b: (f(x, b) ** 2).sum(), argnums=(0, 1)),
+    "jit of grad": lambda f: jax.jit(jax.grad(lambda x, b: (f(x, b) ** 2).sum(), argnums=(0, 1))),
+    "vmap": lambda f: jax.vmap(f, (0, None)),
+    "vmap of vmap": lambda f: jax.vmap(jax.vmap(f, (0, None)), (1, None)),
+    "vmap over bias": lambda f: lambda x, b: jax.vmap(f)(x, jnp.stack([b, 2 * b, 3 * b, 4 * b])),
+    "vmap over bias alone": lambda f: lambda x, b: jax.vmap(f, (None, 0))(x, jnp.stack([b, -b])),
+    "vmap of grad": lambda f: jax.vmap(jax.grad(lambda x, b: (f(x, b) ** 2).sum()), (0, None)),
+    "grad of vmap": lambda f: jax.grad(
+        lambda x, b: (jax.vmap(f, (0, None))(x, b) ** 2).sum(), argnums=(0, 1)
+    ),
+    "scan": lambda f: lambda x, b: jax.lax.scan(lambda c, v: (c, f(v, b)), 0, x)[1],
+    "grad of scan": lambda f: jax.grad(
+        lambda x, b: (jax.lax.scan(lambda c, v: (c, f(v, b)), 0, x)[1] ** 2).sum(), argnums=(0, 1)
+    ),
+    "remat": lambda f: jax.grad(lambda x, b: (jax.checkpoint(f)(x, b) ** 2).sum()),
+    "no bias": lambda f: lambda x, b: jax.vmap(jax.grad(lambda v: (f(v) ** 2).sum()))(x),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transformations(name, functions, x, bias):
+    transform = TRANSFORMED[name]
+    same(transform(functions[0])(x, bias), transform(functions[1])(x, bias))
+
+
+def test_vmap_keeps_one_scale_for_each_tensor(rng, x):
+    _, packed = make_packed(rng, 100, 33)
+    function = lambda v: bit_matmul(v, packed, ActivationInt8("tensor"))  # noqa: E731
+    same(jax.vmap(function)(x), jnp.stack([function(v) for v in x]))
+
+
+def test_vmap_over_weights(rng, x):
+    _, packed = make_packed(rng, 100, 33)
+    _, other = make_packed(rng, 100, 33)
+    function = lambda v, t: bit_matmul(  # noqa: E731
+        v, dataclasses.replace(packed, tiles=t), ActivationInt8()
+    )
+    actual = jax.vmap(function)(x[:2], jnp.stack([packed.tiles, other.tiles]))
+    same(actual, jnp.stack([function(x[0], packed.tiles), function(x[1], other.tiles)]))
+
+
+@pytest.mark.parametrize("platforms", [("cpu",), ("cpu", "cuda")])
+def test_export(platforms, functions, x):
+    check = jax.export.DisabledSafetyCheck.custom_call(TARGET)
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 5, 100"), "float32")
+    exporter = jax.export.export(
+        jax.jit(functions[0]), platforms=platforms, disabled_checks=[check]
+    )
+    again = jax.export.deserialize(exporter(shape).serialize())
+    same(again.call(x), functions[1](x))
+
+
+def test_export_of_the_reference_needs_no_custom_call(functions, x):
+    exported = jax.export.export(jax.jit(functions[1]))(x)
+    assert TARGET not in exported.mlir_module()
+    same(exported.call(x), functions[1](x))
+
+
+def test_model_export(rng, tmp_path):
+    tf = pytest.importorskip("tensorflow", reason="a SavedModel from JAX needs TensorFlow")
+    model = keras.Sequential([keras.Input((100,)), packed_layer(rng)])
+    with kernels.use_kernel("reference"):
+        model.export(str(tmp_path), format="tf_saved_model", verbose=False)
+    x = rng.normal(size=(3, 100)).astype("float32")
+    loaded = tf.saved_model.load(str(tmp_path))
+    assert relative_error(loaded.serve(x), model(x)) < 2e-6
+
+
+def test_handler_checks_its_operands(rng):
+    from keras_bitnet.kernels import cpu
+    from keras_bitnet.kernels import jax as adapter
+
+    _, packed = make_packed(rng, 100, 33)
+    facts = cpu.Facts.of(packed, ActivationInt8())
+    call = jax.jit(adapter._ffi_call, static_argnums=0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="tiles must be"):
+        call(facts, jnp.ones((2, 50)), packed.tiles, packed.scale, None).block_until_ready()
+
+
+def test_threads_of_xla_alone():
+    code = """
+import json, os
+import jax
+from keras_bitnet.layers import BitLinear
+layer = BitLinear(2048, packed=True)
+layer.build((None, 2048))
+x = jax.numpy.ones((64, 2048))
+jax.block_until_ready(x @ jax.numpy.ones((2048, 2048)))
+before = len(os.listdir("/proc/self/task"))
+layer(x).block_until_ready()
+print(json.dumps(len(os.listdir("/proc/self/task")) - before))
+"""
+    if not pathlib.Path("/proc/self/task").is_dir():
+        pytest.skip("no /proc on this system")
+    assert run_python(code) == 0
+
+
+# Ours and the header's, member by member.
+LAYOUT = {
+    ("Extension", "XLA_FFI_Extension_Base"): {"type": "type", "next": "next"},
+    ("ApiVersion", "XLA_FFI_Api_Version"): {
+        "major_version": "major_version", "minor_version": "minor_version"},
+    ("ErrorCreate", "XLA_FFI_Error_Create_Args"): {"message": "message", "code": "errc"},
+    ("ErrorDestroy", "XLA_FFI_Error_Destroy_Args"): {"error": "error"},
+    ("Buffer", "XLA_FFI_Buffer"): {n: n for n in ("dtype", "data", "rank", "dims")},
+    ("Buffers", "XLA_FFI_Args"): {"size": "size", "types": "types", "buffers": "args"},
+    ("Buffers", "XLA_FFI_Rets"): {"size": "size", "types": "types", "buffers": "rets"},
+    ("ByteSpan", "XLA_FFI_ByteSpan"): {"data": "ptr", "size": "len"},
+    ("Scalar", "XLA_FFI_Scalar"): {"dtype": "dtype", "value": "value"},
+    ("Attributes", "XLA_FFI_Attrs"): {
+        "size": "size", "types": "types", "names": "names", "values": "attrs"},
+    ("Schedule", "XLA_FFI_ThreadPool_Schedule_Args"): {
+        "context": "ctx", "task": "task", "data": "data"},
+    ("NumThreads", "XLA_FFI_ThreadPool_NumThreads_Args"): {
+        "context": "ctx", "count": "num_threads"},
+    ("Api", "XLA_FFI_Api"): {
+        "version": "api_version", "error_create": "XLA_FFI_Error_Create",
+        "error_destroy": "XLA_FFI_Error_Destroy", "schedule": "XLA_FFI_ThreadPool_Schedule",
+        "num_threads": "XLA_FFI_ThreadPool_NumThreads"},
+    ("CallFrame", "XLA_FFI_CallFrame"): {
+        "api": "api", "context": "ctx", "stage": "stage", "arguments": "args",
+        "results": "rets", "attributes": "attrs"},
+    ("Metadata", "XLA_FFI_Metadata"): {"version": "api_version", "traits": "traits"},
+    ("MetadataExtension", "XLA_FFI_Metadata_Extension"): {"metadata": "metadata"},
+}  # fmt: skip
+VALUES = {
+    "kMetadataExtension": "XLA_FFI_Extension_Metadata",
+    "kExecuteStage": "XLA_FFI_ExecutionStage_EXECUTE",
+    "kInvalidArgument": "XLA_FFI_Error_Code_INVALID_ARGUMENT",
+    "kInternal": "XLA_FFI_Error_Code_INTERNAL",
+    "kScalarAttribute": "XLA_FFI_AttrType_SCALAR",
+    **{
+        f"k{name}": f"XLA_FFI_DataType_{name}"
+        for name in ("U8", "S64", "F16", "F32", "F64", "BF16")
+    },
+}
+
+
+def test_structs_equal_the_header_of_jaxlib(tmp_path):
+    import jaxlib
+
+    include = pathlib.Path(jaxlib.__file__).parent / "include"
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if not (include / "xla/ffi/api/c_api.h").exists() or compiler is None:
+        pytest.skip("this jaxlib ships no header, or there is no compiler")
+    lines = ['#include "xla/ffi/api/c_api.h"', '#include "xla_ffi.h"']
+    for (ours, theirs), members in LAYOUT.items():
+        for a, b in members.items():
+            lines.append(
+                f"static_assert(offsetof(xla_ffi::{ours}, {a}) == offsetof({theirs}, {b}) && "
+                f'sizeof(xla_ffi::{ours}::{a}) == sizeof({theirs}::{b}), "{ours}.{a}");'
+            )
+    for a, b in VALUES.items():
+        lines.append(f'static_assert(int(xla_ffi::{a}) == int({b}), "{a}");')
+    source = tmp_path / "layout.cc"
+    source.write_text("\n".join(lines))
+    command = [compiler, "-std=c++17", "-fsyntax-only", f"-I{include}", f"-I{SOURCES}", source]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,155 @@
+"""The native CPU kernels under PyTorch's ways of tracing."""
+
+import os
+
+import numpy as np
+import pytest
+from helpers import BACKEND, relative_error, run_python
+
+if BACKEND != "torch":
+    pytest.skip("the torch backend is not the active one", allow_module_level=True)
+
+import keras
+import torch
+from test_native_adapters import make_packed, packed_layer
+
+from keras_bitnet import kernels
+from keras_bitnet.kernels import native
+from keras_bitnet.ops import bit_matmul
+from keras_bitnet.quantizers.activations import ActivationInt8
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reason()))
+
+
+def has_op(graph):
+    return any("bit_matmul" in str(node.target) for node in graph.nodes)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compile(dynamic, rng):
+    torch._dynamo.reset()
+    layer = packed_layer(rng)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
+    for rows in (5, 2, 9):
+        x = torch.randn(rows, 100)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), layer(x))
+
+
+def test_compile_as_the_first_call_of_a_process():
+    code = """
+import json, torch
+from keras_bitnet.layers import BitLinear
+layer = BitLinear(8, packed=True)
+layer.build((None, 16))
+y = torch.compile(layer, fullgraph=True)(torch.ones(2, 16))
+print(json.dumps(list(y.shape)))
+"""
+    assert run_python(code) == [2, 8]
+
+
+def test_compiled_gradient(rng):
+    torch._dynamo.reset()
+    layer = packed_layer(rng)
+    x = torch.randn(5, 100)
+    found = []
+    for call in (layer, torch.compile(layer, fullgraph=True, dynamic=True)):
+        v = x.clone().requires_grad_()
+        call(v).square().sum().backward()
+        found.append((v.grad, layer.bias.value.grad))
+        layer.bias.value.grad = None
+    for actual, wanted in zip(*found, strict=True):
+        assert relative_error(actual, wanted) < 2e-6
+
+
+@pytest.mark.parametrize("kernel", ["native", "reference"])
+def test_export(kernel, rng):
+    layer = packed_layer(rng)
+    x = torch.randn(5, 100)
+    batch = torch.export.Dim("batch")
+    with kernels.use_kernel(kernel):
+        program = torch.export.export(layer, (x,), dynamic_shapes=(({0: batch},),))
+    assert has_op(program.graph) == (kernel == "native")
+    assert relative_error(program.module()(x[:3]).detach(), layer(x[:3]).detach()) < 2e-6
+
+
+@pytest.mark.parametrize("granularity", ["tensor", 32])
+@pytest.mark.parametrize("bias", [0, 33])
+def test_opcheck(granularity, bias, rng):
+    _, packed = make_packed(rng, 100, 33, granularity=granularity)
+    x, b = torch.randn(2, 5, 100), torch.randn(bias)
+    group_size = packed.group_size or 0
+    attributes = (33, 2, group_size, 8, False, packed.offset, 1e-5)
+    op = torch.ops.keras_bitnet.bit_matmul.default
+    tensors = (x.requires_grad_(), packed.tiles, packed.scale, b.requires_grad_())
+    torch.library.opcheck(op, (*tensors, *attributes))
+
+
+def test_operator_over_ctypes(rng):
+    from keras_bitnet.kernels import torch as adapter
+
+    _, packed = make_packed(rng, 100, 33)
+    x = torch.randn(5, 100)
+    wanted = bit_matmul(x, packed, ActivationInt8())
+    arguments = (33, 2, 0, 8, False, packed.offset, 1e-5)
+    y = adapter._run_through_ctypes(x, packed.tiles, packed.scale, torch.empty(0), *arguments)
+    assert torch.equal(y, wanted)
+
+
+def test_operator_checks_its_operands(rng):
+    _, packed = make_packed(rng, 100, 33)
+    attributes = (33, 2, 0, 8, False, packed.offset, 1e-5)
+    none = torch.empty(0)
+    op = torch.ops.keras_bitnet.bit_matmul
+    x = torch.randn(5, 100)
+    for operands, message in (
+        ((x[:, :50].contiguous(), packed.tiles, packed.scale, none), "tiles must be"),
+        ((x.t().contiguous().t(), packed.tiles, packed.scale, none), "contiguous"),
+        ((x, packed.tiles, packed.scale, torch.ones(7)), "bias must be"),
+        ((x.double(), packed.tiles, packed.scale, none), "dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(*operands, *attributes)
+
+
+def test_operands_at_odd_addresses(rng):
+    _, packed = make_packed(rng, 100, 33)
+    raw = torch.zeros(packed.tiles.numel() + 1, dtype=torch.uint8)
+    raw[1:] = packed.tiles.reshape(-1)
+    x = torch.randn(5, 100)
+    wanted = bit_matmul(x, packed, ActivationInt8())
+    object.__setattr__(packed, "tiles", raw[1:].reshape(packed.tiles.shape))
+    assert torch.equal(bit_matmul(x, packed, ActivationInt8()), wanted)
+
+
+def test_meta_tensors_and_functional_models(rng):
+    inputs = keras.Input((7, 100))
+    model = keras.Model(inputs, packed_layer(rng)(inputs))
+    assert model.output_shape == (None, 7, 33)
+    assert model.predict(np.ones((2, 7, 100), "float32"), verbose=0).shape == (2, 7, 33)
+
+
+def test_threads_follow_torch():
+    code = """
+import json, os, torch
+torch.set_num_threads(1)
+from keras_bitnet.layers import BitLinear
+layer = BitLinear(2048, packed=True)
+layer.build((None, 2048))
+before = len(os.listdir("/proc/self/task"))
+layer(torch.ones(64, 2048))
+print(json.dumps(len(os.listdir("/proc/self/task")) - before))
+"""
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("no /proc on this system")
+    assert run_python(code) == 0
+
+
+def test_model_export(rng, tmp_path):
+    model = keras.Sequential([keras.Input((100,)), packed_layer(rng)])
+    x = np.ones((1, 100), "float32")
+    with kernels.use_kernel("reference"):
+        model.export(str(tmp_path / "model.pt2"), format="torch", verbose=False)
+    program = torch.export.load(tmp_path / "model.pt2")
+    assert not has_op(program.graph)
+    assert relative_error(program.module()(torch.tensor(x)).detach(), model(x).detach()) < 2e-6

@@ -1,0 +1,279 @@
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from helpers import relative_error, to_numpy
+
+import keras_bitnet
+from keras_bitnet.layers import BitEinsumDense, BitLinear
+
+FLOAT_START = {"weight_quantizer": "ternary", "quantization_strength": 0.0}
+
+
+@keras.saving.register_keras_serializable("tests")
+class Block(keras.layers.Layer):
+    """Attention made in its own build, dense layers in a list and in a dictionary."""
+
+    def __init__(self, size, **kwargs):
+        super().__init__(**kwargs)
+        self.size = size
+        self.attention = keras.layers.MultiHeadAttention(2, size // 2)
+        self.feed_forward = [keras.layers.Dense(2 * size, "relu"), keras.layers.Dense(size)]
+        self.extra = {"gate": keras.layers.Dense(size, "sigmoid"), "norms": [
+            keras.layers.LayerNormalization()]}  # fmt: skip
+
+    def call(self, x):
+        x = x + self.attention(x, x)
+        y = self.extra["norms"][0](x)
+        gate = self.extra["gate"](y)
+        for layer in self.feed_forward:
+            y = layer(y)
+        return x + gate * y
+
+    def get_config(self):
+        return {**super().get_config(), "size": self.size}
+
+
+@keras.saving.register_keras_serializable("tests")
+class Subclassed(keras.Model):
+    def __init__(self, size=8, **kwargs):
+        super().__init__(**kwargs)
+        self.inputs_layer = keras.layers.Dense(size, "relu")
+        self.block = Block(size)
+        self.alias = self.inputs_layer  # one layer under two names
+        self.head = keras.layers.Dense(3)
+
+    def call(self, x):
+        return self.head(self.block(self.alias(self.inputs_layer(x))))
+
+
+def sequential():
+    return keras.Sequential(
+        [
+            keras.Input((5, 8)),
+            keras.layers.Dense(16, "relu", name="first"),
+            keras.layers.Dropout(0.1),
+            keras.layers.Dense(3, use_bias=False, name="last"),
+        ]
+    )
+
+
+def functional():
+    inputs = keras.Input((5, 8), name="tokens")
+    x = keras.layers.MultiHeadAttention(2, 4, name="attention")(inputs, inputs)
+    x = keras.layers.Add()([x, inputs])
+    x = Block(8, name="block")(x)
+    x = keras.Sequential([keras.layers.Dense(8, name="a")], name="nested")(x)
+    shared = keras.layers.Dense(8, name="shared")
+    x = shared(shared(x))
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(x), name="model")
+
+
+def subclassed():
+    model = Subclassed()
+    model(np.zeros((2, 5, 8), "float32"))
+    return model
+
+
+MODELS = [sequential, functional, subclassed]
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(size=(4, 5, 8)).astype("float32")
+
+
+def bit_layers(model):
+    return [v for v in model._flatten_layers() if isinstance(v, keras_bitnet.layers.BitLayer)]
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_float_quantized_packed_unpacked(make, x, tmp_path):
+    """The way of a model, each step's outputs equal to those of the step before."""
+    model = make()
+    wanted = to_numpy(model(x))
+    weights = [to_numpy(w) for w in model.weights]
+    qat, changes = keras_bitnet.quantize_model(model, FLOAT_START, verbose=0, return_changes=True)
+    np.testing.assert_allclose(to_numpy(qat(x)), wanted, rtol=1e-5, atol=1e-6)
+    assert not any(type(v) is keras.layers.Dense for v in qat._flatten_layers())
+    assert len(bit_layers(qat)) == sum(change.replaced_by is not None for change in changes)
+
+    for layer in bit_layers(qat):
+        layer.quantization_strength.assign(1.0)
+    qat.compile(keras.optimizers.Adam(1e-2), "mse")
+    qat.fit(x, np.ones_like(wanted), epochs=2, verbose=0)
+    trained = to_numpy(qat(x))
+    path = tmp_path / "qat.keras"
+    qat.save(path)
+    reloaded = keras.models.load_model(path)
+    np.testing.assert_allclose(to_numpy(reloaded(x)), trained, rtol=1e-6, atol=1e-7)
+
+    packed = keras_bitnet.pack_model(reloaded, verbose=0)
+    assert all(layer.packed for layer in bit_layers(packed))
+    assert relative_error(to_numpy(packed(x)), trained) < 1e-5
+    assert not any("kernel" in v.name for v in packed.trainable_variables)
+    packed.save(path)
+    again = keras.models.load_model(path)
+    np.testing.assert_array_equal(to_numpy(again(x)), to_numpy(packed(x)))
+    assert type(again).__name__ == type(model).__name__
+
+    unpacked = keras_bitnet.unpack_model(again, verbose=0)
+    assert relative_error(to_numpy(unpacked(x)), trained) < 1e-5
+    unpacked.compile("sgd", "mse")
+    unpacked.fit(x, np.ones_like(wanted), epochs=1, verbose=0)
+    for before, now in zip(weights, model.weights, strict=True):
+        np.testing.assert_array_equal(before, to_numpy(now))  # never touched
+
+
+def test_clone_model_of_every_stage(x):
+    qat = keras_bitnet.quantize_model(functional(), verbose=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        packed = keras_bitnet.pack_model(qat, verbose=0)
+    for model in (qat, packed):
+        clone = keras.models.clone_model(model)
+        clone.set_weights(model.get_weights())
+        np.testing.assert_allclose(to_numpy(clone(x)), to_numpy(model(x)), rtol=1e-6)
+
+
+def test_attention_keeps_its_class_and_arguments(x):
+    model = keras_bitnet.quantize_model(functional(), verbose=0)
+    attention = model.get_layer("attention")
+    assert isinstance(attention, keras.layers.MultiHeadAttention)
+    assert isinstance(attention._query_dense, BitEinsumDense)
+    assert attention.num_heads == 2
+    _, scores = attention(x, x, return_attention_scores=True, use_causal_mask=True)
+    assert scores.shape == (4, 2, 5, 5)
+    assert any(w.path.startswith("attention/query/kernel") for w in model.weights)
+
+
+def test_inputs_keep_their_names():
+    model = functional()
+    names = [layer.name for layer in model.layers]
+    assert names[0] == "tokens"
+    quantized = keras_bitnet.quantize_model(model, verbose=0)
+    assert [layer.name for layer in quantized.layers] == names
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ("^first$", {"first"}),
+        (["fir", "last"], {"first", "last"}),
+        (lambda layer: layer.units == 3, {"last"}),
+    ],
+)
+def test_filters(filters, expected):
+    model, changes = keras_bitnet.quantize_model(
+        sequential(), filters=filters, verbose=0, return_changes=True
+    )
+    quantized = {layer.name for layer in model.layers if isinstance(layer, BitLinear)}
+    assert quantized == expected
+    reasons = {change.path: change.reason for change in changes if change.reason}
+    assert all(reason == "left out by `filters`" for reason in reasons.values())
+
+
+def test_paths_of_inner_layers_can_be_filtered():
+    model = keras_bitnet.quantize_model(
+        functional(), filters=r"attention\w*/(query|key)$", verbose=0
+    )
+    assert len(bit_layers(model)) == 4  # of the attention and of that in the block
+
+
+def test_spec_by_callable_and_arguments():
+    def spec(layer):
+        if layer.name == "first":
+            return {"weight_quantizer": "int4", "norm": "rms", "norm_position": "post"}
+        return None
+
+    model, changes = keras_bitnet.quantize_model(sequential(), spec, verbose=0, return_changes=True)
+    assert model.get_layer("first").weight_quantizer.bits == 4
+    assert model.get_layer("first").normalization is not None
+    assert changes[-1].reason == "left out by `spec`"
+
+
+def test_lora_of_the_float_model_is_merged(x):
+    model = sequential()
+    model.get_layer("first").enable_lora(2)
+    model.get_layer("first").lora_kernel_b.assign(np.ones((2, 16)))
+    wanted = to_numpy(model(x))
+    qat = keras_bitnet.quantize_model(model, FLOAT_START, verbose=0)
+    np.testing.assert_allclose(to_numpy(qat(x)), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_models_stay_compiled():
+    model = sequential()
+    model.compile("adam", "mse", metrics=["mae"])
+    assert keras_bitnet.quantize_model(model, verbose=0).compiled
+
+
+def test_packing_an_untrained_conversion_warns():
+    qat = keras_bitnet.quantize_model(sequential(), verbose=0)
+    with pytest.warns(UserWarning, match="Rounding alone destroys"):
+        keras_bitnet.pack_model(qat, verbose=0)
+    int8 = keras_bitnet.quantize_model(sequential(), "int8", verbose=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        keras_bitnet.pack_model(int8, verbose=0)
+
+
+def test_packing_below_full_strength_warns():
+    model = keras.Sequential([keras.Input((8,)), BitLinear(3, quantization_strength=0.5)])
+    with pytest.warns(UserWarning, match=r"quantization_strength=0\.5"):
+        keras_bitnet.pack_model(model, verbose=0)
+
+
+def test_progress_and_report_are_printed(capsys):
+    keras_bitnet.quantize_model(sequential(), filters="first")
+    out = capsys.readouterr().out
+    assert "1 of 2 layers quantized." in out
+    assert "kept last: left out by `filters`" in out
+
+
+def test_memory_and_trainable_state():
+    model = keras.Sequential([keras.Input((512,)), BitLinear(256)])
+    packed = keras_bitnet.pack_model(model, verbose=0)
+    layer = packed.layers[0]
+    assert layer.packed_kernel.nbytes * 8 / (512 * 256) < 2.001
+    assert [v.name for v in packed.trainable_variables] == ["bias"]
+
+
+class Lost(keras.layers.Layer):
+    def __init__(self, size):
+        super().__init__()
+        self.dense = keras.layers.Dense(size)
+
+    def call(self, x):
+        return self.dense(x)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: keras_bitnet.quantize_model("model"), "Received: str"),
+        (
+            lambda: keras_bitnet.quantize_model(keras.Sequential([keras.layers.Dense(3)])),
+            "Build it",
+        ),
+        (lambda: keras_bitnet.quantize_model(sequential(), "int3"), "Unknown weight quantizer"),
+        (lambda: keras_bitnet.quantize_model(sequential(), filters=3), "Received: 3 of type int"),
+        (
+            lambda: keras_bitnet.quantize_model(
+                keras.Sequential([keras.Input((4,)), Lost(3)]), verbose=0
+            ),
+            "cannot be made again from its config",
+        ),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_nothing_to_do_warns():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization()])
+    with pytest.warns(UserWarning, match="found no layer to quantize"):
+        keras_bitnet.quantize_model(model, verbose=0)
+    with pytest.warns(UserWarning, match="No layer was packed"):
+        keras_bitnet.pack_model(model, verbose=0)
