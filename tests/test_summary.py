@@ -138,15 +138,15 @@ def test_macs_of_a_layer(layer, shape, macs):
 
 def test_attention_counts_projections_and_scores():
     query, value = keras.Input((10, 16)), keras.Input((7, 16))
-    attention = layers.MultiHeadAttention(4, 8, value_dim=5, name="att")
+    attention = layers.MultiHeadAttention(4, 8, name="att")
     data = data_of(keras.Model([query, value], attention(query, value)))
     macs = {row.path: row.macs for row in data.rows}
     assert macs == {
-        "att": 4 * 10 * 7 * (8 + 5),
+        "att": 4 * 10 * 7 * (8 + 8),
         "att/query": 10 * 16 * 32,
         "att/key": 7 * 16 * 32,
-        "att/value": 7 * 16 * 20,
-        "att/attention_output": 10 * 20 * 16,
+        "att/value": 7 * 16 * 32,
+        "att/attention_output": 10 * 32 * 16,
     }
     (row,) = data_of(keras.Model([query, value], attention(query, value)), depth=0).rows
     assert row.macs == sum(macs.values())

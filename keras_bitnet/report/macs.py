@@ -127,9 +127,8 @@ def _reversible_embedding(layer, call):
 
 
 def _attention(layer, call):
-    query, value, *key = call.input
-    size = query[-1] + value[-1]
-    return query[0] * query[1] * value[1] * size
+    query, value = call.input[:2]
+    return query[0] * query[1] * value[1] * (query[-1] + value[-1])
 
 
 def _multi_head_attention(layer, call):

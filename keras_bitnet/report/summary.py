@@ -64,7 +64,7 @@ class Row:
 
 @dataclasses.dataclass
 class Totals:
-    """The sums over all rows; attributes as in `Row`, and:
+    """The sums over all rows, under the names of `Row`.
 
     Attributes:
         compression: `bytes_float32 / bytes_packed`.

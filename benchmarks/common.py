@@ -1,0 +1,112 @@
+"""What every benchmark needs: facts about the machine, fair timing, results that are whole."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import tempfile
+import time
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+_PACKAGES = ("keras-bitnet", "keras", "numpy", "jax", "tensorflow", "torch")
+
+
+def machine():
+    """Facts about this machine: processor, instruction sets, cores, load, memory."""
+    cpu = _cpu_facts()
+    return {
+        "processor": cpu.get("model name") or platform.processor() or platform.machine(),
+        "architecture": platform.machine(),
+        "isa": [flag for flag in _ISA if flag in cpu.get("flags", "").split()],
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "load_average": [round(load, 2) for load in os.getloadavg()],
+        "system": f"{platform.system()} {platform.release()}",
+        "threads": {name: value for name in _THREADS if (value := os.environ.get(name))},
+    }  # fmt: skip
+
+
+_ISA = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "XLA_FLAGS", "TF_NUM_INTRAOP_THREADS")
+
+
+def _cpu_facts():
+    path = pathlib.Path("/proc/cpuinfo")
+    if not path.exists():
+        return {}
+    first = path.read_text().split("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    facts = {key.strip(): value.strip() for key, _, value in pairs}
+    facts.setdefault("flags", facts.get("Features", ""))
+    return facts
+
+
+def versions():
+    """Versions of Python, the package and the frameworks that are installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def header(**settings):
+    """The head of every result: when, on what, with what versions and settings."""
+    import keras
+
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "backend": keras.backend.backend(),
+        "machine": machine(),
+        "versions": versions(),
+        "settings": settings,
+    }
+
+
+def write_json(path, content):
+    """Writes a JSON file whole or not at all."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=1) + "\n"
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def interleaved_times(functions, repeats=15, warmup=2):
+    """Times functions in turns, so that what else the machine does hits all of them alike.
+
+    Args:
+        functions: Dictionary of functions without arguments that return when the work is done.
+        repeats: Turns to time.
+        warmup: Turns before that are not timed.
+
+    Returns:
+        A dictionary of lists of seconds, one a turn.
+    """
+    times = {name: [] for name in functions}
+    for turn in range(-warmup, repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds = time.perf_counter() - start
+            if turn >= 0:
+                times[name].append(seconds)
+    return times
+
+
+def spread(values):
+    """Median, fastest and the interquartile range of a list of numbers."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "min": min(values), "iqr": high - low, "n": len(values)}
+
+
+def markdown(headers, rows):
+    """A Markdown table; every cell is shown by `str`."""
+    lines = [headers, ["---"] * len(headers), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
