@@ -5,6 +5,7 @@ usual, and no additions of a bias, no norms, no activations. What has no row is 
 """
 
 import math
+from typing import Any
 
 import keras
 from keras import layers
@@ -63,7 +64,8 @@ def count_macs(call):
 
 def _row(layer):
     """The row of the nearest class, unless the layer computes something else than that class."""
-    for cls in type(layer).__mro__:
+    ancestors: tuple[Any, ...] = type(layer).__mro__
+    for cls in ancestors:
         if cls in MACS:
             own_call = cls is not BitLayer and type(layer).call is not cls.call
             return None if own_call else MACS[cls]
@@ -144,7 +146,7 @@ def _grouped_query_attention(layer, call):
     return query[0] * query[1] * value[1] * layer.num_query_heads * 2 * layer.head_dim
 
 
-MACS = {
+MACS: dict[Any, Any] = {
     BitLayer: _bit_layer,
     layers.Dense: _dense,
     layers.EinsumDense: _einsum_dense,

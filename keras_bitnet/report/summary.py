@@ -260,9 +260,10 @@ def _count_kernel(row, layer, variables):
     row.bytes_on_disk = codes + scale
     row.bytes_float32 = 4 * k * n
     row.parameters_by_precision = {precision(layer).partition("A")[0]: k * n}
-    replaced = (layer.kernel, layer.kernel_tiles, layer.kernel_scale, layer.quantization_strength)
-    replaced_ids = set(map(id, replaced))
-    return [v for v in variables if id(v) not in replaced_ids]
+    replaced = {"kernel", "kernel_log2_scale", "kernel_tiles", "kernel_scale"}
+    replaced.add("quantization_strength")
+    own = {id(v) for name, v in layer.own_weights().items() if name in replaced}
+    return [v for v in variables if id(v) not in own]
 
 
 def _own_variables(layer):

@@ -1,6 +1,7 @@
 """A `ModelSummary` as a table for people: by `rich` where it is installed, else aligned text."""
 
 import importlib.util
+from typing import Any
 
 from keras_bitnet.report.macs import format_bits
 
@@ -44,7 +45,7 @@ def _show_rich(data):
         title=f"Model: {data.name}", title_justify="left", box=rich.box.ROUNDED
     )
     for i, header in enumerate(HEADERS):
-        justify = "left" if i < _TEXT_COLUMNS else "right"
+        justify: Any = "left" if i < _TEXT_COLUMNS else "right"
         table.add_column(header, justify=justify, no_wrap=True)
     for row in data.rows:
         style = {"packed": "green", "QAT": "cyan"}.get(row.state)
