@@ -260,9 +260,8 @@ def _count_kernel(row, layer, variables):
     row.bytes_on_disk = codes + scale
     row.bytes_float32 = 4 * k * n
     row.parameters_by_precision = {precision(layer).partition("A")[0]: k * n}
-    replaced = (layer.kernel, layer.kernel_tiles, layer.kernel_scale, layer.quantization_strength)
-    replaced_ids = set(map(id, replaced))
-    return [v for v in variables if id(v) not in replaced_ids]
+    strength = layer.quantization_strength
+    return [v for v in variables if not v.name.startswith("kernel") and v is not strength]
 
 
 def _own_variables(layer):
