@@ -13,6 +13,8 @@ import numpy as np
 from keras import constraints, initializers, ops, regularizers
 
 from keras_bitnet import quantizers
+from keras_bitnet.layers.lora import LowRankAdaptation, check_rank
+from keras_bitnet.layers.named_weights import NamedWeights
 from keras_bitnet.ops import layout
 from keras_bitnet.ops.bit_matmul import bit_matmul
 from keras_bitnet.ops.packed_tensor import PackedTensor
@@ -20,7 +22,7 @@ from keras_bitnet.ops.packed_tensor import PackedTensor
 NORMS = {"rms": keras.layers.RMSNormalization, "layer": keras.layers.LayerNormalization}
 
 
-class BitLayer(keras.Layer):
+class BitLayer(LowRankAdaptation, NamedWeights):
     """Base of the quantized layers. Arguments are those that every one of them takes.
 
     Args:
@@ -300,128 +302,6 @@ class BitLayer(keras.Layer):
     def _kernel_checksum(self):
         return zlib.crc32(ops.convert_to_numpy(self.kernel).tobytes())
 
-    # -- LoRA ------------------------------------------------------------------------------
-
-    def enable_lora(self, rank, lora_alpha=None, a_initializer="he_uniform", b_initializer="zeros"):
-        """Freezes the kernel, float or packed, and adds a trained low-rank product to it.
-
-            y = x @ kernel + (lora_alpha / rank) * (x @ lora_kernel_a) @ lora_kernel_b
-
-        Args:
-            rank: Positive integer, the inner size of the added product.
-            lora_alpha: Scale of the addition, `rank` by default.
-            a_initializer: Initializer of `lora_kernel_a`, `(in_features, rank)`.
-            b_initializer: Initializer of `lora_kernel_b`, `(rank, out_features)`.
-
-        Raises:
-            ValueError: The layer is not built, has LoRA already, or has a kernel constraint.
-        """
-        _check_lora_rank(rank)
-        if self.kernel_constraint is not None:
-            raise ValueError(
-                "LoRA cannot keep a kernel constraint. Remove the `kernel_constraint` argument "
-                f"of layer '{self.name}' to enable LoRA."
-            )
-        if not self.built and self.kernel is None and self.kernel_tiles is None:
-            raise ValueError(f"Build layer '{self.name}' before enabling LoRA.")
-        if self.lora_enabled:
-            raise ValueError(f"LoRA is enabled on layer '{self.name}' already.")
-        self._tracker.unlock()
-        self.lora_kernel_a = self.add_weight(
-            name="lora_kernel_a",
-            shape=(self.in_features, rank),
-            initializer=initializers.get(a_initializer),
-            regularizer=self.kernel_regularizer,
-            dtype="float32",
-        )
-        self.lora_kernel_b = self.add_weight(
-            name="lora_kernel_b",
-            shape=(rank, self.out_features),
-            initializer=initializers.get(b_initializer),
-            regularizer=self.kernel_regularizer,
-            dtype="float32",
-        )
-        if self.kernel is not None:
-            self.kernel.trainable = False
-            if self.kernel_log2_scale is not None:
-                self.kernel_log2_scale.trainable = False
-        self._tracker.lock()
-        self.lora_enabled = True
-        self.lora_rank = rank
-        self.lora_alpha = lora_alpha if lora_alpha is not None else rank
-
-    # -- saving ----------------------------------------------------------------------------
-
-    def own_weights(self):
-        """The layer's own variables by name, those of its normalization left out."""
-        return {v.name: v for v in (*self._trainable_variables, *self._non_trainable_variables)}
-
-    def save_own_variables(self, store):
-        """Writes the variables under their names; ternary codes five to a byte."""
-        for name, variable in self.own_weights().items():
-            if name == "kernel_tiles" and self._saves_trits:
-                codes = ops.convert_to_numpy(self.packed_kernel.codes())
-                store["kernel_trits"] = layout.pack_trits(codes)
-            else:
-                store[name] = ops.convert_to_numpy(variable)
-
-    def load_own_variables(self, store):
-        """Reads what `save_own_variables` wrote, or the weights of the Keras layer it replaces.
-
-        Raises:
-            ValueError: A weight is missing, has another shape, or holds impossible values.
-        """
-        found = {name: store[name] for name in store.keys()}  # noqa: SIM118 (no mapping)
-        if not self.packed and found.keys() and found.keys() <= {"0", "1"}:
-            self._load_stock(found)
-            return
-        expected = {
-            "kernel_trits" if name == "kernel_tiles" and self._saves_trits else name
-            for name in self.own_weights()
-        }
-        if found.keys() != expected:
-            raise ValueError(
-                f"Layer '{self.name}' ({'packed' if self.packed else 'not packed'}) expects the "
-                f"weights {sorted(expected)}. Received: {sorted(found)}. Load the file with "
-                "`keras.models.load_model`, or into a model of the same kind."
-            )
-        for name, value in found.items():
-            if name == "kernel_trits":
-                name, value = "kernel_tiles", self._tiles_from_trits(np.asarray(value))
-            self._assign(name, value)
-        if self.packed and not np.isfinite(ops.convert_to_numpy(self.kernel_scale)).all():
-            raise ValueError(f"The saved scale of layer '{self.name}' holds a NaN or an infinity.")
-
-    def _load_stock(self, found):
-        """Reads the weights "0" (kernel) and "1" (bias) that a stock Keras layer saves."""
-        self._assign("kernel", found["0"])
-        if "1" in found:
-            self._assign("bias", found["1"])
-        self.reset_scale()
-
-    def _assign(self, name, value):
-        variable = self.own_weights().get(name)
-        if variable is None or tuple(variable.shape) != tuple(value.shape):
-            wanted = "no such weight" if variable is None else f"shape {tuple(variable.shape)}"
-            raise ValueError(
-                f"Weight '{name}' of layer '{self.name}': the layer has {wanted}. "
-                f"Received: shape {tuple(value.shape)}"
-            )
-        variable.assign(value)
-
-    def _tiles_from_trits(self, trits):
-        codes = layout.unpack_trits(trits, self.in_features)
-        if codes.shape[1] != self.out_features:
-            raise ValueError(
-                f"The packed kernel of layer '{self.name}' has {self.out_features} outputs. "
-                f"Received: data of {codes.shape[1]}"
-            )
-        return layout.pack(codes, self.weight_quantizer.bits)
-
-    @property
-    def _saves_trits(self):
-        return self.packed and self.weight_quantizer.level_count == 3
-
     def get_config(self):
         """The arguments of the constructor."""
         config = {
@@ -460,9 +340,4 @@ def _check_arguments(layer, norm, norm_position, quantization_strength, lora_ran
             f"Received: quantization_strength={quantization_strength}"
         )
     if lora_rank is not None:
-        _check_lora_rank(lora_rank)
-
-
-def _check_lora_rank(rank):
-    if not isinstance(rank, int) or rank <= 0:
-        raise ValueError(f"The rank of LoRA must be a positive integer. Received: {rank!r}")
+        check_rank(lora_rank)
