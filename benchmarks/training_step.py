@@ -6,6 +6,10 @@ once as Keras compiles it with `jit_compile=True` and once without. A network wh
 finite or does not fall in the first steps is not timed.
 
     KERAS_BACKEND=jax|torch|tensorflow python benchmarks/training_step.py [--quick]
+
+On a busy machine, take one core and count processor time:
+
+    taskset -c 0 python benchmarks/training_step.py --clock cpu
 """
 
 import argparse
@@ -14,6 +18,7 @@ import math
 import os
 import pathlib
 import sys
+import time
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -30,11 +35,13 @@ SETTINGS = {
     "batches": [256, 1024],
     "compiled": [True, False],
     "layers": 3,
-    "seconds_per_case": 20,
+    "clock": "wall",
+    "seconds_per_case": 10,
     "largest_repeats": 50,
     "checked_steps": 5,
 }
 QUICK = {"sizes": [256], "batches": [256], "seconds_per_case": 2}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 LAYERS = {"Dense": keras.layers.Dense, "BitLinear": BitLinear}
 
 
@@ -70,11 +77,12 @@ def measure(size, batch, compiled, settings):
         model = make_model(layer, size, settings["layers"], compiled)
         steps[name] = make_step(model, x, y)
         check(name, steps[name], settings["checked_steps"])
-    trial = common.interleaved_times(steps, repeats=2, warmup=1)
+    clock = CLOCKS[settings["clock"]]
+    trial = common.interleaved_times(steps, repeats=2, warmup=1, clock=clock)
     seconds = sum(min(times) for times in trial.values())
     repeats = int(settings["seconds_per_case"] / seconds)
     repeats = min(max(repeats, 7), settings["largest_repeats"])
-    times = common.interleaved_times(steps, repeats)
+    times = common.interleaved_times(steps, repeats, clock=clock)
     ratios = [b / a for a, b in zip(times["Dense"], times["BitLinear"], strict=True)]
     row = {
         "size": size, "batch": batch, "compiled": compiled,
@@ -95,9 +103,10 @@ def main():
     """Runs everything, writes `results/training_step_<backend>.json`, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one size, short")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--output")
     arguments = parser.parse_args()
-    settings = SETTINGS | (QUICK if arguments.quick else {})
+    settings = SETTINGS | (QUICK if arguments.quick else {}) | {"clock": arguments.clock}
     cases = itertools.product(settings["sizes"], settings["batches"], settings["compiled"])
     rows = [measure(*case, settings) for case in cases]
     name = f"training_step_{keras.backend.backend()}.json"
