@@ -32,6 +32,9 @@ def layer_codes(layer):
     return ops.convert_to_numpy(layer.quantized_matrix().codes)
 
 
+_HALF_STEP = 0.5 + 1e-5  # a scale trained as a logarithm rounds
+
+
 def layer_statistics(layer, previous_codes=None):
     """Describes what quantization does to the kernel of a layer.
 
@@ -64,7 +67,7 @@ def layer_statistics(layer, previous_codes=None):
     step = ops.convert_to_numpy(step)
     levels = codes.astype("float32") + np.float32(quantized.offset)
     ratio = weight / step
-    outside = (ratio < quantizer.lowest - 0.5) | (ratio > quantizer.highest + 0.5)
+    outside = (ratio < quantizer.lowest - _HALF_STEP) | (ratio > quantizer.highest + _HALF_STEP)
     return {
         "share_zero": _share(levels == 0),
         "share_lowest": _share(levels == quantizer.lowest),
