@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BACKENDS ?= jax torch tensorflow
+JOBS ?= 2
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 
@@ -27,11 +28,11 @@ $(READY): $(INSTALLED) CMakeLists.txt $(wildcard keras_bitnet/kernels/native/src
 demo: $(READY)
 	$(BIN)/python examples/mnist.py
 
-## test: the whole suite, once per backend.
+## test: the whole suite, once per backend, in JOBS processes.
 test: $(READY)
 	@for backend in $(BACKENDS); do \
 		echo "== $$backend"; \
-		KERAS_BACKEND=$$backend $(BIN)/python -m pytest tests || exit 1; \
+		KERAS_BACKEND=$$backend $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests || exit 1; \
 	done
 
 ## check: formatting, lint and types.
