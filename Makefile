@@ -32,7 +32,8 @@ demo: $(READY)
 test: $(READY)
 	@for backend in $(BACKENDS); do \
 		echo "== $$backend"; \
-		KERAS_BACKEND=$$backend $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests || exit 1; \
+		PATH="$(abspath $(BIN)):$$PATH" KERAS_BACKEND=$$backend \
+			$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests || exit 1; \
 	done
 
 ## check: formatting, lint and types.

@@ -6,8 +6,11 @@ import shutil
 import subprocess
 
 import pytest
+from helpers import BACKEND
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+pytestmark = pytest.mark.skipif(BACKEND != "jax", reason="runs once, on the JAX run of the suite")
 
 
 def run(*command):
@@ -68,7 +71,8 @@ def test_neon(tmp_path):
         compiler="aarch64-linux-gnu-g++",
     )
     emulator = ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", "-cpu")
-    output = run(*emulator, "max", program, "fork")
+    # No fork here: the emulator itself asserts at times when a process with threads forks.
+    output = run(*emulator, "max", program)
     assert "neon: " in output
     output = run(*emulator, "cortex-a53", program)  # no dotprod there
     assert "generic: " in output
