@@ -66,8 +66,17 @@ def check(name, step, steps):
         raise RuntimeError(f"The loss of {name} does not fall, so it is not timed: {losses}")
 
 
+def forget_compiled():
+    """Lets torch compile every case afresh: past its limit of recompilations it runs eagerly."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        torch.compiler.reset()
+
+
 def measure(size, batch, compiled, settings):
     """Times one case; the record of it."""
+    forget_compiled()
     rng = np.random.default_rng(0)
     x, y = (
         keras.ops.convert_to_tensor(a) for a in rng.standard_normal((2, batch, size), "float32")
