@@ -11,6 +11,8 @@ class LowRankAdaptation(keras.Layer):
         Hu et al. 2021, LoRA (https://arxiv.org/abs/2106.09685).
     """
 
+    lora_enabled: bool = False
+
     def enable_lora(self, rank, lora_alpha=None, a_initializer="he_uniform", b_initializer="zeros"):
         """Freezes the kernel, float or packed, and adds a trained low-rank product to it.
 
