@@ -52,6 +52,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/accuracy.py
 	@for backend in $(BACKENDS); do \
 		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/training_step.py || exit 1; \
+		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/cpu_matmul.py || exit 1; \
 	done
 
 clean:

@@ -174,7 +174,7 @@ def explain(problem):
     """Says for each kernel of the present backend whether it would run, and if not, why.
 
     Args:
-        problem: A `Problem`, or a packed layer (then for one row of float32 activations).
+        problem: A `Problem`, or a packed layer (then for one row in its compute dtype).
 
     Returns:
         A list of `(name, reason)`, best first; `reason` is `None` where the kernel can run.

@@ -16,9 +16,8 @@ _SCHEMA = (
     "int group_size, int activation_bits, bool per_tensor, float offset, float epsilon) -> Tensor"
 )
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_fragments: list[
-    torch.library.Library
-] = []  # what a `torch.library.Library` defines goes away with it
+# What a `torch.library.Library` defines goes away with it.
+_fragments: list[torch.library.Library] = []
 
 
 def run(x, packed, activation_quantizer, bias):

@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import constraints, initializers, ops, regularizers
+from keras import activations, constraints, initializers, ops, regularizers
 
 from keras_bitnet import quantizers
 from keras_bitnet.layers.lora import LowRankAdaptation, check_rank
@@ -41,8 +41,10 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         lora_rank: Rank of a trained low-rank addition to the kernel, or `None`. The kernel
             itself is then frozen. See `enable_lora`.
         lora_alpha: The addition is scaled by `lora_alpha / lora_rank`; `lora_rank` by default.
+        activation: Activation function, none by default.
         kernel_initializer, kernel_regularizer, kernel_constraint: As in Keras, on the float
             kernel.
+        bias_initializer, bias_regularizer, bias_constraint: As in Keras.
     """
 
     def __init__(
@@ -57,9 +59,13 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         packed=False,
         lora_rank=None,
         lora_alpha=None,
+        activation=None,
         kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
         kernel_regularizer=None,
+        bias_regularizer=None,
         kernel_constraint=None,
+        bias_constraint=None,
         **kwargs,
     ):
         if kwargs.pop("quantization_config", None) is not None:
@@ -85,10 +91,14 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         self.packed = bool(packed)
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha if lora_alpha is not None else lora_rank
-        self.lora_enabled = False
+        self.activation = activations.get(activation)
         self.kernel_initializer = initializers.get(kernel_initializer)
+        self.bias_initializer = initializers.get(bias_initializer)
         self.kernel_regularizer = regularizers.get(kernel_regularizer)
+        self.bias_regularizer = regularizers.get(bias_regularizer)
         self.kernel_constraint = constraints.get(kernel_constraint)
+        self.bias_constraint = constraints.get(bias_constraint)
+        self.bias: Any = None
         self.kernel: Any = None
         self.kernel_log2_scale: Any = None
         self.kernel_scale: Any = None
@@ -149,21 +159,26 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         )
 
     def _build_packed(self):
-        quantizer = self.weight_quantizer
-        shapes = {
-            "kernel_tiles": layout.tiles_shape(self.in_features, self.out_features, quantizer.bits),
-            "kernel_scale": quantizer.scale_shape(self.in_features, self.out_features),
-        }
-        for name, shape in shapes.items():
-            variable = self.add_weight(
-                name=name,
-                shape=shape,
-                initializer="zeros",
-                dtype="uint8" if name == "kernel_tiles" else "float32",
-                trainable=False,
-                autocast=False,
-            )
-            setattr(self, name, variable)
+        quantizer, size = self.weight_quantizer, (self.in_features, self.out_features)
+        fixed = {"initializer": "zeros", "trainable": False, "autocast": False}
+        tiles = layout.tiles_shape(*size, quantizer.bits)
+        scale = quantizer.scale_shape(*size)
+        self.kernel_tiles = self.add_weight(
+            name="kernel_tiles", shape=tiles, dtype="uint8", **fixed
+        )
+        self.kernel_scale = self.add_weight(
+            name="kernel_scale", shape=scale, dtype="float32", **fixed
+        )
+
+    def build_bias(self, shape):
+        """Creates the bias; a subclass that has one calls it in `build`, after `build_kernel`."""
+        self.bias = self.add_weight(
+            name="bias",
+            shape=shape,
+            initializer=self.bias_initializer,
+            regularizer=self.bias_regularizer,
+            constraint=self.bias_constraint,
+        )
 
     def _initial_kernel(self, shape, dtype=None):
         """Initializes as a matrix, so that fan-in and fan-out are those of the product."""
@@ -312,9 +327,13 @@ class BitLayer(LowRankAdaptation, NamedWeights):
             "norm_epsilon": self.norm_epsilon,
             "quantization_strength": self._initial_strength,
             "packed": self.packed,
+            "activation": activations.serialize(self.activation),
             "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "bias_initializer": initializers.serialize(self.bias_initializer),
             "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
             "kernel_constraint": constraints.serialize(self.kernel_constraint),
+            "bias_constraint": constraints.serialize(self.bias_constraint),
         }
         if self.lora_rank:
             config["lora_rank"] = self.lora_rank

@@ -6,7 +6,7 @@ import re
 import string
 
 import keras
-from keras import activations, constraints, initializers, ops, regularizers
+from keras import ops
 
 from keras_bitnet.layers.base import BitLayer
 
@@ -59,9 +59,13 @@ class BitEinsumDense(BitLayer):
         **kwargs,
     ):
         super().__init__(
+            activation=activation,
             kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
             kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
             kernel_constraint=kernel_constraint,
+            bias_constraint=bias_constraint,
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
             **kwargs,
@@ -69,12 +73,7 @@ class BitEinsumDense(BitLayer):
         self.equation = equation
         sizes = (output_shape,) if isinstance(output_shape, int) else tuple(output_shape)
         self.partial_output_shape = sizes
-        self.activation = activations.get(activation)
         self.bias_axes = bias_axes
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
-        self.bias_constraint = constraints.get(bias_constraint)
-        self.bias = None
         self._axes(rank=None)  # checks the equation
 
     def build(self, input_shape):
@@ -95,13 +94,7 @@ class BitEinsumDense(BitLayer):
             kernel_shape=[sizes[a] for a in axes.kernel],
         )
         if self.bias_axes is not None:
-            self.bias = self.add_weight(
-                name="bias",
-                shape=axes.bias_shape(self.bias_axes, sizes, self.equation),
-                initializer=self.bias_initializer,
-                regularizer=self.bias_regularizer,
-                constraint=self.bias_constraint,
-            )
+            self.build_bias(axes.bias_shape(self.bias_axes, sizes, self.equation))
         if self.lora_rank:
             self.enable_lora(self.lora_rank, self.lora_alpha)
 
@@ -155,11 +148,7 @@ class BitEinsumDense(BitLayer):
             **super().get_config(),
             "equation": self.equation,
             "output_shape": self.partial_output_shape,
-            "activation": activations.serialize(self.activation),
             "bias_axes": self.bias_axes,
-            "bias_initializer": initializers.serialize(self.bias_initializer),
-            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
-            "bias_constraint": constraints.serialize(self.bias_constraint),
         }
 
 

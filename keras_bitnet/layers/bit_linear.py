@@ -1,7 +1,7 @@
 """BitLinear: the dense layer of low-bit networks."""
 
 import keras
-from keras import activations, constraints, initializers, regularizers
+from keras import regularizers
 
 from keras_bitnet.layers.base import BitLayer
 
@@ -71,21 +71,20 @@ class BitLinear(BitLayer):
                 f"Received: units={units}"
             )
         super().__init__(
+            activation=activation,
             kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
             kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
             kernel_constraint=kernel_constraint,
+            bias_constraint=bias_constraint,
             activity_regularizer=activity_regularizer,
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
             **kwargs,
         )
         self.units = units
-        self.activation = activations.get(activation)
         self.use_bias = use_bias
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
-        self.bias_constraint = constraints.get(bias_constraint)
-        self.bias = None
         self.input_spec = keras.layers.InputSpec(min_ndim=2)
         self.supports_masking = True
 
@@ -99,13 +98,7 @@ class BitLinear(BitLayer):
             )
         self.build_kernel(in_features, self.units)
         if self.use_bias:
-            self.bias = self.add_weight(
-                name="bias",
-                shape=(self.units,),
-                initializer=self.bias_initializer,
-                regularizer=self.bias_regularizer,
-                constraint=self.bias_constraint,
-            )
+            self.build_bias((self.units,))
         self.input_spec = keras.layers.InputSpec(min_ndim=2, axes={-1: in_features})
         if self.lora_rank:
             self.enable_lora(self.lora_rank, self.lora_alpha)
@@ -124,10 +117,6 @@ class BitLinear(BitLayer):
         return {
             **super().get_config(),
             "units": self.units,
-            "activation": activations.serialize(self.activation),
             "use_bias": self.use_bias,
-            "bias_initializer": initializers.serialize(self.bias_initializer),
-            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
-            "bias_constraint": constraints.serialize(self.bias_constraint),
             "activity_regularizer": regularizers.serialize(self.activity_regularizer),
         }

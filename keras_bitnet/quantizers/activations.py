@@ -4,8 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_bitnet.checks import check_choice
 from keras_bitnet.ops.ste import blend, straight_through
-from keras_bitnet.quantizers.base import _check_choice
 
 
 class ActivationQuantizer(keras.Quantizer):
@@ -29,21 +29,21 @@ class ActivationQuantizer(keras.Quantizer):
     name = ""
     bits = 0
     highest = 0
+    formula = "absmax"  # what kernels compute; the name of a subclass that computes otherwise
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        own = ("_ratio", "_round", "quantize", "quantize_with_gradient")
+        if any(getattr(cls, name) is not getattr(ActivationQuantizer, name) for name in own):
+            cls.formula = cls.__name__
 
     def __init__(self, granularity="token", epsilon=1e-5):
         super().__init__(output_dtype="int8")
-        _check_choice("granularity", granularity, ("token", "tensor"))
+        check_choice("granularity", granularity, ("token", "tensor"))
         if not epsilon > 0:
             raise ValueError(f"`epsilon` must be positive. Received: epsilon={epsilon}")
         self.granularity = granularity
         self.epsilon = float(epsilon)
-
-    @property
-    def formula(self):
-        """`"absmax"`: what kernels compute; another name where a subclass computes otherwise."""
-        own = ("_ratio", "_round", "quantize", "quantize_with_gradient")
-        kept = all(getattr(type(self), name) is getattr(ActivationQuantizer, name) for name in own)
-        return "absmax" if kept else type(self).__name__
 
     def quantize(self, x):
         """Quantizes to integers.

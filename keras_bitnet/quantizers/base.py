@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_bitnet.checks import check_choice
 from keras_bitnet.ops.packed_tensor import expand_scale
 from keras_bitnet.ops.ste import blend, scale_gradient, straight_through
 
@@ -98,9 +99,9 @@ class WeightQuantizer(keras.Quantizer):
             granularity = "group"
         elif granularity == "group":
             group_size = 64
-        _check_choice("scale", scale, self.scales)
-        _check_choice("granularity", granularity, GRANULARITIES)
-        _check_choice("gradient", gradient, GRADIENTS)
+        check_choice("scale", scale, self.scales)
+        check_choice("granularity", granularity, GRANULARITIES)
+        check_choice("gradient", gradient, GRADIENTS)
         if group_size is not None and (
             not isinstance(group_size, int) or group_size <= 0 or group_size % 32
         ):
@@ -289,8 +290,3 @@ def _as_matrix(weight):
             f"Received: weight.shape={tuple(weight.shape)}"
         )
     return weight
-
-
-def _check_choice(name, value, accepted):
-    if value not in accepted:
-        raise ValueError(f"`{name}` must be one of {accepted}. Received: {name}={value!r}")

@@ -5,7 +5,8 @@ import math
 import keras
 from keras import ops
 
-from keras_bitnet.quantizers.base import WeightQuantizer, _check_choice
+from keras_bitnet.checks import check_choice
+from keras_bitnet.quantizers.base import WeightQuantizer
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
@@ -107,7 +108,7 @@ class Int2(WeightQuantizer):
         epsilon=1e-5, levels="stretched",
     ):  # fmt: skip
         super().__init__(scale, granularity, group_size, gradient, epsilon)
-        _check_choice("levels", levels, ("stretched", "integer"))
+        check_choice("levels", levels, ("stretched", "integer"))
         self.levels = levels
         # The stretched grid covers half a step on either side of its outer levels.
         self.offset, self.learned_margin = (-1.5, 0.5) if levels == "stretched" else (-2.0, 0.0)

@@ -8,6 +8,7 @@ import math
 import keras
 import numpy as np
 
+from keras_bitnet.checks import check_built
 from keras_bitnet.layers import BitLayer
 from keras_bitnet.ops import layout
 from keras_bitnet.report import table
@@ -141,13 +142,7 @@ def summary(model, print_fn=None, as_data=False, depth=None, input_shape=None):
 
 
 def _summarize(model, depth, input_shape):
-    if not isinstance(model, keras.Layer):
-        raise ValueError(f"Expected a Keras model or layer. Received: {type(model).__name__}")
-    if not model.built:
-        raise ValueError(
-            f"Model '{model.name}' has no weights yet. Build it (`model.build(input_shape)`) or "
-            "call it on data first."
-        )
+    check_built(model)
     try:
         calls, reason = record_calls(model, input_shape), None
     except CannotRunError as error:

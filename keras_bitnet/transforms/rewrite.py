@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import keras
 
+from keras_bitnet.checks import check_built
 from keras_bitnet.layers.base import assign_copy
 from keras_bitnet.transforms.converted import child_layers, get_child, make_converted
 
@@ -51,13 +52,7 @@ def rewrite(model, rule, verbose):
     Raises:
         ValueError: `model` is no built Keras model or layer, or cannot be made from its config.
     """
-    if not isinstance(model, keras.Layer):
-        raise ValueError(f"Expected a Keras model or layer. Received: {type(model).__name__}")
-    if not model.built:
-        raise ValueError(
-            f"Model '{model.name}' has no weights yet. Build it (`model.build(input_shape)`) or "
-            "call it on data first."
-        )
+    check_built(model)
     twins = _Twins(rule)
     new_model = twins.of(model, path="")
     if not new_model.built:

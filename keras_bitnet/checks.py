@@ -1,0 +1,20 @@
+"""Checks of arguments that several rooms make, with one wording."""
+
+import keras
+
+
+def check_choice(name, value, accepted):
+    """Raises a `ValueError` unless `value` is one of `accepted`."""
+    if value not in accepted:
+        raise ValueError(f"`{name}` must be one of {accepted}. Received: {name}={value!r}")
+
+
+def check_built(model):
+    """Raises a `ValueError` unless `model` is a Keras model or layer that has its weights."""
+    if not isinstance(model, keras.Layer):
+        raise ValueError(f"Expected a Keras model or layer. Received: {type(model).__name__}")
+    if not model.built:
+        raise ValueError(
+            f"Model '{model.name}' has no weights yet. Build it (`model.build(input_shape)`) or "
+            "call it on data first."
+        )
