@@ -183,6 +183,21 @@ def test_activation_gradient_is_identity(rng):
     np.testing.assert_array_equal(g, upstream)
 
 
+def test_static_activation_codes_are_those_of_the_given_scale(rng):
+    x = rng.normal(size=(6, 100)).astype("float32")
+    scale = np.float32(0.0123)
+    quantizer = quantizers.ActivationInt8("static")
+    codes, scales = quantizer.quantize(x, scale)
+    wanted = np.clip(np.rint(x * (np.float32(1) / scale)), -127, 127)
+    np.testing.assert_array_equal(to_numpy(codes), wanted)
+    np.testing.assert_array_equal(to_numpy(scales), np.full((6, 1), scale))
+    assert (np.abs(wanted) == 127).any()
+    with pytest.raises(ValueError, match="takes a static `scale`"):
+        quantizer.quantize(x)
+    with pytest.raises(ValueError, match="takes no `scale`"):
+        quantizers.get_activation("int8").quantize(x, scale)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_activations_that_are_not_finite_stay_visible(bad):
     x = np.ones((2, 4), "float32")

@@ -34,7 +34,7 @@ def refuse(problem):
     return cpu.refuse(problem) or _registration_error()
 
 
-def run(x, packed, activation_quantizer, bias):
+def run(x, packed, activation_quantizer, bias, activation_scale=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
     bias = None if bias is None else ops.convert_to_tensor(bias)
     facts = cpu.Facts.of(packed, activation_quantizer)

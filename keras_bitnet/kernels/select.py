@@ -31,7 +31,7 @@ class Problem:
         group_size: Inputs that share a scale, or `None`.
         dtype: Dtype of the activations.
         activation_bits: Bits of the quantized activations, or `None` for float.
-        activation_granularity: `"token"`, `"tensor"` or `None`.
+        activation_granularity: `"token"`, `"tensor"`, `"static"` or `None`.
         activation_formula: `"absmax"`, another name for a quantizer of the user's, or `None`.
         device: Where the activations are ("cpu", "cuda:0", ...), or `None` when not known.
     """
@@ -80,7 +80,7 @@ class Kernel:
     Attributes:
         name: What `KERAS_BITNET_KERNEL` and `use_kernel` call it.
         refuse: `refuse(problem)` gives the reason why it cannot run it, or `None`.
-        run: `run(x, packed, activation_quantizer, bias)`, as `ops.bit_matmul`.
+        run: `run(x, packed, activation_quantizer, bias, activation_scale)`, as `ops.bit_matmul`.
     """
 
     name: str

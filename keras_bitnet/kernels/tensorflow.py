@@ -32,7 +32,7 @@ def refuse(problem):
     return None
 
 
-def run(x, packed, activation_quantizer, bias):
+def run(x, packed, activation_quantizer, bias, activation_scale=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
     bias = _no_bias(packed.out_features) if bias is None else ops.cast(bias, "float32")
     return _module.keras_bitnet_matmul(

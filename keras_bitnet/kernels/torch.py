@@ -20,7 +20,7 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _fragments: list[torch.library.Library] = []
 
 
-def run(x, packed, activation_quantizer, bias):
+def run(x, packed, activation_quantizer, bias, activation_scale=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
     bias = torch.empty(0, device=x.device) if bias is None else ops.cast(bias, "float32")
     return torch.ops.keras_bitnet.bit_matmul(

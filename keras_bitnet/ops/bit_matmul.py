@@ -5,7 +5,7 @@ from keras import ops
 from keras_bitnet.kernels import select
 
 
-def bit_matmul(x, packed, activation_quantizer=None, bias=None):
+def bit_matmul(x, packed, activation_quantizer=None, bias=None, activation_scale=None):
     """Multiplies activations by a packed weight.
 
         y = dequantize(quantize(x)) @ dequantize(packed) + bias
@@ -18,6 +18,7 @@ def bit_matmul(x, packed, activation_quantizer=None, bias=None):
         packed: `keras_bitnet.ops.PackedTensor`.
         activation_quantizer: `ActivationQuantizer`, or `None`: `x` stays float.
         bias: Tensor `(out_features,)` or `None`.
+        activation_scale: `float32` scalar tensor where the quantizer is static, else `None`.
 
     Returns:
         Tensor `(..., out_features)` of the dtype of `x`.
@@ -28,4 +29,4 @@ def bit_matmul(x, packed, activation_quantizer=None, bias=None):
     """
     x = ops.convert_to_tensor(x)
     problem = select.Problem.of(x, packed, activation_quantizer)
-    return select.choose(problem).run(x, packed, activation_quantizer, bias)
+    return select.choose(problem).run(x, packed, activation_quantizer, bias, activation_scale)

@@ -38,14 +38,14 @@ def accumulate(x_codes, packed):
     return sum(ops.cast(part, "int32") for part in slices)
 
 
-def reference_matmul(x, packed, activation_quantizer=None, bias=None):
+def reference_matmul(x, packed, activation_quantizer=None, bias=None, activation_scale=None):
     """`x @ dequantize(packed) + bias` with quantized activations; see `ops.bit_matmul`."""
     dtype = x.dtype
     x = ops.cast(x, "float32")
     if activation_quantizer is None:
         y = ops.matmul(x, packed.dequantize())
     else:
-        x_codes, x_scale = activation_quantizer.quantize_with_gradient(x)
+        x_codes, x_scale = activation_quantizer.quantize_with_gradient(x, activation_scale)
         sums = _exact_sum(_accumulate_slices(x_codes, packed))
         y = _apply_weight_scale(sums, packed) * x_scale
     if bias is not None:

@@ -1,4 +1,4 @@
-"""The activation quantizers: symmetric integers, scaled as the data comes."""
+"""The activation quantizers: symmetric integers, scaled as the data comes or once and for all."""
 
 import keras
 import numpy as np
@@ -9,17 +9,19 @@ from keras_bitnet.ops.ste import blend, straight_through
 
 
 class ActivationQuantizer(keras.Quantizer):
-    """Base of the dynamic absmax quantizers.
+    """Base of the absmax quantizers.
 
         a = max(max |x|, epsilon),   code = clip(round(x * (highest / a)), -highest, highest)
         x ~ scale * code,            scale = a / highest
 
     float32 arithmetic whatever the dtype of `x`, one IEEE division, halves to even: the codes
-    are the same bits on every backend and device.
+    are the same bits on every backend and device. A static scale takes the place of the computed
+    one: `code = clip(round(x * (1 / scale)), -highest, highest)`.
 
     Args:
-        granularity: `"token"`: the values of one position, that is the last axis (or the
-            `axis` given in the call), share a scale. `"tensor"`: all values do.
+        granularity: `"token"`: the values of one position, that is the last axis, share a scale.
+            `"tensor"`: all values do. `"static"`: all values of all calls do; the scale is a
+            variable of the layer, from calibration.
         epsilon: Lower bound of the absolute maximum: a token of zeros gets codes 0.
 
     Raises:
@@ -39,49 +41,61 @@ class ActivationQuantizer(keras.Quantizer):
 
     def __init__(self, granularity="token", epsilon=1e-5):
         super().__init__(output_dtype="int8")
-        check_choice("granularity", granularity, ("token", "tensor"))
+        check_choice("granularity", granularity, ("token", "tensor", "static"))
         if not epsilon > 0:
             raise ValueError(f"`epsilon` must be positive. Received: epsilon={epsilon}")
         self.granularity = granularity
         self.epsilon = float(epsilon)
 
-    def quantize(self, x):
+    def quantize(self, x, scale=None):
         """Quantizes to integers.
 
         Args:
             x: Float tensor `(..., features)`. A NaN or an infinity makes the scale NaN or
                 infinite, so that it cannot vanish in an integer.
+            scale: The static scale, a `float32` scalar, where `granularity` is `"static"`.
 
         Returns:
             `(codes, scale)`: `int8` of the shape of `x`, and `float32` that broadcasts with
             it, `(..., 1)`.
+
+        Raises:
+            ValueError: There is no scale for a static quantizer, or one for another.
         """
-        ratio, scale = self._ratio(x)
+        ratio, scale = self._ratio(x, scale)
         return ops.cast(self._round(ratio), "int8"), scale
 
-    def quantize_with_gradient(self, x):
+    def quantize_with_gradient(self, x, scale=None):
         """As `quantize`, codes as `float32` with a straight-through gradient to `x`."""
-        ratio, scale = self._ratio(x)
+        ratio, scale = self._ratio(x, scale)
         return straight_through(ratio, self._round(ratio)), scale
 
-    def fake_quantize(self, x, strength=None):
+    def fake_quantize(self, x, strength=None, scale=None):
         """Rounds to the grid and back, gradient passed unchanged: the activations of QAT.
 
         Args:
             x: Float tensor `(..., features)`.
             strength: Scalar tensor in [0, 1], 0 gives `x` itself, or `None` for 1.
+            scale: The static scale, see `quantize`.
 
         Returns:
             Tensor of the shape and dtype of `x`.
         """
         dtype = x.dtype
         x = ops.cast(x, "float32")
-        ratio, scale = self._ratio(ops.stop_gradient(x))
+        ratio, scale = self._ratio(ops.stop_gradient(x), scale)
         mixed = blend(x, self._round(ratio) * scale, strength)
         return ops.cast(straight_through(x, mixed), dtype)
 
-    def _ratio(self, x):
+    def _ratio(self, x, scale):
         x = ops.cast(x, "float32")
+        if (scale is None) == (self.granularity == "static"):
+            raise ValueError(
+                f"A quantizer of granularity '{self.granularity}' takes "
+                f"{'a static `scale`' if scale is None else 'no `scale`'}. Received: scale={scale}"
+            )
+        if scale is not None:
+            return self._static_ratio(x, ops.stop_gradient(ops.cast(scale, "float32")))
         axis = -1 if self.granularity == "token" else None
         largest = ops.max(ops.abs(ops.stop_gradient(x)), axis=axis, keepdims=True)
         largest = ops.maximum(largest, self.epsilon)
@@ -89,6 +103,12 @@ class ActivationQuantizer(keras.Quantizer):
         # constant is multiplied: XLA turns a division by it into that, others do not.
         inverse = ops.divide(np.float32(self.highest), largest)
         return x * inverse, largest * np.float32(1 / self.highest)
+
+    def _static_ratio(self, x, scale):
+        """As `_ratio`; a token that holds a NaN or an infinity gets it as its scale."""
+        largest = ops.max(ops.abs(ops.stop_gradient(x)), axis=-1, keepdims=True)
+        scale = ops.where(ops.isfinite(largest), scale, largest)
+        return x * ops.divide(np.float32(1), scale), scale
 
     def _round(self, ratio):
         return ops.clip(ops.round(ops.stop_gradient(ratio)), -self.highest, self.highest)
