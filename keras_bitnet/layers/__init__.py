@@ -2,6 +2,21 @@
 
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.bit_einsum_dense import BitEinsumDense
+from keras_bitnet.layers.bit_feed_forward import BitFeedForward, relu_squared
+from keras_bitnet.layers.bit_grouped_query_attention import BitGroupedQueryAttention
 from keras_bitnet.layers.bit_linear import BitLinear
+from keras_bitnet.layers.bit_transformer_decoder import BitTransformerDecoder
+from keras_bitnet.layers.composite import BitComposite
+from keras_bitnet.layers.key_value_cache import make_cache
 
-__all__ = ["BitEinsumDense", "BitLayer", "BitLinear"]
+__all__ = [
+    "BitComposite",
+    "BitEinsumDense",
+    "BitFeedForward",
+    "BitGroupedQueryAttention",
+    "BitLayer",
+    "BitLinear",
+    "BitTransformerDecoder",
+    "make_cache",
+    "relu_squared",
+]
