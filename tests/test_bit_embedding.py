@@ -197,7 +197,7 @@ def test_token_out_of_range_is_no_silent_garbage(packed):
         (lambda: BitEmbedding(0, 4), "Received: input_dim=0"),
         (lambda: BitEmbedding(4, 2.5), "Received: output_dim=2.5"),
         (lambda: BitEmbedding(4, 4, norm="rms"), "BitEmbedding has no `norm`"),
-        (lambda: ReversibleBitEmbedding(4, 4, norm="rms"), "has no `norm`"),
+        (lambda: ReversibleBitEmbedding(4, 4, projection_norm="rms"), "has no `projection_norm`"),
         (lambda: BitEmbedding(4, 4, activation="relu"), "has no `activation`"),
         (lambda: BitEmbedding(4, 4, weights=np.zeros((4, 3))), "shape"),
     ],

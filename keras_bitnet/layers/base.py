@@ -351,13 +351,18 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         if self.lora_rank:
             config["lora_rank"] = self.lora_rank
             config["lora_alpha"] = self.lora_alpha
-        own = {self.own_names.get(name, name): value for name, value in config.items()}
-        return {**super().get_config(), **{k: v for k, v in own.items() if k is not None}}
+        return {**super().get_config(), **under_own_names(self, config)}
 
 
 def assign_copy(target, source):
     """Assigns a variable a copy of another: on JAX, `fit` would delete a shared array."""
     target.assign(ops.copy(source))
+
+
+def under_own_names(layer, config):
+    """Arguments of `BitLayer` under the names that a layer or class has for them."""
+    own = {layer.own_names.get(name, name): value for name, value in config.items()}
+    return {name: value for name, value in own.items() if name is not None}
 
 
 def _check_arguments(layer, norm, norm_position, quantization_strength, lora_rank):

@@ -5,7 +5,7 @@ from typing import ClassVar
 import keras
 from keras import ops, regularizers
 
-from keras_bitnet.layers.base import BitLayer, assign_copy
+from keras_bitnet.layers.base import BitLayer, assign_copy, under_own_names
 from keras_bitnet.layers.bit_linear import BitLinear
 from keras_bitnet.layers.composite import BitComposite
 
@@ -165,7 +165,8 @@ class ReversibleBitEmbedding(BitComposite):
         output_dim: Positive integer, size of a vector.
         tie_weights: Whether the way back uses the table of the lookup, or a kernel of its own.
         embeddings_initializer: Initializer of both.
-        embeddings_regularizer, embeddings_constraint: Of the table of the lookup.
+        embeddings_initializer, embeddings_regularizer, embeddings_constraint: Of the table, or
+            of both tables.
         mask_zero: Whether token 0 is padding that is masked out.
         reverse_dtype: Dtype of the way back, the compute dtype by default.
         logit_soft_cap: `None`, or `c`: the logits become `c * tanh(logits / c)`.
@@ -181,7 +182,7 @@ class ReversibleBitEmbedding(BitComposite):
         Press and Wolf 2016 (https://arxiv.org/abs/1608.05859), tied embeddings.
     """
 
-    own_names = BitEmbedding.own_names
+    own_names: ClassVar = {**BitEmbedding.own_names, "projection_norm": None}
 
     def __init__(
         self,
@@ -196,31 +197,24 @@ class ReversibleBitEmbedding(BitComposite):
         logit_soft_cap=None,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(
+            kernel_initializer=embeddings_initializer,
+            kernel_regularizer=embeddings_regularizer,
+            kernel_constraint=embeddings_constraint,
+            **kwargs,
+        )
         self.autocast = False
         self.tie_weights = tie_weights
         self.reverse_dtype = reverse_dtype
         self.logit_soft_cap = logit_soft_cap
+        inner = under_own_names(BitEmbedding, self.layer_arguments())
         self.embedding = BitEmbedding(
-            input_dim,
-            output_dim,
-            embeddings_initializer,
-            embeddings_regularizer,
-            embeddings_constraint,
-            mask_zero,
-            dtype=self.dtype_policy,
-            name="embedding",
-            **self.quantization,
+            input_dim, output_dim, mask_zero=mask_zero, name="embedding", **inner
         )
         self.supports_masking = mask_zero
         if not tie_weights:
             self.reverse_projection = BitLinear(
-                input_dim,
-                use_bias=False,
-                kernel_initializer=embeddings_initializer,
-                dtype=self.dtype_policy,
-                name="reverse_projection",
-                **self.quantization,
+                input_dim, use_bias=False, name="reverse_projection", **self.layer_arguments()
             )
 
     def build(self, input_shape=None):
@@ -268,11 +262,11 @@ class ReversibleBitEmbedding(BitComposite):
 
     def get_config(self):
         """The arguments of the constructor."""
-        table = self.embedding.get_config()
-        names = ("embeddings_initializer", "embeddings_regularizer", "embeddings_constraint")
         return {
             **super().get_config(),
-            **{name: table[name] for name in ("input_dim", "output_dim", "mask_zero", *names)},
+            "input_dim": self.embedding.input_dim,
+            "output_dim": self.embedding.output_dim,
+            "mask_zero": self.embedding.mask_zero,
             "tie_weights": self.tie_weights,
             "reverse_dtype": self.reverse_dtype,
             "logit_soft_cap": self.logit_soft_cap,

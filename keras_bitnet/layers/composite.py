@@ -1,53 +1,119 @@
-"""What layers made of quantized layers share: the arguments that they hand down."""
+"""What the layers that are made of quantized layers share."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import keras
+from keras import constraints, initializers, regularizers
 
 from keras_bitnet import quantizers
-from keras_bitnet.checks import check_own_names
+from keras_bitnet.checks import check_choice, check_own_names
+from keras_bitnet.layers.base import NORMS, under_own_names
 
 
 class BitComposite(keras.Layer):
-    """Base of the layers that multiply only through the quantized layers inside them.
+    """Base of the layers made of quantized layers: takes their arguments and hands them on.
 
-    It knows nothing of packing: `keras_bitnet.pack_model` replaces the inner layers.
+    `keras_bitnet.pack_model` makes such a layer again with `packed=True`; all that is in it is
+    then built packed, and no float kernel is ever allocated.
 
     Args:
-        weight_quantizer, activation_quantizer, norm, norm_position, norm_epsilon,
-            quantization_strength: Of the inner layers, see `keras_bitnet.layers.BitLayer`.
+        weight_quantizer, activation_quantizer, quantization_strength, packed: Of every quantized
+            layer inside, see `keras_bitnet.layers.BitLayer`.
+        projection_norm: `None`, `"rms"` or `"layer"`: a norm of the inputs of each quantized
+            layer inside.
+        norm_epsilon: Added to the variance in every norm inside.
+        kernel_initializer, kernel_regularizer, kernel_constraint: Of every kernel inside.
+        bias_initializer, bias_regularizer, bias_constraint: Of every bias inside.
     """
 
-    own_names: ClassVar[dict[str, str | None]] = {}  # as in `BitLayer`
+    # As in `BitLayer`: what an argument is called here, `None` where there is none.
+    own_names: ClassVar[dict[str, str | None]] = {
+        "norm": "projection_norm",
+        "norm_position": None,
+    }
 
     def __init__(
         self,
-        *args,
+        *,
         weight_quantizer="ternary",
         activation_quantizer="int8",
-        norm=None,
-        norm_position="pre",
+        projection_norm=None,
         norm_epsilon=1e-5,
         quantization_strength=1.0,
+        packed=False,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
         **kwargs,
     ):
-        super().__init__(*args, **kwargs)
-        check_own_names(self, norm=norm)
-        quantization = {
-            "weight_quantizer": quantizers.get(weight_quantizer),
-            "activation_quantizer": quantizers.get_activation(activation_quantizer),
-            "norm": norm,
-            "norm_position": norm_position,
-            "norm_epsilon": norm_epsilon,
-            "quantization_strength": quantization_strength,
+        super().__init__(**kwargs)
+        check_own_names(self, projection_norm=projection_norm)
+        check_choice("projection_norm", projection_norm, (None, *NORMS))
+        self.weight_quantizer = quantizers.get(weight_quantizer)
+        self.activation_quantizer = quantizers.get_activation(activation_quantizer)
+        self.projection_norm = projection_norm
+        self.norm_epsilon = float(norm_epsilon)
+        self._initial_strength = float(quantization_strength)
+        self.packed = bool(packed)
+        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.bias_initializer = initializers.get(bias_initializer)
+        self.kernel_regularizer = regularizers.get(kernel_regularizer)
+        self.bias_regularizer = regularizers.get(bias_regularizer)
+        self.kernel_constraint = constraints.get(kernel_constraint)
+        self.bias_constraint = constraints.get(bias_constraint)
+
+    def composite_arguments(self):
+        """Arguments of a `BitComposite` inside this one."""
+        return {
+            "weight_quantizer": self.weight_quantizer,
+            "activation_quantizer": self.activation_quantizer,
+            "projection_norm": self.projection_norm,
+            "norm_epsilon": self.norm_epsilon,
+            "quantization_strength": self._initial_strength,
+            "packed": self.packed,
+            "kernel_initializer": _clone(self.kernel_initializer),
+            "bias_initializer": _clone(self.bias_initializer),
+            "kernel_regularizer": self.kernel_regularizer,
+            "bias_regularizer": self.bias_regularizer,
+            "kernel_constraint": self.kernel_constraint,
+            "bias_constraint": self.bias_constraint,
+            "dtype": self.dtype_policy,
         }
-        self.quantization = {
-            name: value for name, value in quantization.items() if self.own_names.get(name, name)
-        }
+
+    def layer_arguments(self, norm=None):
+        """Arguments of a `BitLayer` inside; `norm` takes the place of `projection_norm`."""
+        arguments = self.composite_arguments()
+        projection_norm = arguments.pop("projection_norm")
+        return {**arguments, "norm": norm or projection_norm}
+
+    def make_norm(self, kind, name):
+        """A norm layer `"rms"` or `"layer"`."""
+        return NORMS[kind](epsilon=self.norm_epsilon, dtype=self.dtype_policy, name=name)
 
     def get_config(self):
         """The arguments of the constructor."""
-        config = {**super().get_config(), **self.quantization}
-        for name in ("weight_quantizer", "activation_quantizer"):
-            config[name] = quantizers.serialize(config[name])
-        return config
+        config = {
+            "weight_quantizer": quantizers.serialize(self.weight_quantizer),
+            "activation_quantizer": quantizers.serialize(self.activation_quantizer),
+            "projection_norm": self.projection_norm,
+            "norm_epsilon": self.norm_epsilon,
+            "quantization_strength": self._initial_strength,
+            "packed": self.packed,
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "bias_initializer": initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
+            "kernel_constraint": constraints.serialize(self.kernel_constraint),
+            "bias_constraint": constraints.serialize(self.bias_constraint),
+        }
+        return {**super().get_config(), **under_own_names(self, config)}
+
+
+def _clone(initializer) -> Any:
+    """A copy: one instance would give every kernel of one shape the same values."""
+    if isinstance(initializer, keras.initializers.Initializer):
+        return type(initializer).from_config(initializer.get_config())
+    return initializer

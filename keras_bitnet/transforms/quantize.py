@@ -9,6 +9,7 @@ import keras
 from keras_bitnet import layers as bit_layers
 from keras_bitnet import quantizers
 from keras_bitnet.filters import layer_filter
+from keras_bitnet.layers.base import under_own_names
 from keras_bitnet.transforms.rewrite import Rule, rewrite
 
 TWINS: dict[type, Any] = {
@@ -60,8 +61,7 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
         if arguments is None:
             return "left out by `spec`"
         config = {k: v for k, v in layer.get_config().items() if k not in _NOT_KEPT}
-        own = {k: v for k, v in arguments.items() if twin.own_names.get(k, k) is not None}
-        return twin.from_config({**config, **own})
+        return twin.from_config({**config, **under_own_names(twin, arguments)})
 
     _check_spec(spec)
     new_model, changes = rewrite(
