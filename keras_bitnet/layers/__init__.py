@@ -1,6 +1,7 @@
 """Quantized layers."""
 
 from keras_bitnet.layers.base import BitLayer
+from keras_bitnet.layers.bit_conv import BitConv, BitConv1D, BitConv2D, BitConv3D
 from keras_bitnet.layers.bit_einsum_dense import BitEinsumDense
 from keras_bitnet.layers.bit_embedding import BitEmbedding, ReversibleBitEmbedding
 from keras_bitnet.layers.bit_feed_forward import BitFeedForward, relu_squared
@@ -12,6 +13,10 @@ from keras_bitnet.layers.key_value_cache import make_cache
 
 __all__ = [
     "BitComposite",
+    "BitConv",
+    "BitConv1D",
+    "BitConv2D",
+    "BitConv3D",
     "BitEinsumDense",
     "BitEmbedding",
     "BitFeedForward",

@@ -239,8 +239,13 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         if self.lora_enabled:
             low_rank = ops.matmul(ops.matmul(x, self.lora_kernel_a), self.lora_kernel_b)
             y = y + ops.cast(low_rank * (self.lora_alpha / self.lora_rank), y.dtype)
+        y = self.shape_outputs(y)
         if self.normalization is not None and self.norm_position == "post":
             y = self.normalization(y)
+        return y
+
+    def shape_outputs(self, y):
+        """What a subclass does to a product before the norm after it; nothing here."""
         return y
 
     def _fake_quantized_product(self, x):

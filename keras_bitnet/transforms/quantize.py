@@ -15,6 +15,9 @@ from keras_bitnet.transforms.rewrite import Rule, rewrite
 TWINS: dict[type, Any] = {
     keras.layers.Dense: bit_layers.BitLinear,
     keras.layers.EinsumDense: bit_layers.BitEinsumDense,
+    keras.layers.Conv1D: bit_layers.BitConv1D,
+    keras.layers.Conv2D: bit_layers.BitConv2D,
+    keras.layers.Conv3D: bit_layers.BitConv3D,
     keras.layers.Embedding: bit_layers.BitEmbedding,
     keras.layers.ReversibleEmbedding: bit_layers.ReversibleBitEmbedding,
 }

@@ -1,0 +1,166 @@
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND, gradient, packed_twin, relative_error, to_numpy
+from keras import ops
+
+from keras_bitnet import pack_model, quantize_model, summary
+from keras_bitnet.layers import BitConv1D, BitConv2D, BitConv3D
+from keras_bitnet.quantizers import ActivationInt8, Int4
+
+# (layer, arguments, spatial sizes); channels are 4
+CASES = [
+    (BitConv1D, {"kernel_size": 3}, (9,)),
+    (BitConv1D, {"kernel_size": 4, "padding": "causal", "dilation_rate": 2}, (9,)),
+    (BitConv1D, {"kernel_size": 3, "padding": "same", "strides": 2, "groups": 2}, (10,)),
+    (BitConv2D, {"kernel_size": 3, "padding": "same", "strides": 2}, (7, 8)),
+    (BitConv2D, {"kernel_size": (2, 3), "dilation_rate": (2, 1)}, (7, 6)),
+    (BitConv2D, {"kernel_size": 1, "strides": 2}, (7, 6)),
+    (BitConv2D, {"kernel_size": 3, "padding": "SAME", "groups": 4, "use_bias": False}, (5, 6)),
+    (BitConv3D, {"kernel_size": (1, 2, 3), "padding": "same", "strides": (1, 2, 1)}, (3, 4, 5)),
+]
+
+
+def stock(cls):
+    return getattr(keras.layers, cls.__name__[3:])
+
+
+def made(cls, arguments, shape, rng, **more):
+    """A layer, its Keras twin with the same weights, and inputs."""
+    first = arguments.get("data_format") == "channels_first"
+    input_shape = (2, 4, *shape) if first else (2, *shape, 4)
+    twin = stock(cls)(8, **arguments, bias_initializer="random_normal")
+    layer = cls(8, **arguments, **more)
+    twin.build(input_shape)
+    layer.build(input_shape)
+    layer.take_weights(twin)
+    return layer, twin, rng.normal(size=input_shape).astype("float32")
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
+def test_strength_zero_is_its_keras_twin_and_strength_one_packs(case, data_format, rng):
+    cls, arguments, shape = case
+    layer, twin, x = made(cls, {**arguments, "data_format": data_format}, shape, rng)
+    layer.quantization_strength.assign(0.0)
+    y = to_numpy(layer(x))
+    assert layer.compute_output_shape(x.shape) == y.shape
+    if BACKEND == "tensorflow" and data_format == "channels_first":
+        axes = (0, *range(2, x.ndim), 1)  # TensorFlow has no such convolution on a CPU
+        last, *_ = made(cls, {**arguments, "data_format": "channels_last"}, shape, rng)
+        last.take_weights(twin)
+        last.quantization_strength.assign(0.0)
+        wanted = np.moveaxis(to_numpy(last(np.transpose(x, axes))), -1, 1)
+    else:
+        wanted = to_numpy(twin(x))
+    np.testing.assert_allclose(y, wanted, rtol=1e-4, atol=1e-5)
+    layer.quantization_strength.assign(1.0)
+    y = to_numpy(layer(x))
+    assert relative_error(y, wanted) > 1e-2
+    packed = packed_twin(layer, x.shape)
+    assert relative_error(to_numpy(packed(x)), y) < 1e-5
+    again = cls.from_config(layer.get_config())
+    assert again.get_config() == layer.get_config()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"activation_quantizer": None},
+        {"activation_quantizer": ActivationInt8(granularity="tensor")},
+        {"weight_quantizer": Int4(group_size=32, scale="learned"), "norm": "rms"},
+        {"norm": "layer", "norm_position": "post", "groups": 2},
+        {"lora_rank": 2},
+    ],
+    ids=str,
+)
+def test_options_pack_alike(arguments, rng):
+    layer = BitConv2D(6, 3, padding="same", strides=2, **arguments)
+    x = rng.normal(size=(2, 7, 7, 4)).astype("float32")
+    y = to_numpy(layer(x))
+    packed = packed_twin(layer, x.shape)
+    if layer.lora_enabled:
+        layer.lora_kernel_b.assign(rng.normal(size=layer.lora_kernel_b.shape))
+        for name in ("lora_kernel_a", "lora_kernel_b"):
+            getattr(packed, name).assign(getattr(layer, name))
+        y = to_numpy(layer(x))
+    assert relative_error(to_numpy(packed(x)), y) < 1e-5
+
+
+def test_a_patch_is_a_token_and_padding_is_zero():
+    layer = BitConv1D(1, 3, padding="same", use_bias=False, kernel_initializer="ones")
+    x = np.array([[[1.0], [-2.0], [100.0], [0.4]]], "float32")
+    y = to_numpy(layer(x)).ravel()
+    wanted = []
+    for patch in ([0, 1, -2], [1, -2, 100], [-2, 100, 0.4], [100, 0.4, 0]):
+        scale = np.abs(patch).max() / 127
+        wanted.append((np.rint(np.array(patch) / scale) * scale).sum())
+    np.testing.assert_allclose(y, wanted, rtol=1e-5)
+
+
+def test_gradient_is_that_of_the_convolution_with_the_quantized_kernel(rng):
+    layer, _, x = made(BitConv2D, {"kernel_size": 3}, (5, 5), rng, activation_quantizer=None)
+    kernel = layer.matrix_to_kernel(layer.fake_quantized_matrix())
+    ahead = ops.convert_to_tensor(rng.normal(size=(2, 3, 3, 8)).astype("float32"))
+    actual = gradient(lambda v: ops.sum(layer(v) * ahead), x)
+    wanted = gradient(lambda v: ops.sum(ops.conv(v, kernel) * ahead), x)
+    np.testing.assert_allclose(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_trains_packs_saves_and_takes_any_size(rng, tmp_path):
+    x = rng.normal(size=(64, 8, 8, 1)).astype("float32")
+    y = x[:, 2:6, 2:6].mean((1, 2, 3))
+    stock_model = keras.Sequential(
+        [
+            keras.Input((None, None, 1)),
+            keras.layers.Conv2D(8, 3, strides=2, padding="same", activation="relu"),
+            keras.layers.Conv2D(8, 3, activation="relu"),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(1),
+        ]
+    )
+    spec = {"norm": "rms", "norm_position": "post", "quantization_strength": 1.0}
+    model = quantize_model(stock_model, spec, filters="conv", verbose=0)
+    assert [type(layer) for layer in model.layers[:2]] == [BitConv2D, BitConv2D]
+    model.compile(keras.optimizers.Adam(0.02), "mse")
+    losses = model.fit(x, y, epochs=8, batch_size=16, verbose=0).history["loss"]
+    assert losses[-1] < 0.7 * losses[0]
+    packed = pack_model(model, verbose=0)
+    wanted = to_numpy(model(x))
+    assert relative_error(to_numpy(packed(x)), wanted) < 1e-5
+    packed.save(tmp_path / "p.keras")
+    again = keras.models.load_model(tmp_path / "p.keras")
+    np.testing.assert_array_equal(again.predict(x, verbose=0), packed.predict(x, verbose=0))
+    np.testing.assert_allclose(
+        again.predict(x[:, :6], verbose=0), to_numpy(model(x[:, :6])), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_summary_counts_as_for_the_twin():
+    for arguments in ({"padding": "same", "groups": 2}, {"strides": 2}):
+        counts = []
+        for cls in (keras.layers.Conv2D, BitConv2D):
+            model = keras.Sequential([keras.Input((9, 9, 4)), cls(6, 3, **arguments)])
+            counts.append(summary(model, as_data=True).totals.macs)
+        assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: BitConv2D(0, 3), "Received: filters=0"),
+        (lambda: BitConv2D(6, 3, groups=4), "filters=6, groups=4"),
+        (lambda: BitConv2D(6, (3, 3, 3)), r"kernel_size=\(3, 3, 3\)"),
+        (lambda: BitConv2D(6, 3, strides=0), "strides=0"),
+        (lambda: BitConv2D(6, 3, padding="causal"), "padding='causal'"),
+        (lambda: BitConv2D(6, 3, data_format="NCHW"), "data_format='NCHW'"),
+        (lambda: BitConv1D(6, 3, strides=2, dilation_rate=2), "does not go with"),
+        (lambda: BitConv2D(6, 3).build((None, 8, 8, None)), "must be known"),
+        (lambda: BitConv2D(6, 9).build((None, 8, 8, 4)), "does not fit"),
+        (lambda: BitConv2D(6, 3, groups=3).build((None, 8, 8, 4)), "groups=3"),
+        (lambda: BitConv2D(6, 3).build((None, 8, 4)), "2 spatial axes"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
