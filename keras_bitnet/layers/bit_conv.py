@@ -101,6 +101,11 @@ class BitConv(BitLayer):
         self.window = Window.of(
             self.rank, kernel_size, strides, dilation_rate, padding, data_format
         )
+        if max(self.window.strides) > 1 and max(self.window.dilation) > 1:
+            raise ValueError(
+                "`strides > 1` does not go with `dilation_rate > 1`. "
+                f"Received: strides={strides}, dilation_rate={dilation_rate}"
+            )
         self.input_spec: Any = keras.layers.InputSpec(ndim=self.rank + 2)
 
     def build(self, input_shape):

@@ -36,19 +36,13 @@ class Window:
         check_choice("padding", padding, ("valid", "same", *(("causal",) if rank == 1 else ())))
         data_format = data_format or keras.config.image_data_format()
         check_choice("data_format", data_format, ("channels_last", "channels_first"))
-        window = cls(
+        return cls(
             _sizes("kernel_size", kernel_size, rank),
             _sizes("strides", strides, rank),
             _sizes("dilation_rate", dilation_rate, rank),
             padding,
             data_format == "channels_first",
         )
-        if max(window.strides) > 1 and max(window.dilation) > 1:
-            raise ValueError(
-                "`strides > 1` does not go with `dilation_rate > 1`. Received: "
-                f"strides={window.strides} and dilation_rate={window.dilation}"
-            )
-        return window
 
     @property
     def data_format(self):
