@@ -26,7 +26,9 @@ QUANTIZERS = (
     ActivationInt4(),
     ActivationInt8("tensor"),
     ActivationInt4("tensor"),
+    ActivationInt8("static"),
 )
+X_SCALE = np.float32(0.02)  # clips some: an int8 code reaches 127 * 0.02 = 2.54
 # A result is rounded to its dtype, and float32 sums differ in order.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
 
@@ -42,10 +44,18 @@ def make_packed(rng, k, n, bits=2, granularity="tensor", offset=None):
     return codes, PackedTensor(*tensors, offset, bits, k, n, group_size)
 
 
+def static_scale(quantizer):
+    return ops.convert_to_tensor(X_SCALE) if quantizer.granularity == "static" else None
+
+
 def expected(x, codes, packed, quantizer, bias):
-    x_codes, x_scale = oracle.quantize_activation(
-        x, quantizer.highest, quantizer.granularity == "tensor"
-    )
+    if quantizer.granularity == "static":
+        inverse, top = np.float32(1) / X_SCALE, quantizer.highest
+        x_codes, x_scale = np.clip(np.rint(x * inverse), -top, top).astype(np.int64), X_SCALE
+    else:
+        x_codes, x_scale = oracle.quantize_activation(
+            x, quantizer.highest, quantizer.granularity == "tensor"
+        )
     scale = to_numpy(packed.scale).astype("float64")
     group_size = packed.group_size or packed.in_features
     step = 1 if float(packed.offset).is_integer() else 2
@@ -75,9 +85,9 @@ def test_equals_oracle_and_reference(bits, offset, granularity, dtype, rng):
         bias = rng.normal(size=n).astype("float32") if n % 2 else None
         x = ops.cast(rng.normal(size=(m, k)).astype("float32"), dtype)
         with kernels.use_kernel("native"):
-            y = bit_matmul(x, packed, quantizer, bias)
+            y = bit_matmul(x, packed, quantizer, bias, static_scale(quantizer))
         with kernels.use_kernel("reference"):
-            reference = bit_matmul(x, packed, quantizer, bias)
+            reference = bit_matmul(x, packed, quantizer, bias, static_scale(quantizer))
         assert keras.backend.standardize_dtype(y.dtype) == dtype
         assert tuple(y.shape) == (m, n)
         x, y, reference = (to_numpy(ops.cast(v, "float32")) for v in (x, y, reference))
@@ -148,6 +158,25 @@ def test_gradient_of_activations_and_bias(bits, granularity, dtype, rng):
         assert relative_error(actual, wanted) < TOLERANCE[dtype]
 
 
+def test_static_scale(rng):
+    """Through the gradient too, and what is not finite shows in its own row alone."""
+    _, packed = make_packed(rng, 100, 33)
+    x = rng.normal(size=(4, 100)).astype("float32")
+    x[0, 0] = 50  # clipped
+    broken = x.copy()
+    broken[1, 7], broken[2, 9] = np.nan, np.inf
+    quantizer = ActivationInt8("static")
+    found = []
+    for name in ("native", "reference"):
+        with kernels.use_kernel(name):
+            call = lambda v: bit_matmul(v, packed, quantizer, None, static_scale(quantizer))  # noqa: E731
+            found.append((gradient(lambda v: ops.sum(call(v) ** 2), x), to_numpy(call(broken))))
+    (native_gradient, y), (reference_gradient, wanted) = found
+    assert relative_error(native_gradient, reference_gradient) < 5e-6
+    assert not np.isfinite(y[[1, 2]]).any()
+    assert relative_error(y[[0, 3]], wanted[[0, 3]]) < 2e-6
+
+
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_trains_what_is_around_a_packed_layer(policy, rng):
     layer = packed_layer(rng, norm="rms", dtype=policy)
@@ -187,7 +216,8 @@ def problem(**changes):
         ({"device": "/job:localhost/replica:0/task:0/device:GPU:0"}, "not on the CPU"),
         ({"activation_bits": None}, "activations are float"),
         ({"activation_bits": 6}, "activations of 6 bits"),
-        ({"activation_granularity": "static"}, "'static'"),
+        ({"activation_granularity": "static"}, None),
+        ({"activation_granularity": "channel"}, "'channel'"),
         ({"dtype": "float64"}, "dtype float64"),
         ({"group_size": 48}, "multiple of 32"),
         ({"bits": 8, "in_features": 200_000}, "int32"),

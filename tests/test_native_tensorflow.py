@@ -140,7 +140,7 @@ def test_op_checks_its_operands(rng):
         with pytest.raises(tf.errors.InvalidArgumentError, match="tiles must be"):
             adapter._module.keras_bitnet_matmul(
                 x=tf.ones((2, columns)), tiles=packed.tiles, scale=packed.scale,
-                bias=tf.zeros(bias), **facts,
+                bias=tf.zeros(bias), x_scale=tf.zeros(0), **facts,
             )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def refuse(problem):
         return f"activations of {problem.activation_bits} bits; accepted: 4, 8"
     if problem.activation_formula != "absmax":
         return f"activations quantized by {problem.activation_formula}; accepted: absmax"
-    if problem.activation_granularity not in ("token", "tensor"):
+    if problem.activation_granularity not in ("token", "tensor", "static"):
         return f"activation granularity {problem.activation_granularity!r}"
     if problem.dtype not in DTYPES:
         return f"activations of dtype {problem.dtype}; accepted: {', '.join(DTYPES)}"

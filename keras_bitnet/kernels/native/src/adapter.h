@@ -33,7 +33,7 @@ struct Attributes {
 // traced, saved and loaded again may bring operands that Python never saw. Pointers and dtype
 // are the caller's. Returns what is wrong, or null.
 inline const char* describe(const Attributes& a, Shape x, Shape tiles, Shape scale, Shape bias,
-                            kbn_matmul* problem) {
+                            Shape x_scale, kbn_matmul* problem) {
   if (a.bits != 1 && a.bits != 2 && a.bits != 4 && a.bits != 8) return "bits must be 1, 2, 4 or 8";
   if (a.group_size < 0 || a.out_features < 1) return "group_size or out_features is out of range";
   if (x.rank < 1) return "x must have at least one axis";
@@ -45,6 +45,8 @@ inline const char* describe(const Attributes& a, Shape x, Shape tiles, Shape sca
   if (scale.rank != 2 || scale[0] != groups || (scale[1] != 1 && scale[1] != n))
     return "scale must be (1 or groups, 1 or out)";
   if (bias.rank != 1 || (bias[0] != 0 && bias[0] != n)) return "bias must be (out,), or (0,): none";
+  if (x_scale.rank != 1 || (x_scale[0] != 0 && x_scale[0] != 1))
+    return "x_scale must be (1,), or (0,): computed from x";
   *problem = kbn_matmul{};
   problem->rows = x.rows();
   problem->in_features = k;
