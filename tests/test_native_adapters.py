@@ -33,15 +33,15 @@ X_SCALE = np.float32(0.02)  # clips some: an int8 code reaches 127 * 0.02 = 2.54
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
 
 
-def make_packed(rng, k, n, bits=2, granularity="tensor", offset=None):
-    codes = rng.integers(0, 2**bits, (k, n))
+def make_packed(rng, k, n, bits=2, granularity="tensor", offset=None, layout="tiles"):
+    codes = rng.integers(0, 3 if layout == "trits" else 2**bits, (k, n))
     group_size = granularity if isinstance(granularity, int) else None
     groups = -(-k // group_size) if group_size else 1
     scale = rng.uniform(0.5, 1.5, (groups, 1 if granularity == "tensor" else n)).astype("float32")
     offset = OFFSETS[bits][0] if offset is None else offset
-    packed = PackedTensor.from_codes(codes, scale, offset, bits, group_size)
+    packed = PackedTensor.from_codes(codes, scale, offset, bits, group_size, layout)
     tensors = (ops.convert_to_tensor(packed.tiles), ops.convert_to_tensor(packed.scale))
-    return codes, PackedTensor(*tensors, offset, bits, k, n, group_size)
+    return codes, PackedTensor(*tensors, offset, bits, k, n, group_size, layout)
 
 
 def static_scale(quantizer):
@@ -158,6 +158,26 @@ def test_gradient_of_activations_and_bias(bits, granularity, dtype, rng):
         assert relative_error(actual, wanted) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_trits(dtype, rng):
+    """Five to a byte: the same bits as from the tiles of two bits, and the gradient."""
+    for m, k, n in SIZES:
+        codes, packed = make_packed(rng, k, n, layout="trits")
+        tiles = PackedTensor.from_codes(codes, to_numpy(packed.scale), packed.offset, 2)
+        x = ops.cast(rng.normal(size=(m, k)).astype("float32"), dtype)
+        with kernels.use_kernel("native"):
+            y = to_numpy(ops.cast(bit_matmul(x, packed, ActivationInt8()), "float32"))
+            wanted = to_numpy(ops.cast(bit_matmul(x, tiles, ActivationInt8()), "float32"))
+        np.testing.assert_array_equal(y, wanted)
+        with kernels.use_kernel("reference"):
+            reference = to_numpy(ops.cast(bit_matmul(x, packed, ActivationInt8()), "float32"))
+        assert relative_error(y, reference) < TOLERANCE[dtype]
+    g = gradient(
+        lambda v: ops.sum(bit_matmul(v, packed, ActivationInt8())), to_numpy(ops.ones((m, k)))
+    )
+    assert relative_error(g, np.ones((m, n)) @ to_numpy(tiles.dequantize()).T) < 1e-5
+
+
 def test_static_scale(rng):
     """Through the gradient too, and what is not finite shows in its own row alone."""
     _, packed = make_packed(rng, 100, 33)
@@ -166,10 +186,13 @@ def test_static_scale(rng):
     broken = x.copy()
     broken[1, 7], broken[2, 9] = np.nan, np.inf
     quantizer = ActivationInt8("static")
+
+    def call(v):
+        return bit_matmul(v, packed, quantizer, None, static_scale(quantizer))
+
     found = []
     for name in ("native", "reference"):
         with kernels.use_kernel(name):
-            call = lambda v: bit_matmul(v, packed, quantizer, None, static_scale(quantizer))  # noqa: E731
             found.append((gradient(lambda v: ops.sum(call(v) ** 2), x), to_numpy(call(broken))))
     (native_gradient, y), (reference_gradient, wanted) = found
     assert relative_error(native_gradient, reference_gradient) < 5e-6

@@ -56,6 +56,7 @@ class Facts(NamedTuple):
         bits: Storage bits of a weight.
         group_size: Inputs that share a scale, or `None`.
         offset: `w = scale * (code + offset)`.
+        layout: `"tiles"` or `"trits"`.
         quantizer: The `ActivationQuantizer`.
     """
 
@@ -64,6 +65,7 @@ class Facts(NamedTuple):
     bits: int
     group_size: int | None
     offset: float
+    layout: str
     quantizer: Any
 
     @classmethod
@@ -75,6 +77,7 @@ class Facts(NamedTuple):
             packed.bits,
             packed.group_size,
             packed.offset,
+            packed.layout,
             quantizer,
         )
 
@@ -88,6 +91,7 @@ class Facts(NamedTuple):
             self.in_features,
             self.out_features,
             self.group_size,
+            self.layout,
         )
 
     @property

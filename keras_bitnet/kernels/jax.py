@@ -108,6 +108,7 @@ def _ffi_call(facts, x, tiles, scale, bias, x_scale):
         none if x_scale is None else jnp.reshape(x_scale, 1),
         out_features=np.int64(facts.out_features),
         bits=np.int64(facts.bits),
+        trits=np.int64(facts.layout == "trits"),
         group_size=np.int64(facts.group_size or 0),
         activation_bits=np.int64(facts.quantizer.bits),
         per_tensor=np.int64(facts.per_tensor),

@@ -43,6 +43,7 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None):
         bias=bias,
         x_scale=x_scale,
         bits=packed.bits,
+        trits=int(packed.layout == "trits"),
         group_size=packed.group_size or 0,
         activation_bits=activation_quantizer.bits,
         per_tensor=int(activation_quantizer.granularity == "tensor"),
@@ -74,6 +75,7 @@ def _gradient(op, dy):
         x.shape[-1],
         bias.shape[0],
         group_size,
+        "trits" if op.get_attr("trits") else "tiles",
     )
     dx, dbias = cpu.gradients(dy, packed)
     return dx, None, None, dbias, None

@@ -13,8 +13,8 @@ from keras_bitnet.ops.packed_tensor import PackedTensor
 _OPERATOR = "keras_bitnet::bit_matmul"
 _SCHEMA = (
     "bit_matmul(Tensor x, Tensor tiles, Tensor scale, Tensor bias, Tensor x_scale, "
-    "int out_features, int bits, int group_size, int activation_bits, bool per_tensor, "
-    "float offset, float epsilon) -> Tensor"
+    "int out_features, int bits, int trits, int group_size, int activation_bits, "
+    "bool per_tensor, float offset, float epsilon) -> Tensor"
 )
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What a `torch.library.Library` defines goes away with it.
@@ -34,6 +34,7 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None):
         x_scale,
         packed.out_features,
         packed.bits,
+        int(packed.layout == "trits"),
         packed.group_size or 0,
         activation_quantizer.bits,
         activation_quantizer.granularity == "tensor",
@@ -47,10 +48,11 @@ def _fake(x, tiles, scale, bias, x_scale, out_features, *attributes):
 
 
 def _setup_context(ctx, inputs, output):
-    x, tiles, scale, bias, _, out_features, bits, group_size, _, _, offset, _ = inputs
+    x, tiles, scale, bias, _, out_features, bits, trits, group_size, _, _, offset, _ = inputs
     ctx.save_for_backward(tiles, scale)
     ctx.has_bias = bias.shape[0] > 0
-    ctx.facts = (offset, bits, x.shape[-1], out_features, group_size or None)
+    layout = "trits" if trits else "tiles"
+    ctx.facts = (offset, bits, x.shape[-1], out_features, group_size or None, layout)
 
 
 def _backward(ctx, dy):
@@ -58,12 +60,12 @@ def _backward(ctx, dy):
         dx, dbias = cpu.gradients(dy, PackedTensor(*ctx.saved_tensors, *ctx.facts))
     if not ctx.has_bias:
         dbias = dbias.new_zeros(0)
-    return dx, None, None, dbias, *[None] * 8
+    return dx, None, None, dbias, *[None] * 9
 
 
 def _run_through_ctypes(
-    x, tiles, scale, bias, x_scale, out_features, bits, group_size, activation_bits, per_tensor,
-    offset, epsilon,
+    x, tiles, scale, bias, x_scale, out_features, bits, trits, group_size, activation_bits,
+    per_tensor, offset, epsilon,
 ):  # fmt: skip
     """The operator for a PyTorch without the stable C functions that the library registers with."""
     y = x.new_empty((*x.shape[:-1], out_features))
@@ -73,6 +75,7 @@ def _run_through_ctypes(
         out_features=out_features,
         group_size=group_size,
         bits=bits,
+        layout=trits,
         dtype=_DTYPES[x.dtype],
         activation_bits=activation_bits,
         per_tensor=per_tensor,

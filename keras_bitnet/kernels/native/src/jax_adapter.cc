@@ -94,8 +94,8 @@ const void* scalar(const xla_ffi::Attributes& attributes, const char* name, int3
 bool read(const xla_ffi::Attributes& attributes, kbn_adapter::Attributes* out) {
   const struct { const char* name; int64_t* value; } integers[] = {
       {"out_features", &out->out_features}, {"bits", &out->bits},
-      {"group_size", &out->group_size},     {"activation_bits", &out->activation_bits},
-      {"per_tensor", &out->per_tensor},
+      {"trits", &out->trits},               {"group_size", &out->group_size},
+      {"activation_bits", &out->activation_bits}, {"per_tensor", &out->per_tensor},
   };
   const struct { const char* name; double* value; } floats[] = {
       {"offset", &out->offset}, {"epsilon", &out->epsilon},

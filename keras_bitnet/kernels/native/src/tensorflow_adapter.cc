@@ -136,6 +136,7 @@ void* create(TF_OpKernelConstruction* context) {
   float offset = 0, epsilon = 0;
   const struct { const char* name; int64_t* value; } integers[] = {
       {"bits", &attributes->bits},
+      {"trits", &attributes->trits},
       {"group_size", &attributes->group_size},
       {"activation_bits", &attributes->activation_bits},
       {"per_tensor", &attributes->per_tensor},
@@ -225,7 +226,7 @@ std::string register_op() {
   if (const char* missing = resolve()) return std::string("TensorFlow lacks ") + missing;
   Status status(TF_NewStatus());
   TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(kOp);
-  for (const char* attribute : {"T: {float, bfloat16, half}", "bits: int", "group_size: int",
+  for (const char* attribute : {"T: {float, bfloat16, half}", "bits: int", "trits: int", "group_size: int",
                                 "activation_bits: int", "per_tensor: int", "offset: float",
                                 "epsilon: float"})
     TF_OpDefinitionBuilderAddAttr(op, attribute);

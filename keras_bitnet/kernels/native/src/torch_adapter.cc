@@ -44,8 +44,8 @@ int (*get_num_threads)();
 
 constexpr char kSchema[] =
     "bit_matmul(Tensor x, Tensor tiles, Tensor scale, Tensor bias, Tensor x_scale, "
-    "int out_features, int bits, int group_size, int activation_bits, bool per_tensor, "
-    "float offset, float epsilon) -> Tensor";
+    "int out_features, int bits, int trits, int group_size, int activation_bits, "
+    "bool per_tensor, float offset, float epsilon) -> Tensor";
 constexpr int kTensors = 5;
 constexpr int64_t kMaxRank = 32;
 
@@ -105,12 +105,13 @@ const char* compute(Slot* stack, Tensor* tensors, Tensor* y) {
     if (!tensors[i].contiguous) return "the operands must be contiguous";
   }
   kbn_adapter::Attributes attributes;
-  int64_t* integers[] = {&attributes.out_features, &attributes.bits, &attributes.group_size,
-                         &attributes.activation_bits, &attributes.per_tensor};
-  for (int i = 0; i < 5; ++i) *integers[i] = static_cast<int64_t>(stack[kTensors + i]);
+  int64_t* integers[] = {&attributes.out_features, &attributes.bits, &attributes.trits,
+                         &attributes.group_size, &attributes.activation_bits,
+                         &attributes.per_tensor};
+  for (int i = 0; i < 6; ++i) *integers[i] = static_cast<int64_t>(stack[kTensors + i]);
   attributes.per_tensor &= 1;  // of a bool only the lowest byte is defined
-  attributes.offset = float_of(stack[kTensors + 5]);
-  attributes.epsilon = float_of(stack[kTensors + 6]);
+  attributes.offset = float_of(stack[kTensors + 6]);
+  attributes.epsilon = float_of(stack[kTensors + 7]);
   kbn_matmul problem;
   const char* wrong = kbn_adapter::describe(attributes, x.shape(), tiles.shape(), scale.shape(),
                                             bias.shape(), x_scale.shape(), &problem);
