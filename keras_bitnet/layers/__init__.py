@@ -6,11 +6,11 @@ from keras_bitnet.layers.bit_feed_forward import BitFeedForward, relu_squared
 from keras_bitnet.layers.bit_grouped_query_attention import BitGroupedQueryAttention
 from keras_bitnet.layers.bit_linear import BitLinear
 from keras_bitnet.layers.bit_transformer_decoder import BitTransformerDecoder
-from keras_bitnet.layers.composite import BitComposite
+from keras_bitnet.layers.block import BitBlock
 from keras_bitnet.layers.key_value_cache import make_cache
 
 __all__ = [
-    "BitComposite",
+    "BitBlock",
     "BitEinsumDense",
     "BitFeedForward",
     "BitGroupedQueryAttention",

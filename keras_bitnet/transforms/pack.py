@@ -5,7 +5,7 @@ import functools
 import warnings
 
 from keras_bitnet.layers.base import BitLayer, assign_copy
-from keras_bitnet.layers.composite import BitComposite
+from keras_bitnet.layers.block import PacksAsWhole
 from keras_bitnet.transforms.converted import Converted, child_layers, get_child
 from keras_bitnet.transforms.rewrite import Rule, copy_own_weights, copy_weights, rewrite
 
@@ -40,7 +40,7 @@ def pack_model(model, *, verbose=1, return_changes=False):
             return f"{type(layer).__name__} is not quantized"
         if layer.packed:
             return "packed already"
-        return type(layer).from_config({**layer.get_config(), "packed": True})
+        return _remade(layer, packed=True)
 
     def transfer(old, new):
         _warn_before_packing(old)
@@ -72,8 +72,7 @@ def unpack_model(model, *, verbose=1, return_changes=False):
         if not (quantized and layer.packed):
             return f"{type(layer).__name__} is not packed"
         # The outputs to keep are the fully quantized ones, whatever strength training began at.
-        changed = {"packed": False, "quantization_strength": 1.0}
-        return type(layer).from_config({**layer.get_config(), **changed})
+        return _remade(layer, packed=False, quantization_strength=1.0)
 
     def transfer(old, new):
         new.unpack_from(old)
@@ -89,9 +88,15 @@ def _run(model, rule, verbose, return_changes):
     return (new_model, changes) if return_changes else new_model
 
 
+def _remade(layer, **changes):
+    if isinstance(layer, PacksAsWhole):
+        return layer.remade(**changes)
+    return type(layer).from_config({**layer.get_config(), **changes})
+
+
 def _is_uniform(layer):
-    """Whether a composite says with its own arguments what all quantized layers in it are."""
-    if not isinstance(layer, BitComposite) or isinstance(layer, Converted):
+    """Whether a block says with its own arguments what all quantized layers in it are."""
+    if not isinstance(layer, PacksAsWhole) or isinstance(layer, Converted):
         return False
     inner = [child for child in layer._flatten_layers() if child is not layer]
     return not any(
@@ -100,7 +105,7 @@ def _is_uniform(layer):
 
 
 def _transfer(transfer_layer, old, new):
-    """Fills a replaced layer: a quantized one with `transfer_layer`, a composite from inside."""
+    """Fills a replaced layer: a quantized one with `transfer_layer`, a block from inside."""
     if isinstance(old, BitLayer):
         transfer_layer(old, new)
         _copy_the_rest(old, new)

@@ -1,4 +1,4 @@
-"""What the layers that are made of quantized layers share."""
+"""What the blocks of transformers share: arguments handed down, and packing as a whole."""
 
 from typing import Any
 
@@ -10,11 +10,22 @@ from keras_bitnet.checks import check_choice
 from keras_bitnet.layers.base import NORMS
 
 
-class BitComposite(keras.Layer):
-    """Base of the layers made of quantized layers: takes their arguments and hands them on.
+class PacksAsWhole(keras.Layer):
+    """Mixin of a layer whose arguments say whether the quantized layers inside are packed.
 
-    `keras_bitnet.pack_model` makes such a layer again with `packed=True`; all that is in it is
-    then built packed, and no float kernel is ever allocated.
+    `keras_bitnet.pack_model` makes it again with `packed=True` in place of replacing what is
+    in it, so it stays of its class, and built so it never allocates a float kernel.
+    """
+
+    packed: bool = False
+
+    def remade(self, **changes):
+        """A copy made from the config with some arguments changed, weights not copied."""
+        return type(self).from_config({**self.get_config(), **changes})
+
+
+class BitBlock(PacksAsWhole):
+    """Base of the blocks made of quantized layers: takes their arguments and hands them on.
 
     Args:
         weight_quantizer, activation_quantizer, quantization_strength, packed: Of every quantized
@@ -58,8 +69,8 @@ class BitComposite(keras.Layer):
         self.kernel_constraint = constraints.get(kernel_constraint)
         self.bias_constraint = constraints.get(bias_constraint)
 
-    def composite_arguments(self):
-        """Arguments of a `BitComposite` inside this one."""
+    def block_arguments(self):
+        """Arguments of a block inside this one."""
         return {
             "weight_quantizer": self.weight_quantizer,
             "activation_quantizer": self.activation_quantizer,
@@ -78,7 +89,7 @@ class BitComposite(keras.Layer):
 
     def layer_arguments(self, norm=None):
         """Arguments of a `BitLayer` inside; `norm` takes the place of `projection_norm`."""
-        arguments = self.composite_arguments()
+        arguments = self.block_arguments()
         projection_norm = arguments.pop("projection_norm")
         return {**arguments, "norm": norm or projection_norm}
 
