@@ -84,14 +84,45 @@ def unpack(tiles, bits, in_features, out_features):
         `uint8` tensor `(in_features, out_features)`.
     """
     tiles_out, tiles_in = tiles_shape(in_features, out_features, bits)[:2]
-    mask = np.uint8(2**bits - 1)  # a Python int would turn uint8 into int32 on TensorFlow
-    digits = [
-        ops.bitwise_and(ops.right_shift(tiles, np.uint8(bits * i)), mask) for i in range(8 // bits)
-    ]
-    codes = ops.stack(digits, axis=-1) if bits < 8 else ops.expand_dims(tiles, -1)
+    codes = _digits(tiles, bits, axis=-1)
     codes = ops.transpose(codes, (1, 4, 3, 0, 2))  # (tile_in, i, j, tile_out, column)
     codes = ops.reshape(codes, (tiles_in * tile_inputs(bits), tiles_out * TILE_OUTPUTS))
     return codes[:in_features, :out_features]
+
+
+def gather(tiles, columns, bits, in_features, out_features):
+    """Unpacks chosen columns only: reads `in_features * bits / 8` bytes a column.
+
+    Args:
+        tiles: `uint8` tensor of shape `tiles_shape(in_features, out_features, bits)`.
+        columns: Integer tensor `(...)` of outputs, counted modulo `out_features`.
+        bits: 1, 2, 4 or 8.
+        in_features: Number of inputs.
+        out_features: Number of outputs.
+
+    Returns:
+        `uint8` tensor `(..., in_features)`.
+    """
+    tiles_out, tiles_in = tiles_shape(in_features, out_features, bits)[:2]
+    columns = ops.mod(ops.cast(columns, "int32"), out_features)[..., None]
+    tile = columns // TILE_OUTPUTS * tiles_in + ops.arange(tiles_in, dtype="int32")
+    words = ops.reshape(tiles, (tiles_out * tiles_in * TILE_OUTPUTS, WORD_BYTES))
+    words = ops.take(words, tile * TILE_OUTPUTS + columns % TILE_OUTPUTS, axis=0)
+    codes = _digits(words, bits, axis=-2)  # (..., tile_in, i, j)
+    leading = ops.shape(codes)[:-3]
+    codes = ops.reshape(codes, (*leading, tiles_in * tile_inputs(bits)))
+    return codes[..., :in_features]
+
+
+def _digits(packed, bits, axis):
+    """The `8 / bits` codes of every byte along a new axis."""
+    if bits == 8:
+        return ops.expand_dims(packed, axis)
+    mask = np.uint8(2**bits - 1)  # a Python int would turn uint8 into int32 on TensorFlow
+    digits = [
+        ops.bitwise_and(ops.right_shift(packed, np.uint8(bits * i)), mask) for i in range(8 // bits)
+    ]
+    return ops.stack(digits, axis=axis)
 
 
 def pack_trits(codes):
