@@ -7,7 +7,7 @@ from keras import ops, regularizers
 
 from keras_bitnet.layers.base import BitLayer, assign_copy, under_own_names
 from keras_bitnet.layers.bit_linear import BitLinear
-from keras_bitnet.layers.composite import BitComposite
+from keras_bitnet.layers.block import BitBlock
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
@@ -153,7 +153,7 @@ class BitEmbedding(BitLayer):
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
-class ReversibleBitEmbedding(BitComposite):
+class ReversibleBitEmbedding(BitBlock):
     """`keras.layers.ReversibleEmbedding` with low-bit vectors: tokens to vectors and back.
 
         y = embedding[tokens],   logits = quantize(vectors) @ transpose(embedding)
@@ -164,7 +164,6 @@ class ReversibleBitEmbedding(BitComposite):
         input_dim: Positive integer, number of tokens.
         output_dim: Positive integer, size of a vector.
         tie_weights: Whether the way back uses the table of the lookup, or a kernel of its own.
-        embeddings_initializer: Initializer of both.
         embeddings_initializer, embeddings_regularizer, embeddings_constraint: Of the table, or
             of both tables.
         mask_zero: Whether token 0 is padding that is masked out.

@@ -6,7 +6,7 @@ from keras import activations, ops
 from keras_bitnet.checks import check_choice
 from keras_bitnet.layers.base import NORMS
 from keras_bitnet.layers.bit_linear import BitLinear
-from keras_bitnet.layers.composite import BitComposite
+from keras_bitnet.layers.block import BitBlock
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
@@ -20,7 +20,7 @@ def relu_squared(x):
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
-class BitFeedForward(BitComposite):
+class BitFeedForward(BitBlock):
     """Two or three low-bit projections with an activation between.
 
         gated:  y = down(sub_norm(activation(gate(x)) * up(x)))
@@ -38,7 +38,7 @@ class BitFeedForward(BitComposite):
         seed: Seed of the dropout.
         weight_quantizer, activation_quantizer, projection_norm, norm_epsilon,
             quantization_strength, packed, initializers, regularizers, constraints: See
-            `keras_bitnet.layers.BitComposite`.
+            `keras_bitnet.layers.BitBlock`.
         **kwargs: `name`, `dtype`, `trainable` of any Keras layer.
 
     Input shape:

@@ -7,12 +7,12 @@ from keras_bitnet.checks import check_choice
 from keras_bitnet.layers import key_value_cache
 from keras_bitnet.layers.base import NORMS
 from keras_bitnet.layers.bit_einsum_dense import BitEinsumDense
-from keras_bitnet.layers.composite import BitComposite
+from keras_bitnet.layers.block import BitBlock
 from keras_bitnet.layers.rotary import rotary_tables, rotate
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
-class BitGroupedQueryAttention(BitComposite):
+class BitGroupedQueryAttention(BitBlock):
     """`keras.layers.GroupQueryAttention` with low-bit projections.
 
         attention = softmax(rotate(query) rotate(key)^T / sqrt(head_dim)) value
@@ -35,7 +35,7 @@ class BitGroupedQueryAttention(BitComposite):
         rope_scaling_factor: Positions are divided by it.
         weight_quantizer, activation_quantizer, projection_norm, norm_epsilon,
             quantization_strength, packed, initializers, regularizers, constraints: See
-            `keras_bitnet.layers.BitComposite`.
+            `keras_bitnet.layers.BitBlock`.
         **kwargs: `name`, `dtype`, `trainable`, `activity_regularizer` of any Keras layer.
 
     Call arguments:

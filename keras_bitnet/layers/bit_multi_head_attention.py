@@ -5,11 +5,11 @@ import keras
 from keras_bitnet.checks import check_choice
 from keras_bitnet.layers.base import NORMS
 from keras_bitnet.layers.bit_einsum_dense import BitEinsumDense
-from keras_bitnet.layers.composite import BitComposite
+from keras_bitnet.layers.block import BitBlock
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
-class BitMultiHeadAttention(BitComposite, keras.layers.MultiHeadAttention):
+class BitMultiHeadAttention(BitBlock, keras.layers.MultiHeadAttention):
     """`keras.layers.MultiHeadAttention` with low-bit projections.
 
         y = output(sub_norm(softmax(query key^T / sqrt(key_dim)) value))
@@ -25,7 +25,7 @@ class BitMultiHeadAttention(BitComposite, keras.layers.MultiHeadAttention):
             projection, all heads together, `attn_sub_norm` of BitNet b1.58.
         weight_quantizer, activation_quantizer, projection_norm, norm_epsilon,
             quantization_strength, packed, initializers, regularizers, constraints: Of the
-            projections, see `keras_bitnet.layers.BitComposite`.
+            projections, see `keras_bitnet.layers.BitBlock`.
         **kwargs: `name`, `dtype`, `trainable` of any Keras layer.
 
     Call arguments:

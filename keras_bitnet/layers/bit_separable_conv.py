@@ -8,10 +8,10 @@ from keras import activations, regularizers
 from keras_bitnet.layers.base import assign_copy, under_own_names
 from keras_bitnet.layers.bit_conv import BitConv, BitConv1D, BitConv2D
 from keras_bitnet.layers.bit_depthwise_conv import BitDepthwiseConv1D, BitDepthwiseConv2D
-from keras_bitnet.layers.composite import BitComposite
+from keras_bitnet.layers.block import BitBlock
 
 
-class BitSeparableConv(BitComposite):
+class BitSeparableConv(BitBlock):
     """Base of `BitSeparableConv1D` and `BitSeparableConv2D`: depthwise, then pointwise.
 
         y = activation(pointwise(depthwise(x)))
@@ -31,7 +31,7 @@ class BitSeparableConv(BitComposite):
         activity_regularizer: Of the output.
         weight_quantizer, activation_quantizer, quantization_strength, packed: Of both, see
             `keras_bitnet.layers.BitLayer`.
-        projection_norm, norm_epsilon: A norm between the two, see `BitComposite`.
+        projection_norm, norm_epsilon: A norm between the two, see `BitBlock`.
         **kwargs: `name`, `dtype`, `trainable` of any Keras layer.
 
     Source:
@@ -41,7 +41,7 @@ class BitSeparableConv(BitComposite):
     depthwise_class: Any = None
     pointwise_class: Any = None
     own_names: ClassVar = {
-        **BitComposite.own_names,
+        **BitBlock.own_names,
         "kernel_initializer": "depthwise_initializer",
         "kernel_regularizer": "depthwise_regularizer",
         "kernel_constraint": "depthwise_constraint",

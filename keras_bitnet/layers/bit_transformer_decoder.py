@@ -6,11 +6,11 @@ from keras_bitnet.checks import check_choice
 from keras_bitnet.layers.base import NORMS
 from keras_bitnet.layers.bit_feed_forward import BitFeedForward
 from keras_bitnet.layers.bit_grouped_query_attention import BitGroupedQueryAttention
-from keras_bitnet.layers.composite import BitComposite
+from keras_bitnet.layers.block import BitBlock
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
-class BitTransformerDecoder(BitComposite):
+class BitTransformerDecoder(BitBlock):
     """Causal attention and feed-forward, each behind a norm and added to the stream.
 
         x = x + attention(norm(x))
@@ -34,7 +34,7 @@ class BitTransformerDecoder(BitComposite):
         seed: Seed of the dropout.
         weight_quantizer, activation_quantizer, projection_norm, norm_epsilon,
             quantization_strength, packed, initializers, regularizers, constraints: See
-            `keras_bitnet.layers.BitComposite`.
+            `keras_bitnet.layers.BitBlock`.
         **kwargs: `name`, `dtype`, `trainable` of any Keras layer.
 
     Call arguments:
@@ -94,7 +94,7 @@ class BitTransformerDecoder(BitComposite):
             sub_norm=sub_norm,
             seed=seed,
             name="feed_forward",
-            **self.composite_arguments(),
+            **self.block_arguments(),
         )
         self.attention = None  # the size of its heads may be that of the inputs
         self.attention_norm = self.make_norm(norm, "attention_norm")
@@ -120,7 +120,7 @@ class BitTransformerDecoder(BitComposite):
             rope_max_wavelength=self.rope_max_wavelength,
             rope_scaling_factor=self.rope_scaling_factor,
             name="attention",
-            **self.composite_arguments(),
+            **self.block_arguments(),
         )
         self.attention_norm.build(input_shape)
         self.attention.build(input_shape, input_shape)

@@ -10,11 +10,11 @@ from keras_bitnet.layers.base import NORMS
 from keras_bitnet.layers.bit_feed_forward import BitFeedForward
 from keras_bitnet.layers.bit_multi_head_attention import BitMultiHeadAttention
 from keras_bitnet.layers.bit_residual import BitResidual
-from keras_bitnet.layers.composite import BitComposite
+from keras_bitnet.layers.block import BitBlock
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
-class BitTransformerEncoder(BitComposite):
+class BitTransformerEncoder(BitBlock):
     """Self-attention and a feed-forward network, each added to the stream.
 
         norm before:  x = x + attention(norm(x)),   y = x + feed_forward(norm(x))
@@ -33,7 +33,7 @@ class BitTransformerEncoder(BitComposite):
         stream_quantizer: `None`, `"int8"`, `"int16"`: the sums are rounded, see `BitResidual`.
         flash_attention: As in `keras.layers.MultiHeadAttention`.
         weight_quantizer, activation_quantizer, projection_norm, quantization_strength, packed,
-            initializers, regularizers, constraints: See `keras_bitnet.layers.BitComposite`.
+            initializers, regularizers, constraints: See `keras_bitnet.layers.BitBlock`.
         **kwargs: `name`, `dtype`, `trainable` of any Keras layer.
 
     Call arguments:
@@ -48,7 +48,7 @@ class BitTransformerEncoder(BitComposite):
         `keras_hub.layers.TransformerEncoder`.
     """
 
-    own_names: ClassVar = {**BitComposite.own_names, "norm_epsilon": "layer_norm_epsilon"}
+    own_names: ClassVar = {**BitBlock.own_names, "norm_epsilon": "layer_norm_epsilon"}
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class BitTransformerEncoder(BitComposite):
             dropout=dropout,
             sub_norm=sub_norm,
             name="feed_forward",
-            **self.composite_arguments(),
+            **self.block_arguments(),
         )
         self.attention = None  # the size of its heads is that of the inputs
         self.dropout_layer = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
@@ -110,7 +110,7 @@ class BitTransformerEncoder(BitComposite):
             flash_attention=self.flash_attention,
             sub_norm=self.sub_norm,
             name="attention",
-            **self.composite_arguments(),
+            **self.block_arguments(),
         )
         self.attention.build(input_shape, input_shape)
         self.attention_norm.build(input_shape)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import keras
 from keras import ops
@@ -80,8 +81,8 @@ class Window:
         if self.channels_first:
             x = ops.moveaxis(x, 1, -1)
         lengths = ops.shape(x)[1:-1]
-        pads = [self._pad(axis, length) for axis, length in enumerate(lengths)]
-        if any(pad != (0, 0) for pad in pads):
+        if self.padding != "valid" and math.prod(self.size) > 1:
+            pads = [self._pad(axis, length) for axis, length in enumerate(lengths)]
             x = ops.pad(x, [(0, 0), *pads, (0, 0)])
         ends = [
             (self._outputs(axis, length) - 1) * self.strides[axis] + 1
@@ -129,7 +130,7 @@ class Window:
 
     def _pad(self, axis, length):
         """Zeros before and after; a length that is known only at run time is a tensor."""
-        if self.padding == "valid" or self._span(axis) == 1:
+        if self._span(axis) == 1:
             return (0, 0)
         if self.padding == "causal":
             return (self._span(axis) - 1, 0)

@@ -18,6 +18,10 @@ TWINS: dict[type, Any] = {
     keras.layers.Conv1D: bit_layers.BitConv1D,
     keras.layers.Conv2D: bit_layers.BitConv2D,
     keras.layers.Conv3D: bit_layers.BitConv3D,
+    keras.layers.DepthwiseConv1D: bit_layers.BitDepthwiseConv1D,
+    keras.layers.DepthwiseConv2D: bit_layers.BitDepthwiseConv2D,
+    keras.layers.SeparableConv1D: bit_layers.BitSeparableConv1D,
+    keras.layers.SeparableConv2D: bit_layers.BitSeparableConv2D,
     keras.layers.Embedding: bit_layers.BitEmbedding,
     keras.layers.ReversibleEmbedding: bit_layers.ReversibleBitEmbedding,
 }
@@ -25,9 +29,9 @@ _NOT_KEPT = {"quantization_config", "gptq_unpacked_column_size", "lora_rank", "l
 
 
 def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_changes=False):
-    """Returns a copy of a model in which dense layers are quantized, weights kept.
+    """Returns a copy of a model in which layers are replaced by quantized twins, weights kept.
 
-    `Dense` becomes `BitLinear` and `EinsumDense` becomes `BitEinsumDense`, also inside other
+    Dense, convolutional and embedding layers (the keys of `TWINS`) have one, also inside other
     layers (such as `MultiHeadAttention`), nested and subclassed models. The copy trains with
     `fit`; pack it afterwards with `pack_model`. LoRA weights are merged into the kernels. With
     `quantization_strength=0` in the spec the outputs are those of the float model until the
@@ -36,8 +40,9 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
     Args:
         model: A built Keras model or layer; it is left as it is.
         spec: What the layers become: the name of a weight quantizer (`"ternary"`, ...), a
-            `WeightQuantizer`, a dictionary of arguments of `keras_bitnet.layers.BitLayer`, or
-            a callable `spec(layer)` that gives one of these, or `None`: keep the layer.
+            `WeightQuantizer`, a dictionary of arguments of `keras_bitnet.layers.BitLayer` (those
+            that a twin does not have, such as the norm of an embedding, are left out), or a
+            callable `spec(layer)` that gives one of these, or `None`: keep the layer.
         filters: Which layers: a regex or a list of them, searched in the path of the layer
             (such as `"encoder/attention/query"`), or a callable `filters(layer) -> bool`.
             All by default.

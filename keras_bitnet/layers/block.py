@@ -1,4 +1,4 @@
-"""What the layers that are made of quantized layers share."""
+"""What the blocks of transformers share: arguments handed down, and packing as a whole."""
 
 from typing import Any, ClassVar
 
@@ -10,15 +10,26 @@ from keras_bitnet.checks import check_choice, check_own_names
 from keras_bitnet.layers.base import NORMS, under_own_names
 
 
-class BitComposite(keras.Layer):
-    """Base of the layers made of quantized layers: takes their arguments and hands them on.
+class PacksAsWhole(keras.Layer):
+    """Mixin of a layer whose arguments say whether the quantized layers inside are packed.
 
-    `keras_bitnet.pack_model` makes such a layer again with `packed=True`; all that is in it is
-    then built packed, and no float kernel is ever allocated.
+    `keras_bitnet.pack_model` makes it again with `packed=True` in place of replacing what is
+    in it, so it stays of its class, and built so it never allocates a float kernel.
+    """
+
+    packed: bool = False
+
+    def remade(self, **changes):
+        """A copy made from the config with some arguments changed, weights not copied."""
+        return type(self).from_config({**self.get_config(), **changes})
+
+
+class BitBlock(PacksAsWhole):
+    """Base of the blocks made of quantized layers: takes their arguments and hands them on.
 
     Args:
-        weight_quantizer, activation_quantizer, quantization_strength, packed: Of every quantized
-            layer inside, see `keras_bitnet.layers.BitLayer`.
+        weight_quantizer, activation_quantizer, quantization_strength, packed, packed_layout: Of
+            every quantized layer inside, see `keras_bitnet.layers.BitLayer`.
         projection_norm: `None`, `"rms"` or `"layer"`: a norm of the inputs of each quantized
             layer inside.
         norm_epsilon: Added to the variance in every norm inside.
@@ -27,10 +38,7 @@ class BitComposite(keras.Layer):
     """
 
     # As in `BitLayer`: what an argument is called here, `None` where there is none.
-    own_names: ClassVar[dict[str, str | None]] = {
-        "norm": "projection_norm",
-        "norm_position": None,
-    }
+    own_names: ClassVar[dict[str, str | None]] = {"norm": "projection_norm", "norm_position": None}
 
     def __init__(
         self,
@@ -41,6 +49,7 @@ class BitComposite(keras.Layer):
         norm_epsilon=1e-5,
         quantization_strength=1.0,
         packed=False,
+        packed_layout="tiles",
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
         kernel_regularizer=None,
@@ -58,6 +67,7 @@ class BitComposite(keras.Layer):
         self.norm_epsilon = float(norm_epsilon)
         self._initial_strength = float(quantization_strength)
         self.packed = bool(packed)
+        self.packed_layout = packed_layout
         self.kernel_initializer = initializers.get(kernel_initializer)
         self.bias_initializer = initializers.get(bias_initializer)
         self.kernel_regularizer = regularizers.get(kernel_regularizer)
@@ -65,8 +75,8 @@ class BitComposite(keras.Layer):
         self.kernel_constraint = constraints.get(kernel_constraint)
         self.bias_constraint = constraints.get(bias_constraint)
 
-    def composite_arguments(self):
-        """Arguments of a `BitComposite` inside this one."""
+    def block_arguments(self):
+        """Arguments of a block inside this one."""
         return {
             "weight_quantizer": self.weight_quantizer,
             "activation_quantizer": self.activation_quantizer,
@@ -74,6 +84,7 @@ class BitComposite(keras.Layer):
             "norm_epsilon": self.norm_epsilon,
             "quantization_strength": self._initial_strength,
             "packed": self.packed,
+            "packed_layout": self.packed_layout,
             "kernel_initializer": _clone(self.kernel_initializer),
             "bias_initializer": _clone(self.bias_initializer),
             "kernel_regularizer": self.kernel_regularizer,
@@ -85,7 +96,7 @@ class BitComposite(keras.Layer):
 
     def layer_arguments(self, norm=None):
         """Arguments of a `BitLayer` inside; `norm` takes the place of `projection_norm`."""
-        arguments = self.composite_arguments()
+        arguments = self.block_arguments()
         projection_norm = arguments.pop("projection_norm")
         return {**arguments, "norm": norm or projection_norm}
 
@@ -102,6 +113,7 @@ class BitComposite(keras.Layer):
             "norm_epsilon": self.norm_epsilon,
             "quantization_strength": self._initial_strength,
             "packed": self.packed,
+            "packed_layout": self.packed_layout,
             "kernel_initializer": initializers.serialize(self.kernel_initializer),
             "bias_initializer": initializers.serialize(self.bias_initializer),
             "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
