@@ -117,8 +117,8 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         self.normalization: Any = None
         self._untrained_checksum: int | None = None
         if norm is not None:
-            self.normalization = NORMS[norm](
-                epsilon=self.norm_epsilon, dtype=self.dtype_policy, name="normalization"
+            self.normalization = make_norm(
+                norm, epsilon=self.norm_epsilon, dtype=self.dtype_policy, name="normalization"
             )
 
     # -- weights ---------------------------------------------------------------------------
@@ -366,6 +366,13 @@ class BitLayer(LowRankAdaptation, NamedWeights):
             config["lora_rank"] = self.lora_rank
             config["lora_alpha"] = self.lora_alpha
         return {**super().get_config(), **under_own_names(self, config)}
+
+
+def make_norm(kind, **arguments):
+    """A norm layer of a kind of `NORMS` that lets masks pass."""
+    norm = NORMS[kind](**arguments)
+    norm.supports_masking = True
+    return norm
 
 
 def assign_copy(target, source):

@@ -40,6 +40,10 @@ class BitMultiHeadAttention(BitBlock, keras.layers.MultiHeadAttention):
         super().__init__(num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, **kwargs)
         check_choice("sub_norm", sub_norm, (None, *NORMS))
         self.sub_norm = sub_norm
+        if self.value_dim != self.key_dim and not self._flash_attention:
+            # JAX's fused attention takes equal sizes only, and Keras's layer fails there. On the
+            # instance: Keras keeps its causal fast path from a class that overrides the method.
+            self._compute_attention = self._attend_with_scores
 
     def build(self, query_shape, value_shape, key_shape=None):
         """Creates the projections for inputs of these shapes."""
@@ -56,6 +60,9 @@ class BitMultiHeadAttention(BitBlock, keras.layers.MultiHeadAttention):
             self._gate_dense = self._projection(self.value_dim, "gate", query_shape, "sigmoid")
         self._build_attention(len(value_shape) + 1)
         self._output_dense = self._output_projection(query_shape)
+
+    def _attend_with_scores(self, query, key, value, mask=None, training=None, _=False, **kwargs):
+        return super()._compute_attention(query, key, value, mask, training, True, **kwargs)
 
     def _projection(self, size, name, input_shape, activation=None):
         dense = BitEinsumDense(

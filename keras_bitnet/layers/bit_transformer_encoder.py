@@ -1,6 +1,6 @@
 """BitTransformerEncoder: the block of BERT and ViT with low-bit products."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import keras
 from keras import ops
@@ -87,7 +87,7 @@ class BitTransformerEncoder(BitBlock):
             name="feed_forward",
             **self.block_arguments(),
         )
-        self.attention = None  # the size of its heads is that of the inputs
+        self.attention: Any = None  # the size of its heads is that of the inputs
         self.dropout_layer = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
         self.attention_norm = self.make_norm(norm, "attention_norm")
         self.feed_forward_norm = self.make_norm(norm, "feed_forward_norm")

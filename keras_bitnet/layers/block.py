@@ -7,7 +7,7 @@ from keras import constraints, initializers, regularizers
 
 from keras_bitnet import quantizers
 from keras_bitnet.checks import check_choice, check_own_names
-from keras_bitnet.layers.base import NORMS, under_own_names
+from keras_bitnet.layers.base import NORMS, make_norm, under_own_names
 
 
 class PacksAsWhole(keras.Layer):
@@ -102,7 +102,7 @@ class BitBlock(PacksAsWhole):
 
     def make_norm(self, kind, name):
         """A norm layer `"rms"` or `"layer"`."""
-        return NORMS[kind](epsilon=self.norm_epsilon, dtype=self.dtype_policy, name=name)
+        return make_norm(kind, epsilon=self.norm_epsilon, dtype=self.dtype_policy, name=name)
 
     def get_config(self):
         """The arguments of the constructor."""

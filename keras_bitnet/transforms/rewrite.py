@@ -87,6 +87,8 @@ class _Twins:
         return self._made[id(layer)]
 
     def _make(self, layer, path):
+        if not isinstance(layer, keras.Layer):  # an operation such as a slice or a mask
+            return type(layer).from_config(layer.get_config())
         outcome = self.rule.replace(layer, path)
         if isinstance(outcome, keras.Layer):
             self.replaced.add(id(layer))
