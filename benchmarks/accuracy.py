@@ -100,11 +100,17 @@ def make_model(quantizer, norm, width, features):
 
 
 class Trainer:
-    """Trains one kind of network again and again with a step that is compiled once."""
+    """Trains one kind of network again and again with a step that is compiled once.
 
-    def __init__(self, quantizer, norm, width, features, settings):
-        self.make = lambda: make_model(quantizer, norm, width, features)
-        self.quantized = quantizer is not None
+    Args:
+        make: Function without arguments that gives the network, drawn anew.
+        quantized: Whether `quantization_strength` rises while it trains.
+        settings: Dictionary with `epochs`, `batch_size` and `warmup_share`.
+    """
+
+    def __init__(self, make, quantized, settings):
+        self.make = make
+        self.quantized = quantized
         self.settings = settings
         self.model = self.make()
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -138,16 +144,25 @@ def evaluate(model, test):
     return 100 * float(np.mean(model.predict(x, batch_size=len(x), verbose=0).argmax(-1) == y))
 
 
-def run_kind(kind, width, data, settings):
-    """Finds the learning rate of one kind on validation images, then trains every seed."""
-    train, test = data
-    trainer = Trainer(*KINDS[kind], width, train[0].shape[1], settings)
+def find_learning_rate(trainer, train, settings):
+    """The rate of the grid that is best on images held out of training, and all accuracies."""
     fit, validation = split(*train, VALIDATION_PER_CLASS, np.random.default_rng(1))
     grid = {
         rate: [trainer.accuracy(fit, validation, seed, rate) for seed in settings["grid_seeds"]]
         for rate in settings["learning_rates"]
     }
-    best = max(grid, key=lambda rate: statistics.mean(grid[rate]))
+    return max(grid, key=lambda rate: statistics.mean(grid[rate])), grid
+
+
+def run_kind(kind, width, data, settings):
+    """Finds the learning rate of one kind on validation images, then trains every seed."""
+    train, test = data
+    quantizer, norm = KINDS[kind]
+    features = train[0].shape[1]
+    trainer = Trainer(
+        lambda: make_model(quantizer, norm, width, features), quantizer is not None, settings
+    )
+    best, grid = find_learning_rate(trainer, train, settings)
     results, rounded = [], []
     for seed in settings["seeds"]:
         results.append(trainer.accuracy(train, test, seed, best))

@@ -1,0 +1,163 @@
+"""Convolutions and attention on real images: float against low bits.
+
+The data, split, schedule and search of the learning rate are those of `accuracy.py`: 5,000 MNIST
+images at 14 x 14, 4,000 to train and 1,000 to test. Two networks of stock Keras layers, a small
+CNN and a small vision transformer (patches of 2 x 2); `quantize_model` replaces all of their
+convolutions, dense layers and attention projections, the first and the last too. A kind is
+a spec for `quantize_model`, so another row is one line. After training each quantized network
+is packed, and the packed one meets the test images.
+
+    KERAS_BACKEND=jax python benchmarks/vision.py [--quick]
+"""
+
+import argparse
+import functools
+import statistics
+import time
+
+import accuracy
+import common
+import keras
+import numpy as np
+from keras import layers
+
+from keras_bitnet import pack_model, quantize_model
+
+SIZE, PATCH = 14, 2
+KINDS = {
+    "float": None,
+    "W1.58A8": {"weight_quantizer": "ternary", "activation_quantizer": "int8"},
+}
+
+
+@keras.saving.register_keras_serializable("benchmarks")
+class AddPositions(layers.Layer):
+    """Adds a trained vector to every position."""
+
+    def build(self, input_shape):
+        """Creates the vectors `(length, features)`."""
+        self.positions = self.add_weight(
+            name="positions", shape=input_shape[1:], initializer="random_normal"
+        )
+
+    def call(self, inputs):
+        """Maps `(batch, length, features)` to the same shape."""
+        return inputs + self.positions
+
+
+def make_cnn():
+    """Three convolutions with batch normalization, then a dense layer."""
+    x = inputs = keras.Input((SIZE, SIZE, 1))
+    for filters, strides in ((16, 1), (32, 2), (32, 2)):
+        x = layers.Conv2D(filters, 3, strides, "same", use_bias=False)(x)
+        x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+    return keras.Model(inputs, layers.Dense(accuracy.CLASSES)(layers.Flatten()(x)))
+
+
+def make_vit(features=48, blocks=2, heads=4):
+    """Two blocks of attention and feed-forward on 49 patches, norm before."""
+    inputs = keras.Input((SIZE, SIZE, 1))
+    x = layers.Conv2D(features, PATCH, PATCH)(inputs)
+    x = AddPositions()(layers.Reshape((-1, features))(x))
+    for _ in range(blocks):
+        y = layers.LayerNormalization()(x)
+        y = layers.MultiHeadAttention(heads, features // heads)(y, y)
+        x = layers.Add()([x, y])
+        y = layers.Dense(2 * features, "gelu")(layers.LayerNormalization()(x))
+        x = layers.Add()([x, layers.Dense(features)(y)])
+    x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
+    return keras.Model(inputs, layers.Dense(accuracy.CLASSES)(x))
+
+
+NETWORKS = {"CNN": make_cnn, "ViT": make_vit}
+
+
+def make(network, spec):
+    """A network drawn anew, quantized as a kind says."""
+    model = NETWORKS[network]()
+    return model if spec is None else quantize_model(model, spec, verbose=0)
+
+
+def run_kind(network, kind, data, settings):
+    """Finds the learning rate of one kind on validation images, then trains every seed."""
+    spec = KINDS[kind]
+    settings = {**settings, "epochs": settings["epochs"][network]}
+    trainer = accuracy.Trainer(functools.partial(make, network, spec), spec is not None, settings)
+    train, test = data
+    best, grid = accuracy.find_learning_rate(trainer, train, settings)
+    accuracies, packed, packed_bytes = [], [], None
+    for seed in settings["seeds"]:
+        accuracies.append(trainer.accuracy(train, test, seed, best))
+        if spec is not None:
+            small = pack_model(trainer.model, verbose=0)
+            packed.append(accuracy.evaluate(small, test))
+            packed_bytes = _bytes(small)
+    mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
+    print(f"{network:4} {kind:24} {mean:6.2f} +- {deviation:.2f}", flush=True)
+    return {
+        "network": network, "kind": kind, "mean": mean, "stdev": deviation,
+        "accuracies": accuracies, "packed_accuracies": packed, "learning_rate": best,
+        "validation": {str(rate): values for rate, values in grid.items()},
+        "bytes_float32": 4 * NETWORKS[network]().count_params(), "bytes_packed": packed_bytes,
+    }  # fmt: skip
+
+
+def _bytes(model):
+    return sum(keras.ops.convert_to_numpy(v).nbytes for v in model.variables)
+
+
+def compare(rows):
+    """Adds to every row how far it is below float, in points."""
+    floats = {row["network"]: row["mean"] for row in rows if row["kind"] == "float"}
+    for row in rows:
+        row["below_float"] = floats[row["network"]] - row["mean"]
+
+
+def table(rows):
+    """The results as Markdown."""
+    cells = [
+        (r["network"], r["kind"], f"{r['mean']:.2f} ± {r['stdev']:.2f}",
+         f"{0 - r['below_float']:+.2f}", f"{r['learning_rate']:g}",
+         r["bytes_packed"] or r["bytes_float32"])
+        for r in rows
+    ]  # fmt: skip
+    headers = ("Network", "Kind", "Test accuracy, %", "to float", "learning rate", "bytes")
+    return common.markdown(headers, cells)
+
+
+def main():
+    """Runs everything, writes `results/vision.json`, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few epochs, seeds and rates")
+    parser.add_argument("--output", default=common.RESULTS / "vision.json")
+    arguments = parser.parse_args()
+    settings = {
+        "epochs": {"CNN": 20, "ViT": 40},
+        "batch_size": 64,
+        "optimizer": "Adam, cosine decay, 3 epochs of warm-up",
+        "warmup_share": 0.4,
+        "learning_rates": [2e-3, 6e-3],
+        "grid_seeds": [100],
+        "seeds": [0, 1, 2, 3, 4],
+    }
+    if arguments.quick:
+        settings |= {
+            "epochs": dict.fromkeys(NETWORKS, 4),
+            "learning_rates": [4e-3],
+            "seeds": [0, 1],
+        }
+    start = time.perf_counter()
+    data = tuple(
+        (x.reshape(-1, SIZE, SIZE, 1), y.astype(np.int32)) for x, y in accuracy.load_images()
+    )
+    rows = [run_kind(network, kind, data, settings) for network in NETWORKS for kind in KINDS]
+    compare(rows)
+    seconds = round(time.perf_counter() - start)
+    common.write_json(
+        arguments.output, {**common.header(**settings), "seconds": seconds, "results": rows}
+    )
+    print(table(rows), f"\n{seconds} s")
+
+
+if __name__ == "__main__":
+    main()
