@@ -9,7 +9,6 @@ import keras
 from keras_bitnet import quantizers
 from keras_bitnet.filters import layer_filter
 from keras_bitnet.layers import BitEinsumDense, BitLinear
-from keras_bitnet.layers.base import assign_copy
 from keras_bitnet.transforms.rewrite import Rule, rewrite
 
 TWINS: dict[type, Any] = {keras.layers.Dense: BitLinear, keras.layers.EinsumDense: BitEinsumDense}
@@ -59,7 +58,9 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
         return twin.from_config({**config, **arguments})
 
     _check_spec(spec)
-    new_model, changes = rewrite(model, Rule("quantized", replace, _transfer), verbose)
+    new_model, changes = rewrite(
+        model, Rule("quantized", replace, lambda old, new: new.take_weights(old)), verbose
+    )
     if not any(change.replaced_by for change in changes):
         warnings.warn(
             "`quantize_model` found no layer to quantize. It looks for "
@@ -67,14 +68,6 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
             stacklevel=2,
         )
     return (new_model, changes) if return_changes else new_model
-
-
-def _transfer(old, new):
-    assign_copy(new.kernel, old.kernel)  # with LoRA merged, if there was any
-    if old.bias is not None:
-        assign_copy(new.bias, old.bias)
-    new.reset_scale()
-    new.mark_untrained()
 
 
 def _is_function(spec):
