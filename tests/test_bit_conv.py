@@ -66,7 +66,9 @@ def test_strength_zero_is_its_keras_twin_and_strength_one_packs(case, data_forma
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"activation_quantizer": None},
+        {"activation_quantizer": None, "norm": "rms", "norm_position": "post"},
+        {"activation_quantizer": None, "norm": "rms"},
+        {"activation_quantizer": "int4", "rotation": "hadamard", "data_format": "channels_last"},
         {"activation_quantizer": ActivationInt8(granularity="tensor")},
         {"weight_quantizer": Int4(group_size=32, scale="learned"), "norm": "rms"},
         {"norm": "layer", "norm_position": "post", "groups": 2},
@@ -85,6 +87,14 @@ def test_options_pack_alike(arguments, rng):
             getattr(packed, name).assign(getattr(layer, name))
         y = to_numpy(layer(x))
     assert relative_error(to_numpy(packed(x)), y) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
+def test_float_activations_convolve_as_patches_do(case, rng):
+    cls, arguments, shape = case
+    layer, _, x = made(cls, arguments, shape, rng, activation_quantizer=None)
+    wanted = to_numpy(layer.product(layer.patches(x), layer.bias))
+    np.testing.assert_allclose(to_numpy(layer(x)), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_patch_is_a_token_and_padding_is_zero():

@@ -144,14 +144,12 @@ class _Probe:
 
     def look(self, x):
         layer = self.layer
-        if layer.normalization is not None and layer.norm_position == "pre":
-            x = layer.normalization(x)
-        x = ops.cast(x, "float32")
+        x = ops.cast(layer.quantizer_inputs(x), "float32")
         values = ops.convert_to_numpy(x)
         self.used = True
         self.absmax = max(self.absmax, float(np.max(np.abs(values), initial=0)))
         if layer.activation_quantizer is not None:
-            rounded = ops.convert_to_numpy(layer.activation_quantizer.fake_quantize(x))
+            rounded = ops.convert_to_numpy(layer.fake_quantize_inputs(x))
             self.signal += _power(values)
             self.noise += _power(values - rounded)
 

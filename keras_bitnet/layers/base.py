@@ -14,6 +14,7 @@ from keras import activations, constraints, initializers, ops, regularizers
 
 from keras_bitnet import quantizers
 from keras_bitnet.checks import check_choice, check_own_names
+from keras_bitnet.layers.inputs import InputTreatment
 from keras_bitnet.layers.lora import LowRankAdaptation, check_rank
 from keras_bitnet.layers.named_weights import NamedWeights
 from keras_bitnet.ops import layout
@@ -23,14 +24,14 @@ from keras_bitnet.ops.packed_tensor import PackedTensor
 NORMS = {"rms": keras.layers.RMSNormalization, "layer": keras.layers.LayerNormalization}
 
 
-class BitLayer(LowRankAdaptation, NamedWeights):
+class BitLayer(InputTreatment, LowRankAdaptation, NamedWeights):
     """Base of the quantized layers. Arguments are those that every one of them takes.
 
     Args:
         weight_quantizer: `"binary"`, `"ternary"`, `"int2"`, `"int4"`, `"int8"` or a
             `keras_bitnet.quantizers.WeightQuantizer`.
-        activation_quantizer: `"int8"`, `"int4"`, an `ActivationQuantizer`, or `None`: the
-            inputs stay float.
+        activation_quantizer: `"int8"`, `"int4"`, `"static_int8"`, `"static_int4"`, an
+            `ActivationQuantizer`, or `None`: the inputs stay float.
         norm: `None`, `"rms"` or `"layer"`: a trained normalization in the layer.
         norm_position: `"pre"`: of the inputs, before they are quantized. `"post"`: of
             kernel product plus bias, before the activation function.
@@ -41,6 +42,8 @@ class BitLayer(LowRankAdaptation, NamedWeights):
             `keras_bitnet.pack_model`; no reason to set it by hand.
         packed_layout: `"tiles"`, or for ternary weights without groups `"trits"`: how the packed
             codes lie in memory, see `keras_bitnet.ops.layout`.
+        smoothing, rotation, kept_channels, kept_bits: What is done about outliers of the inputs,
+            see `InputTreatment` and `KeptChannels`. They act fully once `calibrate` has seen data.
         lora_rank: Rank of a trained low-rank addition to the kernel, or `None`. The kernel
             itself is then frozen. See `enable_lora`.
         lora_alpha: The addition is scaled by `lora_alpha / lora_rank`; `lora_rank` by default.
@@ -52,6 +55,8 @@ class BitLayer(LowRankAdaptation, NamedWeights):
 
     # Arguments of this class that a subclass has under another name, or not at all (`None`).
     own_names: ClassVar[dict[str, str | None]] = {}
+    # Arguments that `quantize_model` leaves at their default in this layer.
+    not_in_spec: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,
@@ -132,6 +137,8 @@ class BitLayer(LowRankAdaptation, NamedWeights):
             kernel_shape: Shape of the float kernel, `(in_features, out_features)` by default.
         """
         self.in_features, self.out_features = in_features, out_features
+        self.build_inputs()
+        self.build_kept()
         if self.packed:
             self._build_packed()
         else:
@@ -196,7 +203,8 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         return self.matrix_to_kernel(matrix)
 
     def _initial_log2_scale(self, shape=None, dtype=None):
-        return ops.log2(self.weight_quantizer.compute_scale(self.kernel_matrix()))
+        matrix = self.without_kept_rows(self.kernel_matrix())
+        return ops.log2(self.weight_quantizer.compute_scale(matrix))
 
     def reset_scale(self):
         """Starts a learned scale again from the kernel, after the kernel was replaced."""
@@ -233,14 +241,8 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         Returns:
             Tensor `(..., out_features)`.
         """
-        if self.normalization is not None and self.norm_position == "pre":
-            x = self.normalization(x)
-        if self.packed:
-            y = bit_matmul(x, self.packed_kernel, self.activation_quantizer, bias)
-        else:
-            y = self._fake_quantized_product(x)
-            if bias is not None:
-                y = ops.add(y, bias)
+        x = self.normalize_inputs(x)
+        y = self._quantized_product(self.smooth(x), bias)
         if self.lora_enabled:
             low_rank = ops.matmul(ops.matmul(x, self.lora_kernel_a), self.lora_kernel_b)
             y = y + ops.cast(low_rank * (self.lora_alpha / self.lora_rank), y.dtype)
@@ -253,20 +255,34 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         """What a subclass does to a product before the norm after it; nothing here."""
         return y
 
-    def _fake_quantized_product(self, x):
+    def _quantized_product(self, x, bias):
+        quantizer = self.activation_quantizer
+        if self._look is not None:  # calibration: it sees the inputs, and they stay float
+            self._look(self, x)
+            quantizer = None
+        x, kept = self.split_channels(self.rotate(x))
+        if self.packed:
+            scale = None if quantizer is None else self.scale_for(x)
+            y = bit_matmul(x, self.packed_kernel, quantizer, bias, scale)
+            return y if kept is None else y + self.kept_product(kept)
         strength = ops.convert_to_tensor(self.quantization_strength)
-        if self.activation_quantizer is not None:
-            x = self.activation_quantizer.fake_quantize(x, strength)
-        return ops.matmul(x, ops.cast(self.fake_quantized_matrix(strength), x.dtype))
+        if quantizer is not None:
+            x = self.fake_quantize_inputs(x, strength)
+        y = ops.matmul(x, ops.cast(self.fake_quantized_matrix(strength), x.dtype))
+        if kept is not None:
+            y = y + self.kept_product(kept, strength)
+        return y if bias is None else ops.add(y, bias)
 
     def fake_quantized_matrix(self, strength=None):
         """The `float32` kernel `(in_features, out_features)` that QAT multiplies with."""
         scale = self.learned_scale()
-        return self.weight_quantizer.fake_quantize(self.kernel_matrix(), scale, strength)
+        matrix = self.without_kept_rows(self.kernel_matrix())
+        return self.weight_quantizer.fake_quantize(matrix, scale, strength)
 
     def quantized_matrix(self):
         """The `QuantizedWeight` of the float kernel, at full strength."""
-        return self.weight_quantizer.quantize(self.kernel_matrix(), self.learned_scale())
+        matrix = self.without_kept_rows(self.kernel_matrix())
+        return self.weight_quantizer.quantize(matrix, self.learned_scale())
 
     @property
     def packed_kernel(self):
@@ -293,7 +309,8 @@ class BitLayer(LowRankAdaptation, NamedWeights):
 
     def take_weights(self, layer):
         """Copies the weights of the float Keras layer that this one replaces, LoRA merged."""
-        assign_copy(self.kernel, layer.kernel)
+        matrix = self.adapt_matrix(self.kernel_to_matrix(ops.copy(layer.kernel)))
+        self.kernel.assign(self.matrix_to_kernel(matrix))
         if layer.bias is not None:
             assign_copy(self.bias, layer.bias)
         self.reset_scale()
@@ -305,8 +322,15 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         """Fills the packed kernel of this layer from the float kernel of its twin.
 
         Raises:
-            ValueError: The kernel holds a NaN or an infinity.
+            ValueError: The kernel holds a NaN or an infinity, or the activations are static and
+                have no scale yet.
         """
+        if layer.static and not layer.calibrated:
+            raise ValueError(
+                f"Layer '{layer.name}' has static activations and no scale for them yet. Call "
+                "`keras_bitnet.calibrate(model, data)`, or train it with a momentum "
+                "(`StaticActivation(momentum=0.99)`)."
+            )
         if not np.isfinite(ops.convert_to_numpy(layer.kernel)).all():
             raise ValueError(
                 f"The kernel of layer '{layer.name}' holds a NaN or an infinity and cannot be "
@@ -319,12 +343,13 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         )
         self.kernel_tiles.assign(packed.tiles)
         self.kernel_scale.assign(packed.scale)
+        self.pack_kept_from(layer)
 
     def unpack_from(self, layer):
         """Fills the float kernel of this layer so that it quantizes to the codes of its twin."""
         packed = layer.packed_kernel
         quantized = quantizers.QuantizedWeight(packed.codes(), packed.scale, packed.offset)
-        kernel = self.weight_quantizer.restore(quantized)
+        kernel = self.unpack_kept_from(self.weight_quantizer.restore(quantized), layer)
         self.kernel.assign(self.matrix_to_kernel(kernel))
         if self.kernel_log2_scale is not None:
             self.kernel_log2_scale.assign(ops.log2(packed.scale))

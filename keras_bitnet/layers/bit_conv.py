@@ -18,7 +18,8 @@ class BitConv(BitLayer):
     A patch, all that one output position sees, is one token to the activation quantizer, and
     a norm before the product is one of patches; the kernel is the matrix
     `(prod(kernel_size) * channels / groups, filters)`. Training and packed inference multiply the
-    same rows. Padding is zeros. A kernel of size 1 makes no patches. Groups cost as
+    same rows. With float activations nothing needs a patch, and the backend convolves. Padding is
+    zeros. A kernel of size 1 makes no patches. Groups cost as
     much time as a convolution without groups, and a share of its memory.
 
     Args:
@@ -141,8 +142,38 @@ class BitConv(BitLayer):
 
     def call(self, inputs):
         """Computes the convolution; see the class."""
-        y = self.window.restore(self.product(self.patches(inputs), self.bias))
+        if self._convolves:
+            y = self._convolution(inputs)
+        else:
+            y = self.product(self.patches(inputs), self.bias)
+        y = self.window.restore(y)
         return y if self.activation is None else self.activation(y)
+
+    @property
+    def _convolves(self):
+        """Whether the inputs are multiplied as they are: the backend's convolution is faster."""
+        floats = self.activation_quantizer is None and self._look is None
+        untreated = not (self.smoothing or self.rotation or self.kept_channels)
+        normalized = self.normalization is not None and self.norm_position == "pre"
+        alone = self.groups == 1 and not self.lora_enabled and math.prod(self.window.size) > 1
+        return floats and untreated and alone and not normalized
+
+    def _convolution(self, inputs):
+        if self.packed:
+            matrix = self.packed_kernel.dequantize()
+        else:
+            matrix = self.fake_quantized_matrix(ops.convert_to_tensor(self.quantization_strength))
+        x = self.window.padded(inputs)
+        y = ops.conv(
+            x,
+            ops.cast(self.matrix_to_kernel(matrix), x.dtype),
+            strides=list(self.window.strides),
+            dilation_rate=self.window.dilation,
+            data_format="channels_last",
+        )
+        if self.bias is not None:
+            y = ops.add(y, self.bias)
+        return y if self.normalization is None else self.normalization(y)
 
     def patches(self, inputs):
         """What every output position sees.

@@ -7,6 +7,7 @@ import keras
 from keras import ops, regularizers
 
 from keras_bitnet.layers.base import BitLayer
+from keras_bitnet.layers.inputs import UNTREATED
 from keras_bitnet.layers.windows import Window
 
 
@@ -56,6 +57,7 @@ class BitDepthwiseConv(BitLayer):
         "kernel_regularizer": "depthwise_regularizer",
         "kernel_constraint": "depthwise_constraint",
         **dict.fromkeys(("norm", "norm_position", "norm_epsilon")),
+        **UNTREATED,
     }
 
     def __init__(
@@ -88,6 +90,11 @@ class BitDepthwiseConv(BitLayer):
             bias_constraint=bias_constraint,
             **kwargs,
         )
+        if self.static:
+            raise ValueError(
+                f"{type(self).__name__} takes no static activations: quantize them per 'token' or "
+                f"'tensor'. Received: activation_quantizer={self.activation_quantizer}"
+            )
         if not isinstance(depth_multiplier, int) or depth_multiplier <= 0:
             raise ValueError(
                 "`depth_multiplier` must be a positive integer. "

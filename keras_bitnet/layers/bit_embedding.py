@@ -8,6 +8,7 @@ from keras import ops, regularizers
 from keras_bitnet.layers.base import BitLayer, assign_copy, under_own_names
 from keras_bitnet.layers.bit_linear import BitLinear
 from keras_bitnet.layers.block import BitBlock
+from keras_bitnet.layers.inputs import UNTREATED
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
@@ -31,7 +32,8 @@ class BitEmbedding(BitLayer):
         weights: Array `(input_dim, output_dim)` to start from, or `None`.
         lora_rank, lora_alpha: Low-rank adaptation, see `enable_lora`.
         weight_quantizer, quantization_strength, packed: See `keras_bitnet.layers.BitLayer`.
-        activation_quantizer: Of the vectors that `product` takes; a lookup has none.
+        activation_quantizer: Of the vectors that `product` takes; `None` by default, since a
+            lookup has none.
         **kwargs: `name`, `dtype`, `trainable` of any Keras layer.
 
     Input shape:
@@ -53,7 +55,9 @@ class BitEmbedding(BitLayer):
         "kernel_constraint": "embeddings_constraint",
         **dict.fromkeys(("bias_initializer", "bias_regularizer", "bias_constraint")),
         **dict.fromkeys(("norm", "norm_position", "norm_epsilon", "activation")),
+        **UNTREATED,
     }
+    not_in_spec = frozenset({"activation_quantizer"})  # a lookup has no use for it
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class BitEmbedding(BitLayer):
         weights=None,
         lora_rank=None,
         lora_alpha=None,
+        activation_quantizer=None,
         **kwargs,
     ):
         for name, value in (("input_dim", input_dim), ("output_dim", output_dim)):
@@ -77,6 +82,7 @@ class BitEmbedding(BitLayer):
             kernel_constraint=embeddings_constraint,
             lora_rank=lora_rank,
             lora_alpha=lora_alpha,
+            activation_quantizer=activation_quantizer,
             **kwargs,
         )
         self.input_dim = input_dim

@@ -8,6 +8,7 @@ from keras import constraints, initializers, regularizers
 from keras_bitnet import quantizers
 from keras_bitnet.checks import check_choice, check_own_names
 from keras_bitnet.layers.base import NORMS, make_norm, under_own_names
+from keras_bitnet.layers.inputs import UNTREATED
 
 
 class PacksAsWhole(keras.Layer):
@@ -38,7 +39,12 @@ class BitBlock(PacksAsWhole):
     """
 
     # As in `BitLayer`: what an argument is called here, `None` where there is none.
-    own_names: ClassVar[dict[str, str | None]] = {"norm": "projection_norm", "norm_position": None}
+    own_names: ClassVar[dict[str, str | None]] = {
+        "norm": "projection_norm",
+        "norm_position": None,
+        **UNTREATED,
+    }
+    not_in_spec: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(
         self,

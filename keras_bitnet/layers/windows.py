@@ -78,17 +78,27 @@ class Window:
         Returns:
             List of `prod(size)` tensors `(batch, *output spatial, channels)`.
         """
-        if self.channels_first:
-            x = ops.moveaxis(x, 1, -1)
-        lengths = ops.shape(x)[1:-1]
-        if self.padding != "valid" and math.prod(self.size) > 1:
-            pads = [self._pad(axis, length) for axis, length in enumerate(lengths)]
-            x = ops.pad(x, [(0, 0), *pads, (0, 0)])
+        lengths = self._lengths(x)
+        x = self.padded(x)
         ends = [
             (self._outputs(axis, length) - 1) * self.strides[axis] + 1
             for axis, length in enumerate(lengths)
         ]
         return [self._slice(x, tap, ends) for tap in itertools.product(*map(range, self.size))]
+
+    def padded(self, x):
+        """Inputs with the channels last and the zeros of the padding around them."""
+        lengths = self._lengths(x)
+        if self.channels_first:
+            x = ops.moveaxis(x, 1, -1)
+        if self.padding == "valid" or math.prod(self.size) == 1:
+            return x
+        pads = [self._pad(axis, length) for axis, length in enumerate(lengths)]
+        return ops.pad(x, [(0, 0), *pads, (0, 0)])
+
+    def _lengths(self, x):
+        shape = ops.shape(x)
+        return shape[2:] if self.channels_first else shape[1:-1]
 
     def _slice(self, x, tap, ends):
         starts = [i * step for i, step in zip(tap, self.dilation, strict=True)]

@@ -2,6 +2,7 @@
 
 from keras_bitnet.ops import layout
 from keras_bitnet.ops.bit_matmul import bit_matmul
+from keras_bitnet.ops.hadamard import hadamard
 from keras_bitnet.ops.packed_tensor import PackedTensor
 from keras_bitnet.ops.reference import accumulate, reference_matmul
 from keras_bitnet.ops.ste import blend, straight_through
@@ -11,6 +12,7 @@ __all__ = [
     "accumulate",
     "bit_matmul",
     "blend",
+    "hadamard",
     "layout",
     "reference_matmul",
     "straight_through",

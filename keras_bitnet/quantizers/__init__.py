@@ -1,11 +1,15 @@
 """Quantizers: stateless, serializable objects between float weights and small integers."""
 
+import functools
+from collections.abc import Callable
+
 import keras
 
 from keras_bitnet.quantizers.activations import (
     ActivationInt4,
     ActivationInt8,
     ActivationQuantizer,
+    StaticActivation,
 )
 from keras_bitnet.quantizers.base import QuantizedWeight, WeightQuantizer
 from keras_bitnet.quantizers.weights import Binary, Int2, Int4, Int8, Ternary
@@ -19,6 +23,7 @@ __all__ = [
     "Int4",
     "Int8",
     "QuantizedWeight",
+    "StaticActivation",
     "Ternary",
     "WeightQuantizer",
     "deserialize",
@@ -28,7 +33,13 @@ __all__ = [
 ]
 
 _WEIGHT = {cls.name: cls for cls in (Binary, Ternary, Int2, Int4, Int8)}
-_ACTIVATION = {cls.name: cls for cls in (ActivationInt8, ActivationInt4)}
+_ACTIVATION: dict[str, Callable] = {
+    "int8": ActivationInt8,
+    "int4": ActivationInt4,
+    # By name there is no calibration to rely on: the scale follows the data in training.
+    "static_int8": functools.partial(StaticActivation, 8, momentum=0.99),
+    "static_int4": functools.partial(StaticActivation, 4, momentum=0.99),
+}
 
 
 def get(identifier):
@@ -51,8 +62,8 @@ def get_activation(identifier):
     """Returns an activation quantizer.
 
     Args:
-        identifier: `"int8"`, `"int4"`, a config from `serialize`, an
-            `ActivationQuantizer`, or `None` (activations stay float).
+        identifier: `"int8"`, `"int4"`, `"static_int8"`, `"static_int4"`, a config from
+            `serialize`, an `ActivationQuantizer`, or `None` (activations stay float).
 
     Returns:
         An `ActivationQuantizer` or `None`.

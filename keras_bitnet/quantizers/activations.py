@@ -31,6 +31,7 @@ class ActivationQuantizer(keras.Quantizer):
     name = ""
     bits = 0
     highest = 0
+    momentum: float | None = None  # of a static scale that follows the inputs
     formula = "absmax"  # what kernels compute; the name of a subclass that computes otherwise
 
     def __init_subclass__(cls, **kwargs):
@@ -128,7 +129,8 @@ class ActivationQuantizer(keras.Quantizer):
         return hash((type(self), *self.get_config().values()))
 
     def __repr__(self):
-        return f"{type(self).__name__}(granularity={self.granularity!r}, epsilon={self.epsilon})"
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
@@ -163,3 +165,50 @@ class ActivationInt4(ActivationQuantizer):
     name = "int4"
     bits = 4
     highest = 7
+
+
+@keras.saving.register_keras_serializable("keras_bitnet")
+class StaticActivation(ActivationQuantizer):
+    """Activations with one scale for all inputs, a weight of the layer.
+
+        code = clip(round(x * (1 / scale)), -highest, highest),   highest = 2^(bits - 1) - 1
+
+    `keras_bitnet.calibrate` finds the scale. With a momentum it follows the data in training,
+
+        scale = momentum * scale + (1 - momentum) * max(max |x|, epsilon) / highest
+
+    starting from the first batch; and in inference too, once the variable `follow_in_inference`
+    of the layer is true: `layer.follow_in_inference.assign(True)`.
+
+    Shapes: `(..., features)` -> `int8` codes of that shape, scale `(..., 1)`.
+    Gradient: identity.
+
+    Args:
+        bits: 4 or 8.
+        momentum: In [0, 1), or `None`: only calibration sets the scale.
+        epsilon: Lower bound of the absolute maximum.
+
+    Raises:
+        ValueError: An argument is none of these.
+
+    Source:
+        Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient
+        Integer-Arithmetic-Only Inference (https://arxiv.org/abs/1712.05877), the moving average.
+    """
+
+    name = "static"
+
+    def __init__(self, bits=8, momentum=None, epsilon=1e-5):
+        super().__init__("static", epsilon)
+        check_choice("bits", bits, (4, 8))
+        if momentum is not None and not 0 <= momentum < 1:
+            raise ValueError(
+                f"`momentum` must lie in [0, 1) or be None. Received: momentum={momentum}"
+            )
+        self.bits = bits
+        self.highest = 2 ** (bits - 1) - 1
+        self.momentum = momentum
+
+    def get_config(self):
+        """The arguments of the constructor."""
+        return {"bits": self.bits, "momentum": self.momentum, "epsilon": self.epsilon}

@@ -69,6 +69,7 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
         if arguments is None:
             return "left out by `spec`"
         config = {k: v for k, v in layer.get_config().items() if k not in _NOT_KEPT}
+        arguments = {k: v for k, v in arguments.items() if k not in twin.not_in_spec}
         return twin.from_config({**config, **under_own_names(twin, arguments)})
 
     _check_spec(spec)
