@@ -42,7 +42,7 @@ def pack_model(model, *, verbose=1, return_changes=False):
     def transfer(old, new):
         _warn_before_packing(old)
         new.pack_from(old)
-        _copy_the_rest(old, new)
+        copy_the_rest(old, new)
 
     return _run(model, Rule("packed", replace, transfer), verbose, return_changes)
 
@@ -74,7 +74,7 @@ def unpack_model(model, *, verbose=1, return_changes=False):
 
     def transfer(old, new):
         new.unpack_from(old)
-        _copy_the_rest(old, new)
+        copy_the_rest(old, new)
 
     return _run(model, Rule("unpacked", replace, transfer), verbose, return_changes)
 
@@ -86,7 +86,7 @@ def _run(model, rule, verbose, return_changes):
     return (new_model, changes) if return_changes else new_model
 
 
-def _copy_the_rest(old, new):
+def copy_the_rest(old, new):
     """Copies bias, LoRA and norm: everything that both layers have."""
     news = new.own_weights()
     for name, variable in old.own_weights().items():
