@@ -5,9 +5,10 @@ from importlib.metadata import PackageNotFoundError, version
 from keras_bitnet import callbacks, layers, ops, quantizers
 from keras_bitnet.kernels.select import explain
 from keras_bitnet.report import summary
-from keras_bitnet.transforms import pack_model, quantize_model, unpack_model
+from keras_bitnet.transforms import calibrate, pack_model, quantize_model, unpack_model
 
 __all__ = [
+    "calibrate",
     "callbacks",
     "explain",
     "layers",

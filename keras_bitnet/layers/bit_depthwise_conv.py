@@ -52,6 +52,7 @@ class BitDepthwiseConv(BitLayer):
     """
 
     rank = 0
+    takes_static = False
     own_names: ClassVar = {
         "kernel_initializer": "depthwise_initializer",
         "kernel_regularizer": "depthwise_regularizer",

@@ -38,6 +38,7 @@ class InputTreatment(KeptChannels):
         BitNet v2 (https://arxiv.org/abs/2504.18415).
     """
 
+    takes_static = True  # whether the activation scale can be a weight of the layer
     _look: Any = None
 
     def __init__(self, *, smoothing=None, rotation=None, **kwargs):

@@ -81,7 +81,8 @@ def unpack_model(model, *, verbose=1, return_changes=False):
         if not (quantized and layer.packed):
             return f"{type(layer).__name__} is not packed"
         # The outputs to keep are the fully quantized ones, whatever strength training began at.
-        return _remade(layer, packed=False, quantization_strength=1.0)
+        changed = {"packed": False, "packed_layout": "tiles", "quantization_strength": 1.0}
+        return _remade(layer, **changed)
 
     def transfer(old, new):
         new.unpack_from(old)
@@ -117,14 +118,14 @@ def _transfer(transfer_layer, old, new):
     """Fills a replaced layer: a quantized one with `transfer_layer`, a block from inside."""
     if isinstance(old, BitLayer):
         transfer_layer(old, new)
-        _copy_the_rest(old, new)
+        copy_the_rest(old, new)
         return
     copy_own_weights(old, new)
     for path, child in child_layers(old).items():
         _transfer(transfer_layer, child, get_child(new, path))
 
 
-def _copy_the_rest(old, new):
+def copy_the_rest(old, new):
     """Copies bias, LoRA and norm: everything that both layers have."""
     news = new.own_weights()
     for name, variable in old.own_weights().items():

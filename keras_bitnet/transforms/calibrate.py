@@ -1,0 +1,243 @@
+"""Calibration: a stream of data decides what quantized layers do with their inputs."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_bitnet.checks import check_built, check_choice
+from keras_bitnet.filters import layer_filter
+from keras_bitnet.layers.base import BitLayer
+from keras_bitnet.layers.inputs import watch_inputs
+from keras_bitnet.quantizers import StaticActivation
+from keras_bitnet.transforms.observers import METHODS, Observer
+from keras_bitnet.transforms.pack import copy_the_rest
+from keras_bitnet.transforms.rewrite import Rule, rewrite
+
+
+def calibrate(
+    model,
+    data,
+    method="minmax",
+    *,
+    percentile=99.99,
+    momentum=None,
+    static=True,
+    filters=None,
+    batch_size=None,
+    steps=None,
+    verbose=1,
+):
+    """Returns a copy of a model whose quantized layers have looked at data.
+
+    Layers with `smoothing` get their factors, those with `kept_channels` the channels of the
+    largest magnitude, and all get one static activation scale, `threshold / highest code`,
+    where `method` finds the threshold:
+
+    | method | threshold |
+    |---|---|
+    | `"minmax"` | the largest magnitude seen |
+    | `"ema"` | moving average of the largest magnitude of each batch |
+    | `"percentile"` | the magnitude that `percentile` % of the inputs stay under |
+    | `"mse"` | least squared error of rounding and clipping |
+    | `"histogram"` | the same with rounding as uniform noise, `step^2 / 12` |
+    | `"entropy"` | least Kullback-Leibler divergence of the distribution |
+
+    While it looks, weights are quantized and activations are float. The memory that it takes
+    does not grow with the data: each layer has a few variables of fixed size (the largest
+    magnitude of each channel and, where the method needs it, a histogram). They are updated
+    inside a compiled `predict`. The magnitudes stay in the layers as `input_absmax`.
+
+    Args:
+        model: A built Keras model with layers of `keras_bitnet.layers`, packed or not; it is
+            left as it is.
+        data: What `model.predict` takes: arrays, `tf.data.Dataset`, PyTorch `DataLoader`,
+            `keras.utils.PyDataset`, a generator of tuples. Targets are ignored.
+        method: See the table.
+        percentile: In (0, 100], for `method="percentile"`.
+        momentum: Of scales that follow the inputs in later training, see `StaticActivation`.
+        static: Whether activations get static scales; otherwise only smoothing and kept
+            channels are set.
+        filters: Which layers, see `keras_bitnet.quantize_model`.
+        batch_size: Of arrays, 32 by default.
+        steps: Batches to take, all by default; needed where the data never ends.
+        verbose: 1 shows a progress bar for each pass, 0 nothing. Smoothing and kept channels
+            are a pass each before the last one.
+
+    Returns:
+        The new model.
+
+    Raises:
+        ValueError: An argument is out of range; no layer to calibrate; the data is empty, does
+            not fit the model or makes a NaN or an infinity; a generator where several passes
+            are needed; smoothing or kept channels of a packed layer.
+    """
+    check_built(model)
+    check_choice("method", method, tuple(METHODS))
+    if not 0 < percentile <= 100:
+        raise ValueError(f"`percentile` must lie in (0, 100]. Received: percentile={percentile}")
+    _check_data(data)
+    model, chosen = _prepare(model, layer_filter(filters), momentum, static)
+    stream = _Stream(model, data, batch_size, steps, verbose)
+    smoothed = [layer for layer in chosen if layer.smoothing is not None and not layer.packed]
+    kept = [layer for layer in chosen if layer.kept_channels and not layer.packed]
+    fixed = [layer for layer in chosen if layer.static]
+    stream.check_passes(sum(map(bool, (smoothed, kept, fixed))))
+    for layer, seen in stream.watch(smoothed, lambda layer: lambda x: x):
+        layer.divide_inputs(_smoothing_factors(layer, seen.absmax))
+    for layer, seen in stream.watch(kept, lambda layer: layer.rotate):
+        largest = np.argsort(-seen.absmax, kind="stable")[: layer.kept_channels]
+        layer.kept_indices.assign(np.sort(largest).astype("int32"))
+        layer.reset_scale()
+    way = METHODS[method]
+    for layer, seen in stream.watch(fixed, _quantized_part, way.histogram):
+        quantizer = layer.activation_quantizer
+        threshold = 0.0
+        if seen.absmax.max() > 0:
+            threshold = way.threshold(seen, quantizer.highest, percentile)
+        layer.activation_scale.assign(max(threshold, quantizer.epsilon) / quantizer.highest)
+        layer.input_absmax.assign(seen.absmax)
+    return model
+
+
+def _quantized_part(layer):
+    return lambda x: layer.split_channels(layer.rotate(x))[0]
+
+
+def _smoothing_factors(layer, absmax):
+    """`max |x|^alpha / max |w|^(1 - alpha)` per channel, 1 where either is zero."""
+    matrix = ops.convert_to_numpy(layer.rotate_rows(layer.kernel_matrix()))
+    weight = np.abs(matrix).max(axis=1)
+    alive = (absmax > 0) & (weight > 0)
+    x, w = np.where(alive, absmax, 1), np.where(alive, weight, 1)
+    return np.clip(x**layer.smoothing / w ** (1 - layer.smoothing), 1e-5, 1e5)
+
+
+def _prepare(model, matches, momentum, static):
+    """A copy of the model with static quantizers, and its layers that are calibrated."""
+    chosen = []
+
+    def replace(layer, path):
+        if not isinstance(layer, BitLayer):
+            return f"{type(layer).__name__} is not quantized"
+        if not matches(layer, path):
+            return "left out by `filters`"
+        config = layer.get_config()
+        if static and layer.takes_static and layer.activation_quantizer is not None:
+            config["activation_quantizer"] = _static(layer.activation_quantizer, momentum)
+        twin = type(layer).from_config(config)
+        if twin.static or twin.smoothing is not None or twin.kept_channels:
+            chosen.append(twin)
+        return twin
+
+    def transfer(old, new):
+        news = new.own_weights()
+        for name in news.keys() & old.own_weights().keys():
+            if name.startswith("kernel"):
+                news[name].assign(ops.copy(old.own_weights()[name]))
+        copy_the_rest(old, new)
+        new._untrained_checksum = old._untrained_checksum
+
+    new_model, _ = rewrite(model, Rule("calibrated", replace, transfer), verbose=0)
+    if not chosen:
+        raise ValueError(
+            "`calibrate` found no layer to calibrate: it needs layers of `keras_bitnet.layers` "
+            "with an activation quantizer that `filters` lets through. Call "
+            "`keras_bitnet.quantize_model` first."
+        )
+    return new_model, chosen
+
+
+def _static(quantizer, momentum):
+    if quantizer.formula != "absmax":
+        raise ValueError(
+            f"`calibrate` knows no static scale for the activation quantizer {quantizer!r}. Leave "
+            "its layers out with `filters`."
+        )
+    return StaticActivation(quantizer.bits, momentum, quantizer.epsilon)
+
+
+def _check_data(data):
+    """Refuses what has no batch, as far as that is known before it is read."""
+    sized = [leaf for leaf in keras.tree.flatten(data) if hasattr(leaf, "shape")] or [data]
+    for leaf in sized:
+        try:
+            size = leaf.shape[0] if hasattr(leaf, "shape") else len(leaf)
+        except (TypeError, IndexError):  # a generator; a dataset without an end
+            continue
+        if size == 0:
+            raise ValueError(f"`data` is empty. Received: {_describe(data)}")
+
+
+def _describe(data):
+    shape = getattr(data, "shape", None)
+    return type(data).__name__ + ("" if shape is None else f" of shape {tuple(shape)}")
+
+
+class _Stream:
+    """Runs a model over data, as often as there is something to watch."""
+
+    def __init__(self, model, data, batch_size, steps, verbose):
+        self.model = model
+        self.data = data
+        self.options = {"batch_size": batch_size, "steps": steps, "verbose": verbose}
+
+    def check_passes(self, count):
+        if count > 1 and hasattr(self.data, "__next__"):
+            raise ValueError(
+                f"The data is read {count} times (smoothing, kept channels and scales are a pass "
+                "each), and a generator can be read once. Pass arrays, a dataset or a "
+                f"`keras.utils.PyDataset`. Received: {_describe(self.data)}"
+            )
+
+    def watch(self, layers, see, histogram=False):
+        """Gives `(layer, seen)` for each layer after one pass over the data."""
+        if not layers:
+            return []
+        observers = [Observer(layer, see(layer), histogram) for layer in layers]
+        watcher = _Watcher(self.model, layers, observers)
+        try:
+            watcher.predict(self.data, **self.options)
+        except UnboundLocalError as error:  # Keras's answer to data without a batch
+            raise ValueError(f"`data` is empty. Received: {_describe(self.data)}") from error
+        found = [
+            (layer, observer.seen()) for layer, observer in zip(layers, observers, strict=True)
+        ]
+        self._check(found)
+        return found
+
+    def _check(self, found):
+        unused = [layer.name for layer, seen in found if seen.batches == 0]
+        if unused:
+            raise ValueError(
+                f"The model did not use the layers {unused} on `data`. Leave them out with "
+                "`filters`."
+            )
+        for layer, seen in found:
+            if not np.isfinite(seen.absmax).all():
+                raise ValueError(
+                    f"The inputs of layer '{layer.name}' hold a NaN or an infinity: either `data` "
+                    "does, or the model makes one of it."
+                )
+
+
+class _Watcher(keras.Model):
+    """A model in whose `predict` the observers see the inputs of layers; it returns nothing.
+
+    An empty output for each example, so that `predict` gathers no memory; state in `call`, so
+    that it works compiled on every backend. Being a model of its own it is traced anew, and
+    the model inside keeps its compiled functions.
+    """
+
+    def __init__(self, model, layers, observers):
+        super().__init__(autocast=False)
+        self.watched = model
+        self.observers = observers
+        self._layers_watched = layers
+        self.built = True
+
+    def call(self, inputs):
+        by_layer = dict(zip(map(id, self._layers_watched), self.observers, strict=True))
+        with watch_inputs(self._layers_watched, lambda layer, x: by_layer[id(layer)].update(x)):
+            self.watched(inputs, training=False)
+        first = keras.tree.flatten(inputs)[0]
+        return ops.zeros((ops.shape(first)[0], 0))
