@@ -144,11 +144,7 @@ def test_quantize_model_takes_embeddings_and_leaves_out_what_they_do_not_have():
     parts = [Inherited(37, 8, name="a")(tokens), Changed(37, 8, name="b")(tokens)]
     model = keras.Model(tokens, keras.layers.Dense(37)(keras.layers.Add()(parts)))
     spec = {"weight_quantizer": "int8", "norm": "rms", "quantization_strength": 0.0}
-    config = {layer.name: layer for layer in model.layers}
-    assert config["a"].get_config()["input_dim"] == 37
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Changed, "from_config", classmethod(lambda cls, c: cls(37, 8, name="b")))
-        new = quantize_model(model, spec, filters="^a$", verbose=0)
+    new = quantize_model(model, spec, filters="^[ab]$", verbose=0)
     assert type(new.get_layer("a")) is BitEmbedding
     assert type(new.get_layer("b")) is Changed
     np.testing.assert_allclose(to_numpy(new(TOKENS)), to_numpy(model(TOKENS)), atol=1e-6)
