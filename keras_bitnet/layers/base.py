@@ -6,14 +6,14 @@ back. No other layer code knows what "packed" means.
 """
 
 import zlib
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
 from keras import activations, constraints, initializers, ops, regularizers
 
 from keras_bitnet import quantizers
-from keras_bitnet.checks import check_choice
+from keras_bitnet.checks import check_choice, check_own_names
 from keras_bitnet.layers.lora import LowRankAdaptation, check_rank
 from keras_bitnet.layers.named_weights import NamedWeights
 from keras_bitnet.ops import layout
@@ -50,6 +50,9 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         bias_initializer, bias_regularizer, bias_constraint: As in Keras.
     """
 
+    # Arguments of this class that a subclass has under another name, or not at all (`None`).
+    own_names: ClassVar[dict[str, str | None]] = {}
+
     def __init__(
         self,
         *,
@@ -78,6 +81,7 @@ class BitLayer(LowRankAdaptation, NamedWeights):
                 "place of Keras's `quantization_config`."
             )
         super().__init__(**kwargs)
+        check_own_names(self, norm=norm, activation=activation)
         _check_arguments(type(self).__name__, norm, norm_position, quantization_strength, lora_rank)
         if self.quantization_mode is not None:
             raise ValueError(
@@ -282,6 +286,14 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         """The mask of the inputs, unchanged."""
         return previous_mask
 
+    def take_weights(self, layer):
+        """Copies the weights of the float Keras layer that this one replaces, LoRA merged."""
+        assign_copy(self.kernel, layer.kernel)
+        if layer.bias is not None:
+            assign_copy(self.bias, layer.bias)
+        self.reset_scale()
+        self.mark_untrained()
+
     # -- packing ---------------------------------------------------------------------------
 
     def pack_from(self, layer):
@@ -348,7 +360,8 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         if self.lora_rank:
             config["lora_rank"] = self.lora_rank
             config["lora_alpha"] = self.lora_alpha
-        return {**super().get_config(), **config}
+        own = {self.own_names.get(name, name): value for name, value in config.items()}
+        return {**super().get_config(), **{k: v for k, v in own.items() if k is not None}}
 
 
 def assign_copy(target, source):

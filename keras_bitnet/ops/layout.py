@@ -123,6 +123,31 @@ def unpack(tiles, bits, in_features, out_features, layout="tiles"):
     return codes[:in_features, :out_features]
 
 
+def gather(tiles, columns, bits, in_features, out_features, layout="tiles"):
+    """Unpacks chosen columns only: reads `in_features * bits / 8` bytes a column.
+
+    Args:
+        tiles: `uint8` tensor of shape `tiles_shape(in_features, out_features, bits, layout)`.
+        columns: Integer tensor `(...)` of outputs, counted modulo `out_features`.
+        bits: 1, 2, 4 or 8.
+        in_features: Number of inputs.
+        out_features: Number of outputs.
+        layout: `"tiles"` or `"trits"`.
+
+    Returns:
+        `uint8` tensor `(..., in_features)`.
+    """
+    tiles_out, tiles_in = tiles_shape(in_features, out_features, bits, layout)[:2]
+    columns = ops.mod(ops.cast(columns, "int32"), out_features)[..., None]
+    tile = columns // TILE_OUTPUTS * tiles_in + ops.arange(tiles_in, dtype="int32")
+    words = ops.reshape(tiles, (tiles_out * tiles_in * TILE_OUTPUTS, WORD_BYTES))
+    words = ops.take(words, tile * TILE_OUTPUTS + columns % TILE_OUTPUTS, axis=0)
+    codes = _digits(words, bits, layout, axis=-2)  # (..., tile_in, i, j)
+    leading = ops.shape(codes)[:-3]
+    codes = ops.reshape(codes, (*leading, tiles_in * tile_inputs(bits, layout)))
+    return codes[..., :in_features]
+
+
 def _digits(packed, bits, layout, axis):
     """The codes of every byte, along a new axis."""
     if bits == 8:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from keras_bitnet.ops.layout import check_layout, pack, unpack
+from keras_bitnet.ops.layout import check_layout, gather, pack, unpack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +81,25 @@ class PackedTensor:
         """The weights as a `float32` tensor `(in_features, out_features)`."""
         values = ops.cast(self.codes(), "float32") + self.offset
         return values * expand_scale(self.scale, self.in_features, self.group_size)
+
+    def gather(self, columns):
+        """The weights of chosen outputs; the rest of the matrix is not unpacked.
+
+        Args:
+            columns: Integer tensor `(...)` of outputs. One that is out of range is treated as
+                `keras.ops.take` does on the backend: an error, or NaN on JAX.
+
+        Returns:
+            `float32` tensor `(..., in_features)`.
+        """
+        size = (self.in_features, self.out_features)
+        codes = gather(self.tiles, columns, self.bits, *size, self.layout)
+        groups = self.scale.shape[0]
+        scale = ops.broadcast_to(self.scale, (groups, self.out_features))
+        scale = ops.moveaxis(ops.take(scale, columns, axis=1), 0, -1)  # (..., groups)
+        if self.group_size is not None:
+            scale = ops.repeat(scale, self.group_size, axis=-1)[..., : self.in_features]
+        return (ops.cast(codes, "float32") + self.offset) * scale
 
     @property
     def nbytes(self):
