@@ -7,7 +7,7 @@ JOBS ?= 2
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench clean emulator
 
 $(INSTALLED): pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,8 +28,20 @@ $(READY): $(INSTALLED) CMakeLists.txt $(wildcard keras_bitnet/kernels/native/src
 demo: $(READY)
 	$(BIN)/python examples/mnist.py
 
+# What the test of the NEON kernels needs on another processor. Only where Debian's packages can be
+# installed (as root, in CI); the test says so where they are missing.
+emulator:
+	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && ! { \
+		command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null; then \
+		timeout 80 sh -c 'install="apt-get install -qq -y --no-install-recommends \
+			g++-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user"; \
+			export DEBIAN_FRONTEND=noninteractive; \
+			$$install || { apt-get update -qq && $$install; }' >/dev/null 2>&1 \
+			|| echo "no emulator for ARM: its test is skipped"; \
+	fi
+
 ## test: the whole suite, once per backend, in JOBS processes.
-test: $(READY)
+test: $(READY) emulator
 	@for backend in $(BACKENDS); do \
 		echo "== $$backend"; \
 		PATH="$(abspath $(BIN)):$$PATH" KERAS_BACKEND=$$backend \

@@ -69,6 +69,7 @@ class Case:
         layer = BitLinear(n, use_bias=False, weight_quantizer=QUANTIZER)
         layer.build((None, k))
         layer.kernel.assign(self.weight)
+        self.source = layer
         self.layer = BitLinear(n, use_bias=False, weight_quantizer=QUANTIZER, packed=True)
         self.layer.build((None, k))
         self.layer.pack_from(layer)
@@ -141,6 +142,17 @@ def packed_layer(case):
     return keras_call(case.layer, case, case.packed.nbytes), None, 1e-5
 
 
+def trits_layer(case):
+    """The same packed with `memory="smallest"`."""
+    if ARGS.bits != 2:
+        raise Skip("the layout of 1.6 bits is for ternary weights")
+    kwargs = {"use_bias": False, "weight_quantizer": QUANTIZER, "packed_layout": "trits"}
+    layer = BitLinear(case.n, packed=True, **kwargs)
+    layer.build((None, case.k))
+    layer.pack_from(case.source)
+    return keras_call(layer, case, layer.packed_kernel.nbytes), None, 1e-5
+
+
 def bare_abi(case):
     """The C ABI over ctypes and NumPy: what the adapters stand on."""
     tiles = [case.packed.tiles.copy() for _ in range(case.copies(case.packed.nbytes))]
@@ -170,6 +182,7 @@ def keras_dense(case, mode=None):
 
 CANDIDATES = {
     "BitLinear": packed_layer,
+    "BitLinear, 1.6 bits": trits_layer,
     "C ABI": bare_abi,
     "Keras float32": keras_dense,
     "Keras int8": lambda case: keras_dense(case, "int8"),

@@ -4,7 +4,7 @@
 //
 //   g++ -O2 -std=c++17 benchmarks/native_core.cc -Ikeras_bitnet/kernels/native/src -Lbuild
 //       -lbitnet -Wl,-rpath,$PWD/build -pthread -o build/native_core
-//   build/native_core [threads] [bits] [k] [n] [group_size]
+//   build/native_core [threads] [bits: 1, 1.6, 2, 4, 8] [k] [n] [group_size] [rounds]
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -22,7 +22,6 @@ namespace {
 
 constexpr size_t kColdBytes = size_t(384) << 20;  // far more than any last-level cache here
 constexpr size_t kSlice = size_t(4) << 20;         // bytes of one timed read
-constexpr int kRounds = 8;
 
 double seconds(const std::function<void()>& run) {
   const auto begin = std::chrono::steady_clock::now();
@@ -81,11 +80,13 @@ struct Case {
 
 int main(int argc, char** argv) {
   const auto argument = [&](int i, int64_t other) { return argc > i ? std::atoll(argv[i]) : other; };
-  const int threads = int(argument(1, 1)), bits = int(argument(2, 2));
+  const int threads = int(argument(1, 1)), rounds = int(argument(6, 8));
+  const bool trits = argc > 2 && !std::strcmp(argv[2], "1.6");
+  const int bits = trits ? 2 : int(argument(2, 2));
   const int64_t k = argument(3, 4096), n = argument(4, 4096), group = argument(5, 0);
   kbn_set_threads(threads);
 
-  const size_t bytes = size_t((n + 15) / 16) * ((k * bits + 31) / 32) * 64;
+  const size_t bytes = size_t((n + 15) / 16) * (trits ? (k + 19) / 20 : (k * bits + 31) / 32) * 64;
   const size_t copies = kColdBytes / bytes;
   auto* weights = static_cast<char*>(aligned_alloc(4096, copies * bytes + 8192 & ~size_t(4095)));
   std::mt19937 random(1);
@@ -96,6 +97,7 @@ int main(int argc, char** argv) {
 
   kbn_matmul problem{};
   problem.in_features = k, problem.out_features = n, problem.group_size = group;
+  problem.layout = trits ? KBN_TRITS : KBN_TILES;
   problem.bits = bits, problem.offset = -1, problem.activation_bits = 8, problem.epsilon = 1e-5f;
   problem.scale_columns = int32_t(n);
   problem.x = x.data(), problem.scale = scale.data(), problem.y = y.data();
@@ -111,7 +113,7 @@ int main(int argc, char** argv) {
   std::vector<Case> cases{{1, true, {}},  {1, false, {}},  {2, true, {}},   {4, true, {}},
                           {4, false, {}}, {8, false, {}},  {12, false, {}}, {16, false, {}},
                           {64, false, {}}, {256, false, {}}, {1024, false, {}}};
-  for (int round = 0; round < kRounds; ++round) {
+  for (int round = 0; round < rounds; ++round) {
 #if defined(__x86_64__)
     const size_t slices = copies * bytes / kSlice / threads;
     for (double t : time_slices(threads, 60, [&](int thread, int slice) {
@@ -129,12 +131,12 @@ int main(int argc, char** argv) {
     }
   }
   const double bandwidth = 1e-9 / quartile(read_times), macs = 1e-9 / quartile(peak_times);
-  std::printf("isa %s  threads %d  bits %d  k %lld  n %lld  group %lld\n", kbn_isa(), threads, bits,
-              (long long)k, (long long)n, (long long)group);
+  std::printf("isa %s  threads %d  bits %s  k %lld  n %lld  group %lld\n", kbn_isa(), threads,
+              argc > 2 ? argv[2] : "2", (long long)k, (long long)n, (long long)group);
   std::printf("cold read %.1f GB/s   vpdpbusd %.0f GMAC/s\n", bandwidth, macs);
   for (auto& c : cases) {
     const double t = quartile(c.times);
-    const double gb = double(bytes) / t * 1e-9, gmac = double(c.m * n * k) / t * 1e-9;
+    const double gb = double(bytes + (group ? scale.size() * 4 : 0)) / t * 1e-9, gmac = double(c.m * n * k) / t * 1e-9;
     std::printf("m %5lld %-6s %9.1f us  %6.1f GB/s (%3.0f %%)  %6.1f GMAC/s (%3.0f %%)\n",
                 (long long)c.m, c.cold ? "cold" : "cached", t * 1e6, gb, 100 * gb / bandwidth, gmac,
                 100 * gmac / macs);

@@ -15,6 +15,7 @@ from test_native_adapters import make_packed, packed_layer
 
 from keras_bitnet import kernels
 from keras_bitnet.kernels import native
+from keras_bitnet.kernels import torch as _registers_the_operator  # noqa: F401
 from keras_bitnet.ops import bit_matmul
 from keras_bitnet.quantizers.activations import ActivationInt8
 

@@ -28,8 +28,8 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None):
     bias = none if bias is None else ops.cast(bias, "float32")
     return torch.ops.keras_bitnet.bit_matmul(
         x.contiguous(),
-        ops.convert_to_tensor(packed.tiles).contiguous(),
-        ops.convert_to_tensor(packed.scale).contiguous(),
+        _contiguous(packed.tiles),
+        _contiguous(packed.scale),
         bias.contiguous(),
         x_scale,
         packed.out_features,
@@ -41,6 +41,12 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None):
         packed.offset,
         activation_quantizer.epsilon,
     )
+
+
+def _contiguous(array):
+    # Asked first, as Keras takes a microsecond to hand a tensor back as it is.
+    tensor = array if isinstance(array, torch.Tensor) else ops.convert_to_tensor(array)
+    return tensor.contiguous()
 
 
 def _fake(x, tiles, scale, bias, x_scale, out_features, *attributes):

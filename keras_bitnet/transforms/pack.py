@@ -46,10 +46,9 @@ def pack_model(model, *, memory="fastest", verbose=1, return_changes=False):
             return f"{type(layer).__name__} is not quantized"
         if layer.packed:
             return "packed already"
-        changed = {"packed": True}
-        if memory == "smallest":
-            changed["packed_layout"] = smallest_layout(layer.weight_quantizer)
-        return _remade(layer, **changed)
+        small = memory == "smallest"
+        layout = smallest_layout(layer.weight_quantizer) if small else "tiles"
+        return _remade(layer, packed=True, packed_layout=layout)
 
     def transfer(old, new):
         _warn_before_packing(old)

@@ -180,6 +180,9 @@ class Matmul {
       block.segment_steps = whole > 0 ? segment_tiles_ : tiles_in_ - step;
       block.tiles = p_.tiles + tile * block.tile_stride + step * kTileBytes;
       block.x_codes = x_codes_ + row * packed_inputs_ + step * tile_inputs_ * block.rows;
+      block.ahead_stride = p_.scale_columns * int64_t{sizeof(float)};
+      block.ahead = reinterpret_cast<uintptr_t>(p_.scale) + segment * block.ahead_stride +
+                    next_column(block, tile) * sizeof(float);
       kernels_.multiply[format_](block);
       step += block.segments * block.segment_steps;
       if (p_.group_size) {
@@ -209,6 +212,11 @@ class Matmul {
   int valid_columns(const Block& block, int64_t tile) const {
     const int64_t left = p_.out_features - tile * kTileOutputs;
     return static_cast<int>(std::min<int64_t>(block.columns * kTileOutputs, left));
+  }
+
+  // Where the scales of the columns after this block begin.
+  int64_t next_column(const Block& block, int64_t tile) const {
+    return p_.scale_columns == 1 ? 0 : (tile + block.columns) * kTileOutputs;
   }
 
   // Adds the sums of some groups of inputs to y, scaled; or hands them out as they are.

@@ -86,6 +86,7 @@ void multiply_rows(const Block& block) {
       x += kOperands * 4 * Rows;
     }
     sums.store(to);
+    prefetch_ahead(block, segment);
     to += Rows * kTileOutputs;
   }
 }

@@ -46,6 +46,7 @@ void multiply_rows(const Block& block) {
       }
     }
     sums[0].store(to);
+    prefetch_ahead(block, segment);
     to += Rows * kTileOutputs;
   }
 }

@@ -40,6 +40,7 @@ void multiply_rows(const Block& block) {
   int32_t* to = block.sums;
   for (int64_t segment = 0; segment < block.segments; ++segment) {
     int32x4_t sums[Rows][kQuarters], x_sums[Rows];
+    prefetch_ahead(block, segment);
     KBN_UNROLL for (int r = 0; r < Rows; ++r) {
       x_sums[r] = vdupq_n_s32(0);
       KBN_UNROLL for (int q = 0; q < kQuarters; ++q) sums[r][q] = vdupq_n_s32(0);

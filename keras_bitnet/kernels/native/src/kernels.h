@@ -45,6 +45,8 @@ struct Block {
   int32_t* sums;          // [segments][rows][columns * 16]
   int rows;
   int columns;            // columns of tiles
+  uintptr_t ahead;        // address of what is needed next from memory, one place a segment with
+  int64_t ahead_stride;   // so many bytes between: the scales of the columns after these
 };
 
 // How sums become numbers: y += float(factor * sum + shift * x_sum) * scale * unit, where the

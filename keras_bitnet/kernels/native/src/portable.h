@@ -22,6 +22,16 @@ inline uint32_t as_bits(float value) {
   return bits;
 }
 
+// Fetches the scales that follow `column` of a segment: a stride that no hardware prefetcher follows.
+inline void prefetch_ahead(const Block& block, int64_t segment, int64_t column = 0) {
+#if defined(__GNUC__)
+  const uintptr_t place = block.ahead + segment * block.ahead_stride + column * sizeof(float);
+  __builtin_prefetch(reinterpret_cast<const void*>(place));
+#else
+  (void)block, (void)segment, (void)column;
+#endif
+}
+
 // The element types: widening is exact, narrowing rounds to nearest, halves to even.
 struct Float32 {
   using Storage = float;
@@ -134,11 +144,6 @@ void add_scaled_columns(const Block& block, const Scaling& scaling, float* y) {
   const int32_t* sums = block.sums;
   for (int64_t segment = 0; segment < block.segments; ++segment) {
     const float* __restrict scale = scaling.scale + segment * scaling.scale_stride;
-#if defined(__GNUC__)
-    // The next columns of this row of scales: a stride that no hardware prefetcher follows.
-    __builtin_prefetch(scale + width);
-    __builtin_prefetch(scale + width + kTileOutputs);
-#endif
     for (int row = 0; row < block.rows; ++row, sums += width) {
       const int32_t x_sum = scaling.x_sums[row * scaling.x_sums_stride + segment];
       const uint32_t added = shift * static_cast<uint32_t>(x_sum);
