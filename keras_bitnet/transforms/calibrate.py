@@ -228,7 +228,7 @@ class _Watcher(keras.Model):
     """
 
     def __init__(self, model, layers, observers):
-        super().__init__(autocast=False)
+        super().__init__(autocast=False, name="watcher")
         self.watched = model
         self.observers = observers
         self._layers_watched = layers
