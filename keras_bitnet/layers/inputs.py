@@ -156,7 +156,8 @@ class InputTreatment(KeptChannels):
         if momentum is not None:
             moved = ops.where(scale > 0, momentum * scale + (1 - momentum) * seen, seen)
             follow = self._in_training() or ops.convert_to_tensor(self.follow_in_inference)
-            follow = ops.logical_and(follow, ops.isfinite(largest))  # a NaN would stay for good
+            # A NaN would stay for good; a compiled maximum may pass over it.
+            follow = ops.logical_and(follow, ops.all(ops.isfinite(x)))
             scale = ops.where(follow, moved, scale)
             self.activation_scale.assign(scale)
         return ops.where(scale > 0, scale, seen)

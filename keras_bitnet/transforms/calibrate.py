@@ -124,10 +124,7 @@ def _prepare(model, matches, momentum, static):
         config = layer.get_config()
         if static and layer.takes_static and layer.activation_quantizer is not None:
             config["activation_quantizer"] = _static(layer.activation_quantizer, momentum)
-        twin = type(layer).from_config(config)
-        if twin.static or twin.smoothing is not None or twin.kept_channels:
-            chosen.append(twin)
-        return twin
+        return type(layer).from_config(config)
 
     def transfer(old, new):
         news = new.own_weights()
@@ -136,6 +133,8 @@ def _prepare(model, matches, momentum, static):
                 news[name].assign(ops.copy(old.own_weights()[name]))
         copy_the_rest(old, new)
         new._untrained_checksum = old._untrained_checksum
+        if new.static or new.smoothing is not None or new.kept_channels:
+            chosen.append(new)
 
     new_model, _ = rewrite(model, Rule("calibrated", replace, transfer), verbose=0)
     if not chosen:

@@ -44,20 +44,24 @@ class Observer(keras.layers.Layer):
     def update(self, x):
         """Takes in one batch of inputs `(..., in_features)`."""
         x = ops.abs(ops.cast(self.see(x), "float32"))
+        absmax, average, batches = map(
+            ops.convert_to_tensor, (self.absmax, self.average, self.batches)
+        )
         channels = ops.max(ops.reshape(x, (-1, x.shape[-1])), axis=0)
         largest = ops.max(channels)
-        self.absmax.assign(ops.maximum(self.absmax, channels))  # a NaN stays, and is found later
-        moved = _MOMENTUM * self.average + (1 - _MOMENTUM) * largest
-        self.average.assign(ops.where(self.batches > 0, moved, largest))
-        self.batches.assign(self.batches + 1)
+        self.absmax.assign(ops.maximum(absmax, channels))  # a NaN stays, and is found later
+        moved = _MOMENTUM * average + (1 - _MOMENTUM) * largest
+        self.average.assign(ops.where(batches > 0, moved, largest))
+        self.batches.assign(batches + 1)
         if self.counts is not None:
             self._count(ops.reshape(x, (-1,)))
 
     def _count(self, x):
         x = ops.where(ops.isfinite(x), x, 0.0)
         exponent = ops.ceil(ops.log2(ops.maximum(ops.max(x), 1e-30)))
-        span = ops.maximum(self.span, ops.power(2.0, exponent))
-        fold = span / ops.where(self.span > 0, self.span, span)
+        before = ops.convert_to_tensor(self.span)
+        span = ops.maximum(before, ops.power(2.0, exponent))
+        fold = span / ops.where(before > 0, before, span)
         folded = ops.cast(ops.floor(ops.arange(BINS, dtype="float32") / fold), "int32")
         counts = ops.segment_sum(ops.convert_to_tensor(self.counts), folded, BINS)
         bins = ops.cast(ops.clip(ops.floor(x * (BINS / span)), 0, BINS - 1), "int32")

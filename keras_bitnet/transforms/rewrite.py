@@ -54,7 +54,7 @@ def rewrite(model, rule, verbose):
     """
     check_built(model)
     twins = _Twins(rule)
-    new_model = twins.of(model, path="")
+    new_model = twins.copy_of(model, path="")
     if not new_model.built:
         new_model.build_from_config(model.get_build_config())
         new_model.built = True  # Keras leaves it to the first call of a subclassed model
@@ -81,7 +81,14 @@ class _Twins:
         self.replaced: set[int] = set()
         self._made: dict[int, keras.Layer] = {}
 
+    def copy_of(self, layer, path):
+        """The twin, or a copy of a layer in which nothing is replaced."""
+        if self.of(layer, path) is layer:
+            self._made[id(layer)] = _remake(layer, {})
+        return self._made[id(layer)]
+
     def of(self, layer, path):
+        """The twin, or the layer itself where nothing in it is replaced."""
         if id(layer) not in self._made:
             self._made[id(layer)] = self._make(layer, path)
         return self._made[id(layer)]
@@ -95,18 +102,22 @@ class _Twins:
             self.changes.append(Change(path, type(layer).__name__, type(outcome).__name__))
             return outcome
         if is_graph(layer):
-            return _clone_graph(layer, lambda child: self.of(child, _join(path, child.name)))
+            return _clone_graph(layer, lambda child: self.copy_of(child, _join(path, child.name)))
         children = child_layers(layer)
         if not children:
             if layer.weights:
                 self.changes.append(Change(path, type(layer).__name__, reason=outcome))
-            return _remake(layer, {})
+            return layer
+        # Where nothing changes no copy is made: some layers of others cannot be.
         before = len(self.replaced)
         twins = {
             attribute: self.of(child, _join(path, child.name))
             for attribute, child in children.items()
         }
-        return _remake(layer, twins if len(self.replaced) > before else {})
+        if len(self.replaced) == before:
+            return layer
+        changed = {a: twin for a, twin in twins.items() if twin is not children[a]}
+        return _remake(layer, changed)
 
 
 def is_graph(layer):
