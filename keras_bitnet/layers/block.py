@@ -28,8 +28,8 @@ class BitBlock(PacksAsWhole):
     """Base of the blocks made of quantized layers: takes their arguments and hands them on.
 
     Args:
-        weight_quantizer, activation_quantizer, quantization_strength, packed: Of every quantized
-            layer inside, see `keras_bitnet.layers.BitLayer`.
+        weight_quantizer, activation_quantizer, quantization_strength, packed, packed_layout: Of
+            every quantized layer inside, see `keras_bitnet.layers.BitLayer`.
         projection_norm: `None`, `"rms"` or `"layer"`: a norm of the inputs of each quantized
             layer inside.
         norm_epsilon: Added to the variance in every norm inside.
@@ -46,6 +46,7 @@ class BitBlock(PacksAsWhole):
         norm_epsilon=1e-5,
         quantization_strength=1.0,
         packed=False,
+        packed_layout="tiles",
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
         kernel_regularizer=None,
@@ -62,6 +63,7 @@ class BitBlock(PacksAsWhole):
         self.norm_epsilon = float(norm_epsilon)
         self._initial_strength = float(quantization_strength)
         self.packed = bool(packed)
+        self.packed_layout = packed_layout
         self.kernel_initializer = initializers.get(kernel_initializer)
         self.bias_initializer = initializers.get(bias_initializer)
         self.kernel_regularizer = regularizers.get(kernel_regularizer)
@@ -78,6 +80,7 @@ class BitBlock(PacksAsWhole):
             "norm_epsilon": self.norm_epsilon,
             "quantization_strength": self._initial_strength,
             "packed": self.packed,
+            "packed_layout": self.packed_layout,
             "kernel_initializer": _clone(self.kernel_initializer),
             "bias_initializer": _clone(self.bias_initializer),
             "kernel_regularizer": self.kernel_regularizer,
@@ -107,6 +110,7 @@ class BitBlock(PacksAsWhole):
             "norm_epsilon": self.norm_epsilon,
             "quantization_strength": self._initial_strength,
             "packed": self.packed,
+            "packed_layout": self.packed_layout,
             "kernel_initializer": initializers.serialize(self.kernel_initializer),
             "bias_initializer": initializers.serialize(self.bias_initializer),
             "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
