@@ -3,5 +3,6 @@
 from keras_bitnet.models.backbone import BitNetBackbone
 from keras_bitnet.models.causal_lm import BitNetCausalLM
 from keras_bitnet.models.presets import PRESETS, BitNetConfig
+from keras_bitnet.models.sampling import Sampler
 
-__all__ = ["PRESETS", "BitNetBackbone", "BitNetCausalLM", "BitNetConfig"]
+__all__ = ["PRESETS", "BitNetBackbone", "BitNetCausalLM", "BitNetConfig", "Sampler"]

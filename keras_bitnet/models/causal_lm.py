@@ -4,14 +4,18 @@ import keras
 
 from keras_bitnet.layers.block import PacksAsWhole
 from keras_bitnet.models.backbone import BitNetBackbone
+from keras_bitnet.models.generation import Generation
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
-class BitNetCausalLM(PacksAsWhole, keras.Model):
+class BitNetCausalLM(PacksAsWhole, Generation):
     """Language model on a `BitNetBackbone`.
 
     Args:
         backbone: A `BitNetBackbone`.
+        tokenizer: For prompts of text: an object with `encode(text)`, which gives token ids or
+            has them as `ids`, and `decode(ids)`; and `stop_tokens`, ids, if it has any. It is
+            not saved with the model and may be set at any time.
         **kwargs: `name`, `trainable` of any Keras model.
 
     Call arguments:
@@ -25,7 +29,7 @@ class BitNetCausalLM(PacksAsWhole, keras.Model):
     >>> model.generate([[1, 2, 3]], max_length=8)
     """
 
-    def __init__(self, backbone, **kwargs):
+    def __init__(self, backbone, tokenizer=None, **kwargs):
         kwargs.setdefault("dtype", backbone.dtype_policy)
         super().__init__(**kwargs)
         if not isinstance(backbone, BitNetBackbone):
@@ -33,6 +37,7 @@ class BitNetCausalLM(PacksAsWhole, keras.Model):
                 f"`backbone` must be a `BitNetBackbone`. Received: {type(backbone).__name__}"
             )
         self.backbone = backbone
+        self.tokenizer = tokenizer
         self.built = True
 
     def build(self, input_shape=None):
@@ -51,7 +56,7 @@ class BitNetCausalLM(PacksAsWhole, keras.Model):
         """A copy with some arguments of the backbone changed, weights not copied."""
         config = self.get_config()
         config["backbone"] = self.backbone.remade(**changes)
-        return type(self)(**config)
+        return type(self)(tokenizer=self.tokenizer, **config)
 
     @classmethod
     def from_preset(cls, name, **arguments):
