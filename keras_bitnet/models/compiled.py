@@ -1,7 +1,7 @@
 """One compiled program per shape for functions of a model and a cache that is used up.
 
-The program is traced once for the shapes of its arguments, all of which are tensors; weights
-are read where they are, and the buffers of the cache are written in place.
+On JAX and TensorFlow the program is traced once for the shapes of its arguments, all of which
+are tensors. Weights are read where they are, and the buffers of the cache are written in place.
 """
 
 import functools
@@ -21,8 +21,7 @@ def compile_function(function, model):
         model: The model whose weights it reads.
 
     Returns:
-        A function of the same arguments. On PyTorch it is traced where the model computes on a
-        CPU, where the overhead of Python would show, and eager on other devices.
+        A function of the same arguments. On PyTorch it is eager, in inference mode.
     """
     return {"jax": _jax, "tensorflow": _tensorflow, "torch": _torch}[BACKEND](function, model)
 
@@ -66,44 +65,9 @@ def _tensorflow(function, model):
 def _torch(function, model):
     import torch
 
-    traces: dict[Any, Any] = {}
-
     def call(cache, *arguments):
-        tensors = [torch.as_tensor(a, device=cache[0]["key"].device) for a in arguments]
+        device = cache[0]["key"].device
         with torch.inference_mode():
-            if cache[0]["key"].device.type != "cpu":
-                return function(cache, *tensors)
-            flat = [buffer for layer in cache for buffer in layer.values()]
-            key = tuple((tuple(t.shape), t.dtype) for t in (*tensors, flat[0]))
-            key = (*key, len(model.variables))
-            if key not in traces:
-                traces[key] = _trace(function, model, cache, tensors)
-            return traces[key](*tensors, *flat), cache
+            return function(cache, *(torch.as_tensor(a, device=device) for a in arguments))
 
     return call
-
-
-def _trace(function, model, cache, tensors):
-    """A TorchScript program that writes the cache in place and gives the result alone."""
-    import warnings
-
-    import torch
-
-    names, count = list(cache[0]), len(tensors)
-
-    def flattened(*arguments):
-        buffers = iter(arguments[count:])
-        layers = [{name: next(buffers) for name in names} for _ in cache]
-        return function(layers, *arguments[:count])[0]
-
-    spare = [torch.zeros_like(buffer) for layer in cache for buffer in layer.values()]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:  # a trace takes no others as its own
-        parameter.requires_grad_(False)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # sizes are constants, and meant to be
-            return torch.jit.trace(flattened, (*tensors, *spare), check_trace=False)
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -59,7 +59,7 @@ class Sampler:
         if lowest is not None:
             probabilities = ops.where(probabilities >= lowest, probabilities, 0.0)
         below = ops.cumsum(probabilities, axis=-1)
-        total = below[:, -1:]
+        total, uniform = below[:, -1:], ops.convert_to_tensor(uniform)
         chosen = ops.sum(below <= uniform[:, None] * total, axis=-1)
         return ops.cast(ops.minimum(chosen, logits.shape[-1] - 1), "int32")
 
