@@ -43,9 +43,8 @@ def search(model, request, beams):
         (scores, chosen, parents), cache = step(
             cache, chosen, index, padding, scores, ended, parents
         )
-    best = [
-        max(range(beams), key=lambda w, b=b: scores[b, w] / len(rows[b][w])) for b in range(batch)
-    ]
+    lengths = np.array([[len(row) for row in beams_of] for beams_of in rows])
+    best = np.argmax(scores / lengths, axis=1)
     return [rows[b][w] for b, w in enumerate(best)]
 
 
