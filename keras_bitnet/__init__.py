@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from keras_bitnet import callbacks, layers, ops, quantizers
+from keras_bitnet import callbacks, layers, models, ops, quantizers
 from keras_bitnet.kernels.select import explain
 from keras_bitnet.report import summary
 from keras_bitnet.transforms import calibrate, pack_model, quantize_model, unpack_model
@@ -12,6 +12,7 @@ __all__ = [
     "callbacks",
     "explain",
     "layers",
+    "models",
     "ops",
     "pack_model",
     "quantize_model",

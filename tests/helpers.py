@@ -55,6 +55,16 @@ def packed_twin(layer, input_shape):
     return twin
 
 
+def mean_error(actual, expected):
+    """Mean difference as a share of the mean magnitude.
+
+    For models of several quantized layers: an activation at the edge of rounding may take the
+    other side, which changes a few outputs by more than arithmetic does.
+    """
+    actual, expected = np.asarray(actual, "float64"), np.asarray(expected, "float64")
+    return np.abs(actual - expected).mean() / max(np.abs(expected).mean(), 1e-30)
+
+
 def run_python(code, backend=BACKEND, **environment):
     """Runs code in a fresh process; returns what it printed last, as JSON."""
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]

@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import relative_error, to_numpy
+from helpers import mean_error, relative_error, to_numpy
 from keras import ops
 
 import keras_bitnet
@@ -11,8 +11,6 @@ from keras_bitnet.layers import (
     BitTransformerDecoder,
     make_cache,
 )
-
-FLIPS = 5e-3  # an activation at the edge of rounding may take the other side
 
 
 def attention_twins(**arguments):
@@ -164,13 +162,13 @@ def test_trains_packs_saves_and_unpacks(tmp_path, rng):
     packed = keras_bitnet.pack_model(model, verbose=0)
     assert packed.layers[1].attention.query_dense.packed
     assert packed.layers[1].attention.query_dense.kernel is None
-    assert relative_error(packed.predict(x, verbose=0), y) < FLIPS
+    assert mean_error(packed.predict(x, verbose=0), y) < 1e-3
     packed.save(tmp_path / "m.keras")
     loaded = keras.models.load_model(tmp_path / "m.keras")
-    assert relative_error(loaded.predict(x, verbose=0), y) < FLIPS
+    assert mean_error(loaded.predict(x, verbose=0), y) < 1e-3
     unpacked = keras_bitnet.unpack_model(loaded, verbose=0)
     assert unpacked.layers[1].feed_forward.up_dense.kernel is not None
-    assert relative_error(unpacked.predict(x, verbose=0), y) < FLIPS
+    assert mean_error(unpacked.predict(x, verbose=0), y) < 1e-3
 
 
 def test_lora_inside_a_block_survives_packing(rng):
@@ -181,7 +179,7 @@ def test_lora_inside_a_block_survives_packing(rng):
     y = model.predict(x, verbose=0)
     packed = keras_bitnet.pack_model(model, verbose=0)
     assert packed.layers[1].attention.query_dense.lora_enabled
-    assert relative_error(packed.predict(x, verbose=0), y) < FLIPS
+    assert mean_error(packed.predict(x, verbose=0), y) < 1e-3
 
 
 @pytest.mark.parametrize(

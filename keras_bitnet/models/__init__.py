@@ -1,0 +1,8 @@
+"""Low-bit language models: the BitNet decoder, generation and conversion of float models."""
+
+from keras_bitnet.models.backbone import BitNetBackbone
+from keras_bitnet.models.causal_lm import BitNetCausalLM
+from keras_bitnet.models.presets import PRESETS, BitNetConfig
+from keras_bitnet.models.sampling import Sampler
+
+__all__ = ["PRESETS", "BitNetBackbone", "BitNetCausalLM", "BitNetConfig", "Sampler"]

@@ -1,0 +1,256 @@
+"""Generation of text: prompts in, tokens out, one compiled program a token."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_bitnet.models import beam, compiled
+from keras_bitnet.models.sampling import Sampler
+
+
+class Generation(keras.Model):
+    """Mixin of a language model on a backbone with `call_with_cache` and `logits`."""
+
+    tokenizer = None
+
+    def generate(self, prompts, max_length=None, *, beams=1, strip_prompt=False, **options):
+        """Continues prompts.
+
+        Args:
+            prompts: A string or a list of strings, which takes a tokenizer; or token ids: one
+                list, a list of lists of any lengths, or an integer array `(batch, length)`.
+            max_length: Tokens of the longest prompt and its continuation together.
+            beams: 1 samples; more is a beam search for the most likely continuation.
+            strip_prompt: Whether to return the continuation alone.
+            **options: `max_new_tokens`, `temperature`, `top_k`, `top_p`, `seed`, `stop_tokens`,
+                `cache_dtype`: see `stream`. A beam search takes no sampling options.
+
+        Returns:
+            As the prompts: strings, or lists of token ids; one or a list. A continuation ends
+            with its stop token.
+
+        Raises:
+            ValueError: A prompt is empty, holds no token of the vocabulary, or is too long.
+        """
+        request = Request(self, prompts, max_length, **options)
+        rows = beam.search(self, request, beams) if beams > 1 else self._sample(request)
+        if not strip_prompt:
+            rows = [[*prompt, *row] for prompt, row in zip(request.prompts, rows, strict=True)]
+        return request.restore(rows)
+
+    def stream(self, prompts, max_length=None, **options):
+        """As `generate`, but yields while it goes.
+
+        Args:
+            prompts: See `generate`.
+            max_length: See `generate`.
+            max_new_tokens: Tokens to add, in place of `max_length`.
+            temperature, top_k, top_p: See `keras_bitnet.models.Sampler`; greedy by default.
+            seed: Integer; the same seed gives the same tokens. `None` takes a new one.
+            stop_tokens: Token id or a list of them that end a sequence; by default those of
+                the tokenizer, if there is one that names them.
+            cache_dtype: Dtype of the cache: a float dtype or `"int8"`, the compute dtype by
+                default.
+
+        Yields:
+            For one prompt the next token id; with text the new piece of text. For several a
+            list of them, `None` for sequences that have ended.
+        """
+        request = Request(self, prompts, max_length, **options)
+        pieces = [_Text(request.tokenizer) for _ in request.prompts]
+        for tokens in self._tokens(request):
+            row = [
+                t if t is None or not request.is_text else piece.add(t)
+                for t, piece in zip(tokens, pieces, strict=True)
+            ]
+            yield row[0] if request.is_single else row
+
+    def _sample(self, request):
+        rows = [[] for _ in request.prompts]
+        for tokens in self._tokens(request):
+            for row, token in zip(rows, tokens, strict=True):
+                if token is not None:
+                    row.append(token)
+        return rows
+
+    def _tokens(self, request):
+        """Yields a list of one token for each sequence, `None` for those that have ended."""
+        batch, start = request.tokens.shape
+        uniform = request.uniform()
+        prefill, step = (self.program(f, request.sampler) for f in (first_tokens, next_tokens))
+        cache = self.backbone.make_cache(batch, request.cache_length, request.cache_dtype)
+        tokens, cache = prefill(cache, request.tokens, request.padding, uniform[0])
+        active = [True] * batch
+        for i in range(request.new_tokens):
+            following, last = None, i + 1 == request.new_tokens
+            if not last and compiled.is_asynchronous():
+                following, cache = step(
+                    cache, tokens, np.int32(start + i), request.padding, uniform[i + 1]
+                )
+            row = [int(t) for t in ops.convert_to_numpy(tokens)]
+            yield [t if on else None for t, on in zip(row, active, strict=True)]
+            active = [
+                on and t not in request.stop_tokens for t, on in zip(row, active, strict=True)
+            ]
+            if last or not any(active):
+                return
+            if following is None:
+                following, cache = step(
+                    cache, tokens, np.int32(start + i), request.padding, uniform[i + 1]
+                )
+            tokens = following
+
+    def program(self, function, *arguments):
+        """`function(model, *arguments, cache, *tensors)` compiled, made once for each."""
+        programs = self.__dict__.setdefault("_programs", _Programs())
+        key = (function, *arguments)
+        if key not in programs.made:
+            programs.made[key] = compiled.compile_function(
+                lambda cache, *tensors: function(self, *arguments, cache, *tensors), self
+            )
+        return programs.made[key]
+
+
+class _Programs:
+    """What Keras does not track."""
+
+    def __init__(self):
+        self.made = {}
+
+
+def first_tokens(model, sampler, cache, tokens, padding, uniform):
+    """Reads the prompts, padded on the left, and chooses the first tokens."""
+    x, cache = model.backbone.call_with_cache(tokens, cache, 0, padding)
+    return sampler(model.backbone.logits(x[:, -1]), uniform), cache
+
+
+def next_tokens(model, sampler, cache, tokens, index, padding, uniform):
+    """Reads one token for each sequence and chooses the next."""
+    x, cache = model.backbone.call_with_cache(tokens[:, None], cache, index, padding)
+    return sampler(model.backbone.logits(x[:, 0]), uniform), cache
+
+
+class Request:
+    """What is asked of `generate`, checked: padded tokens, lengths, stop tokens, sampler.
+
+    Args:
+        model: The language model.
+        prompts, max_length: See `Generation.generate`.
+        max_new_tokens, temperature, top_k, top_p, seed, stop_tokens, cache_dtype: See
+            `Generation.stream`.
+    """
+
+    def __init__(
+        self,
+        model,
+        prompts,
+        max_length=None,
+        *,
+        max_new_tokens=None,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        seed=None,
+        stop_tokens=None,
+        cache_dtype=None,
+    ):
+        self.tokenizer = model.tokenizer
+        self.prompts = self._read(prompts, model.backbone.vocabulary_size)
+        if temperature is None:
+            temperature = 0.0 if top_k is None and top_p is None else 1.0
+        self.sampler = Sampler(temperature, top_k, top_p)
+        self.seed = seed
+        self.cache_dtype = cache_dtype
+        self.stop_tokens = self._stop_tokens(stop_tokens)
+        longest = max(len(prompt) for prompt in self.prompts)
+        limit = model.backbone.max_sequence_length
+        self.new_tokens = _new_tokens(longest, max_length, max_new_tokens, limit)
+        start = _padded_length(longest)
+        self.cache_length = -(-(start + self.new_tokens) // 64) * 64  # so programs are reused
+        self.tokens = np.zeros((len(self.prompts), start), "int32")
+        self.padding = np.array([start - len(prompt) for prompt in self.prompts], "int32")
+        for row, prompt in zip(self.tokens, self.prompts, strict=True):
+            row[start - len(prompt) :] = prompt
+
+    def _read(self, prompts, vocabulary_size):
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        self.is_text = bool(texts) and all(isinstance(text, str) for text in texts)
+        if self.is_text:
+            self.is_single = isinstance(prompts, str)
+            if self.tokenizer is None:
+                raise ValueError(
+                    "Prompts of text take a tokenizer: set `model.tokenizer` to an object with "
+                    "`encode` and `decode`, or pass token ids. Received: a string"
+                )
+            rows = [_ids(self.tokenizer.encode(text)) for text in texts]
+        else:
+            self.is_single = bool(texts) and all(np.ndim(text) == 0 for text in texts)
+            rows = [[int(t) for t in row] for row in ([texts] if self.is_single else texts)]
+        if not rows or not all(rows):
+            raise ValueError("Every prompt must hold at least one token. Received: an empty one")
+        for row in rows:
+            if not 0 <= min(row) <= max(row) < vocabulary_size:
+                raise ValueError(
+                    f"Tokens must lie in [0, {vocabulary_size}). "
+                    f"Received: tokens from {min(row)} to {max(row)}"
+                )
+        return rows
+
+    def _stop_tokens(self, stop_tokens):
+        if stop_tokens is None:
+            stop_tokens = getattr(self.tokenizer, "stop_tokens", None)
+        if stop_tokens is None:
+            return frozenset()
+        return frozenset([stop_tokens] if np.ndim(stop_tokens) == 0 else stop_tokens)
+
+    def uniform(self):
+        """The numbers that choose the tokens, `(new_tokens, batch)`."""
+        random = np.random.default_rng(self.seed)
+        return random.random((self.new_tokens, len(self.prompts)), "float32")
+
+    def restore(self, rows):
+        """Token ids in the form of the prompts."""
+        if self.is_text:
+            rows = [self.tokenizer.decode(row) for row in rows]
+        return rows[0] if self.is_single else rows
+
+
+class _Text:
+    """Text of tokens one by one; a character of several tokens comes with its last."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.ids, self.shown = tokenizer, [], 0
+
+    def add(self, token):
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids)
+        if text.endswith("\ufffd"):
+            return ""
+        piece, self.shown = text[self.shown :], len(text)
+        return piece
+
+
+def _ids(encoded):
+    return [int(t) for t in getattr(encoded, "ids", encoded)]
+
+
+def _new_tokens(longest, max_length, max_new_tokens, limit):
+    if (max_length is None) == (max_new_tokens is None):
+        raise ValueError(
+            "Give one of `max_length` and `max_new_tokens`. "
+            f"Received: max_length={max_length}, max_new_tokens={max_new_tokens}"
+        )
+    new = max_length - longest if max_new_tokens is None else max_new_tokens
+    if new < 1 or longest + new > limit:
+        raise ValueError(
+            f"The longest prompt has {longest} tokens, and the model takes {limit}. Received: "
+            f"max_length={max_length}, max_new_tokens={max_new_tokens}"
+        )
+    return new
+
+
+def _padded_length(length):
+    """A power of two up to 64, then a multiple of 64: few programs for all lengths of prompts."""
+    if keras.backend.backend() == "torch":
+        return length
+    return 1 << (length - 1).bit_length() if length <= 64 else -(-length // 64) * 64

@@ -1,0 +1,76 @@
+"""How the next token is chosen from the logits."""
+
+import dataclasses
+
+from keras import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Greedy or random choice, from one uniform number a sequence.
+
+    With a temperature of 0 the most likely token is taken. Else the probabilities
+    `softmax(logits / temperature)`, of the `top_k` most likely tokens, of those the fewest that
+    reach `top_p` together, are added up in the order of the vocabulary until they pass the
+    uniform number. The numbers come from outside, so a seed gives the same tokens on every
+    backend as far as the logits agree.
+
+    Args:
+        temperature: 0 is greedy; lower than 1 sharpens the distribution, higher flattens it.
+        top_k: Tokens to choose from, or `None` for all.
+        top_p: Probability in (0, 1] that the tokens to choose from reach, or `None` for all.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Source:
+        Holtzman et al. 2019, nucleus sampling (https://arxiv.org/abs/1904.09751).
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise ValueError(
+                f"`temperature` must not be negative. Received: temperature={self.temperature}"
+            )
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"`top_k` must be a positive integer. Received: top_k={self.top_k!r}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must lie in (0, 1]. Received: top_p={self.top_p}")
+
+    def __call__(self, logits, uniform):
+        """Chooses tokens.
+
+        Args:
+            logits: Float tensor `(batch, vocabulary)`.
+            uniform: Float tensor `(batch,)` in [0, 1).
+
+        Returns:
+            `int32` tensor `(batch,)`.
+        """
+        logits = ops.cast(logits, "float32")
+        if self.temperature == 0:
+            return ops.cast(ops.argmax(logits, axis=-1), "int32")
+        probabilities = ops.softmax(logits / self.temperature)
+        lowest = self._lowest(probabilities)
+        if lowest is not None:
+            probabilities = ops.where(probabilities >= lowest, probabilities, 0.0)
+        below = ops.cumsum(probabilities, axis=-1)
+        total, uniform = below[:, -1:], ops.convert_to_tensor(uniform)
+        chosen = ops.sum(below <= uniform[:, None] * total, axis=-1)
+        return ops.cast(ops.minimum(chosen, logits.shape[-1] - 1), "int32")
+
+    def _lowest(self, probabilities):
+        """The least probability `(batch, 1)` that may be chosen, or `None`."""
+        if self.top_k is None and self.top_p in (None, 1.0):
+            return None
+        size = min(self.top_k or probabilities.shape[-1], probabilities.shape[-1])
+        best, _ = ops.top_k(probabilities, size)  # sorted, highest first
+        if self.top_p is None:
+            return best[:, -1:]
+        before = ops.cumsum(best, axis=-1) - best
+        kept = before < self.top_p * ops.sum(best, axis=-1, keepdims=True)
+        return ops.min(ops.where(kept, best, 1.0), axis=-1, keepdims=True)

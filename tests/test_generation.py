@@ -1,0 +1,173 @@
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND, to_numpy
+from test_models import make_model
+
+import keras_bitnet
+from keras_bitnet.models import Sampler, compiled
+
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras.utils.set_random_seed(1)
+    # Large weights, so that the likeliest token is not a matter of rounding.
+    wide = keras.initializers.RandomNormal(stddev=0.5)
+    return keras_bitnet.pack_model(make_model(kernel_initializer=wide), verbose=0)
+
+
+def greedy(model, prompt, count):
+    """Without a cache: the whole sequence again for each token, at one length."""
+    row = np.zeros((1, 12), "int32")
+    row[0, : len(prompt)] = prompt
+    for i in range(len(prompt), len(prompt) + count):
+        data = {"token_ids": row, "padding_mask": np.arange(12)[None] < i}
+        row[0, i] = model.predict(data, verbose=0)[0, i - 1].argmax()
+    return row[0, : len(prompt) + count].tolist()
+
+
+def test_greedy_equals_no_cache_in_a_padded_batch(model):
+    rows = model.generate(PROMPTS, max_new_tokens=6)
+    assert rows == [greedy(model, prompt, 6) for prompt in PROMPTS]
+    assert model.generate(PROMPTS[0], max_length=11) == rows[0]
+    assert model.generate(PROMPTS[0], max_length=11, strip_prompt=True) == rows[0][5:]
+    assert list(model.stream(PROMPTS[1], max_new_tokens=6)) == rows[1][2:]
+
+
+def test_stop_tokens_end_sequences(model):
+    rows = model.generate(PROMPTS, max_new_tokens=8, strip_prompt=True)
+    stop = rows[0][2]
+    cut = [row[: row.index(stop) + 1] if stop in row else row for row in rows]
+    assert model.generate(PROMPTS, max_new_tokens=8, strip_prompt=True, stop_tokens=stop) == cut
+    steps = list(model.stream(PROMPTS, max_new_tokens=8, stop_tokens=[stop]))
+    assert [[s[i] for s in steps if s[i] is not None] for i in range(3)] == cut
+
+
+def test_int8_cache_is_close(model):
+    exact = model.generate(PROMPTS, max_new_tokens=6)
+    rough = model.generate(PROMPTS, max_new_tokens=6, cache_dtype="int8")
+    assert (
+        np.mean(
+            [a == b for x, y in zip(exact, rough, strict=True) for a, b in zip(x, y, strict=True)]
+        )
+        > 0.7
+    )
+    cache = model.backbone.make_cache(2, 8, "int8")
+    assert keras.backend.standardize_dtype(cache[0]["key"].dtype) == "int8"
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch runs the steps eagerly")
+def test_no_program_is_traced_twice(model, monkeypatch):
+    calls = []
+    original = type(model.backbone).call_with_cache
+
+    def counting(self, *arguments, **keywords):
+        calls.append(1)
+        return original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(type(model.backbone), "call_with_cache", counting)
+    model.generate(PROMPTS[:2], max_new_tokens=9, temperature=0.9)
+    first = len(calls)
+    model.generate(PROMPTS[:2], max_new_tokens=20, temperature=0.9, seed=3)
+    assert 0 < first <= 4
+    assert len(calls) == first
+
+
+def test_sampling_follows_the_seed_and_the_distribution(model):
+    options = {"max_new_tokens": 12, "temperature": 1.5}
+    first = model.generate([PROMPTS[0]] * 2, seed=1, **options)
+    assert first == model.generate([PROMPTS[0]] * 2, seed=1, **options)
+    assert first != model.generate([PROMPTS[0]] * 2, seed=2, **options)
+    assert first[0] != first[1]
+    logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], "float32")).repeat(2000, 0)
+    uniform = (np.arange(2000, dtype="float32") + 0.5) / 2000
+
+    def frequencies(**arguments):
+        chosen = to_numpy(Sampler(**arguments)(keras.ops.convert_to_tensor(logits), uniform))
+        return np.bincount(chosen, minlength=4) / 2000
+
+    near = {"atol": 2e-3}
+    np.testing.assert_allclose(frequencies(temperature=1.0), [0.5, 0.3, 0.15, 0.05], **near)
+    np.testing.assert_allclose(frequencies(temperature=1.0, top_k=2), [0.625, 0.375, 0, 0], **near)
+    three = np.array([0.5, 0.3, 0.15, 0]) / 0.95
+    np.testing.assert_allclose(frequencies(temperature=1.0, top_p=0.85), three, **near)
+    np.testing.assert_allclose(frequencies(temperature=1.0, top_p=0.4), [1, 0, 0, 0], **near)
+    square = np.array([25, 9, 2.25, 0.25]) / 36.5
+    np.testing.assert_allclose(frequencies(temperature=0.5), square, **near)
+    np.testing.assert_allclose(frequencies(), [1, 0, 0, 0])
+
+
+def test_beam_search_of_full_width_finds_the_best(model):
+    """With as many beams as tokens, two steps are an exhaustive search."""
+    prompt, vocabulary = PROMPTS[1], model.backbone.vocabulary_size
+    found = model.generate(prompt, max_new_tokens=2, beams=vocabulary)
+    pairs = np.stack(np.meshgrid(range(vocabulary), range(vocabulary), indexing="ij"), -1)
+    rows = np.hstack([np.tile(prompt, (vocabulary**2, 1)), pairs.reshape(-1, 2)]).astype("int32")
+    logits = to_numpy(model.predict(rows, batch_size=500, verbose=0)).astype("float64")
+    logits -= logits.max(-1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    at = np.arange(len(rows))
+    scores = logits[at, 1, rows[:, 2]] + logits[at, 2, rows[:, 3]]
+    found_at = np.where((rows == found).all(1))[0][0]
+    assert scores[found_at] > scores.max() - 1e-3
+    batch = model.generate(PROMPTS, max_new_tokens=4, beams=3)
+    assert batch[1] == model.generate(PROMPTS[1], max_new_tokens=4, beams=3)
+
+
+class Letters:
+    """A tokenizer: a token is a letter from `a` on; ids 40 and on are no letters."""
+
+    stop_tokens = (45,)
+
+    def encode(self, text):
+        return [ord(c) - ord("a") for c in text]
+
+    def decode(self, ids):
+        return "".join(chr(i + ord("a")) for i in ids)
+
+
+def test_text_goes_through_the_tokenizer(model):
+    with pytest.raises(ValueError, match="tokenizer"):
+        model.generate("abc", max_length=6)
+    model.tokenizer = Letters()
+    try:
+        text = model.generate("dbe", max_new_tokens=5)
+        ids = model.generate(Letters().encode("dbe"), max_new_tokens=5, stop_tokens=45)
+        assert text == Letters().decode(ids)
+        assert "dbe" + "".join(model.stream("dbe", max_new_tokens=5)) == text
+        assert model.generate(["dbe", "a"], max_new_tokens=5)[0] == text
+    finally:
+        model.tokenizer = None
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1], []], {"max_length": 4}, "at least one token"),
+        ([], {"max_length": 4}, "at least one token"),
+        ([1, 50], {"max_length": 4}, "0, 50"),
+        ([1, 2], {"max_length": 2}, "max_length=2"),
+        ([1, 2], {"max_length": 5000}, "4096"),
+        ([1, 2], {}, "Give one of"),
+        ([1, 2], {"max_length": 4, "temperature": -1}, "temperature=-1"),
+        ([1, 2], {"max_length": 4, "top_k": 0}, "top_k=0"),
+        ([1, 2], {"max_length": 4, "top_p": 1.5}, "top_p=1.5"),
+        ([1, 2], {"max_length": 4, "top_k": 3, "beams": 2}, "beam search"),
+        ([1, 2], {"max_length": 4, "beams": 51}, "beams=51"),
+    ],
+)
+def test_bad_requests(prompts, options, message, model):
+    with pytest.raises(ValueError, match=message):
+        model.generate(prompts, **options)
+
+
+def test_new_weights_are_used(model):
+    keras.utils.set_random_seed(3)
+    other = make_model(kernel_initializer=keras.initializers.RandomNormal(stddev=0.5))
+    before = other.generate(PROMPTS[0], max_new_tokens=6)
+    other.backbone.layer_norm.scale.assign(-to_numpy(other.backbone.layer_norm.scale))
+    assert other.generate(PROMPTS[0], max_new_tokens=6) != before
+    assert other.generate(PROMPTS[0], max_new_tokens=6) == greedy(other, PROMPTS[0], 6)
+    assert compiled.is_asynchronous() == (BACKEND == "jax")
