@@ -31,6 +31,8 @@ def refuse(problem):
         return OBSTACLE
     if problem.device and not problem.device.startswith(DEVICE):
         return f"the activations are on {problem.device!r}, not on an Apple GPU ('mps')"
+    if problem.layout != "tiles":
+        return f"weights in the layout {problem.layout!r}; accepted: 'tiles'"
     return cpu.refuse_operands(problem)
 
 
