@@ -6,20 +6,19 @@ import numpy as np
 import pytest
 from helpers import BACKEND, ROOT, run_python
 
-TORCH = """
+TORCH = f"""
 import json, sys
 import numpy as np
-sys.path.insert(0, "examples")
+sys.path.insert(0, {str(ROOT / "examples")!r})
 import distributed
 
-if __name__ == "__main__":
-    alone, together = distributed.run(1), distributed.run(2)
-    scale = np.abs(alone[1][0]).max()
-    print(json.dumps({
-        "losses": [alone[0], together[0]],
-        "outputs": float(np.abs(alone[1][0] - together[1][0]).max() / scale),
-        "packed": float(np.abs(together[1][1] - together[1][0]).max() / scale),
-    }))
+alone, together = distributed.run(1), distributed.run(2)
+scale = np.abs(alone[1][0]).max()
+print(json.dumps(dict(
+    losses=[alone[0], together[0]],
+    outputs=float(np.abs(alone[1][0] - together[1][0]).max() / scale),
+    packed=float(np.abs(together[1][1] - together[1][0]).max() / scale),
+)))
 """
 
 TENSORFLOW = """
@@ -69,12 +68,10 @@ def check(result):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="DistributedDataParallel is PyTorch's")
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one():
     if sys.platform == "win32":
         pytest.skip("gloo over TCP is not tried on Windows")
-    script = tmp_path / "script.py"  # the processes import the file that starts them
-    script.write_text(TORCH.replace('"examples"', repr(str(ROOT / "examples"))))
-    check(run_python(f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"))
+    check(run_python(TORCH))
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
