@@ -23,6 +23,11 @@ def refuse(problem):
         return NO_LIBRARY
     if problem.device and not problem.device.lower().endswith(_CPU_DEVICES):
         return f"the activations are on {problem.device!r}, not on the CPU"
+    return refuse_operands(problem)
+
+
+def refuse_operands(problem):
+    """Why no kernel that multiplies integers can run a problem, on whatever device, or `None`."""
     if problem.activation_bits is None:
         return "the activations are float: the kernel multiplies integers"
     if problem.activation_bits not in (4, 8):

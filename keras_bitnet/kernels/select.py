@@ -107,6 +107,12 @@ def _torch():
     return torch.NATIVE
 
 
+def _metal():
+    from keras_bitnet.kernels import metal
+
+    return metal.METAL
+
+
 def _tensorflow():
     from keras_bitnet.kernels import tensorflow
 
@@ -122,7 +128,7 @@ REFERENCE = Kernel("reference", refuse=lambda problem: None, run=reference_matmu
 
 TABLES: dict[str, tuple[Kernel, ...]] = {
     "jax": (_later("native", _jax), REFERENCE),
-    "torch": (_later("native", _torch), REFERENCE),
+    "torch": (_later("metal", _metal), _later("native", _torch), REFERENCE),
     "tensorflow": (_later("native", _tensorflow), REFERENCE),
 }
 

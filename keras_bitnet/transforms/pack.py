@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import warnings
 
+from keras import ops
+
 from keras_bitnet.checks import check_choice
 from keras_bitnet.layers.base import BitLayer, assign_copy, smallest_layout
 from keras_bitnet.layers.block import PacksAsWhole
@@ -143,9 +145,10 @@ def _warn_before_packing(layer):
             "`fit` first.",
             stacklevel=7,
         )
-    if float(layer.quantization_strength) != 1:
+    strength = float(ops.convert_to_numpy(layer.quantization_strength))  # it may be mirrored
+    if strength != 1:
         warnings.warn(
             f"Layer '{layer.name}' has quantization_strength="
-            f"{float(layer.quantization_strength):.3g}. Packed, it computes fully quantized.",
+            f"{strength:.3g}. Packed, it computes fully quantized.",
             stacklevel=7,
         )

@@ -1,0 +1,106 @@
+"""Train one ternary model in several processes with PyTorch's DistributedDataParallel.
+
+    KERAS_BACKEND=torch python examples/distributed.py [--processes 2]
+
+Every process sees its share of each batch, and the losses are those of one process with whole
+batches. Here the processes are on the CPU of one machine; under `torchrun` on GPUs leave
+`torch.multiprocessing` out and say "nccl" for "gloo". docs/distributed.md has the other ways.
+"""
+
+import argparse
+import os
+import socket
+
+os.environ["KERAS_BACKEND"] = "torch"
+
+import keras
+import numpy as np
+import torch
+import torch.distributed
+import torch.multiprocessing
+from torch.nn.parallel import DistributedDataParallel
+
+import keras_bitnet
+from keras_bitnet.layers import BitLinear
+
+STEPS, BATCH = 5, 64
+
+
+def make_model():
+    keras.utils.set_random_seed(0)  # the same weights in every process
+    return keras.Sequential(
+        [
+            keras.Input((32,)),
+            BitLinear(64, "relu", norm="rms", name="wide"),
+            BitLinear(16, name="head", weight_quantizer="int4"),
+        ]
+    )
+
+
+def train(rank, processes, port, results):
+    """One process; the first puts its losses and outputs into `results`."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes
+    )
+    with keras.device("cpu"):
+        model = make_model()
+        losses = fit(DistributedDataParallel(model), rank, processes)
+        if rank == 0:
+            results.put((losses, outputs(model)))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def data():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(BATCH, 32)), rng.normal(size=(BATCH, 16))
+    return torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
+
+
+def fit(parallel, rank, processes):
+    """A plain PyTorch loop over the share of this process; the losses of whole batches."""
+    optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1)
+    x, y = (part.chunk(processes)[rank] for part in data())
+    losses = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(parallel(x), y)
+        loss.backward()
+        optimizer.step()
+        mean = loss.detach() / processes
+        if processes > 1:
+            torch.distributed.all_reduce(mean)
+        losses.append(float(mean))
+    return losses
+
+
+def outputs(model):
+    """What the trained model computes: as trained, and packed."""
+    x, _ = data()
+    packed = keras_bitnet.pack_model(model, verbose=0)
+    return [keras.ops.convert_to_numpy(m(x)) for m in (model, packed)]
+
+
+def run(processes):
+    """Trains in several processes; `(losses, [outputs, outputs when packed])`."""
+    if processes == 1:
+        model = make_model()
+        return fit(model, 0, 1), outputs(model)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    results = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(train, (processes, port, results), processes)
+    return results.get()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    alone, together = run(1), run(options.processes)
+    print("losses of one process:", [round(loss, 4) for loss in alone[0]])
+    print(f"losses of {options.processes}:", [round(loss, 4) for loss in together[0]])
+    print("largest difference of outputs:", np.abs(alone[1][0] - together[1][0]).max())
+    print("packed from trained:", np.abs(together[1][1] - together[1][0]).max())

@@ -1,0 +1,79 @@
+"""Training in several processes (PyTorch) and on several devices (TensorFlow)."""
+
+import sys
+
+import numpy as np
+import pytest
+from helpers import BACKEND, ROOT, run_python
+
+TORCH = f"""
+import json, sys
+import numpy as np
+sys.path.insert(0, {str(ROOT / "examples")!r})
+import distributed
+
+alone, together = distributed.run(1), distributed.run(2)
+scale = np.abs(alone[1][0]).max()
+print(json.dumps(dict(
+    losses=[alone[0], together[0]],
+    outputs=float(np.abs(alone[1][0] - together[1][0]).max() / scale),
+    packed=float(np.abs(together[1][1] - together[1][0]).max() / scale),
+)))
+"""
+
+TENSORFLOW = """
+import contextlib, json
+import numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+import keras, keras_bitnet
+from keras_bitnet.layers import BitLinear
+
+rng = np.random.default_rng(0)
+x, y = rng.normal(size=(64, 32)).astype("float32"), rng.normal(size=(64, 16)).astype("float32")
+
+def train(scope):
+    keras.utils.set_random_seed(0)
+    with scope:
+        model = keras.Sequential([
+            keras.Input((32,)),
+            BitLinear(64, "relu", norm="rms", name="wide"),
+            BitLinear(16, name="head", weight_quantizer="int4"),
+        ])
+        model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=False)
+    history = model.fit(x, y, batch_size=32, epochs=3, shuffle=False, verbose=0)
+    outputs = model.predict(x, verbose=0)
+    packed = keras_bitnet.pack_model(model, verbose=0).predict(x, verbose=0)
+    return history.history["loss"], outputs, packed
+
+alone = train(contextlib.nullcontext())
+strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+assert strategy.num_replicas_in_sync == 2
+together = train(strategy.scope())
+scale = np.abs(alone[1]).max()
+print(json.dumps({
+    "losses": [alone[0], together[0]],
+    "outputs": float(np.abs(alone[1] - together[1]).max() / scale),
+    "packed": float(np.abs(together[2] - together[1]).max() / scale),
+}))
+"""
+
+
+def check(result):
+    alone, together = result["losses"]
+    assert together[-1] < together[0]
+    np.testing.assert_allclose(together, alone, rtol=1e-4)
+    assert result["outputs"] < 1e-3
+    assert result["packed"] < 1e-5
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="DistributedDataParallel is PyTorch's")
+def test_two_processes_train_as_one():
+    if sys.platform == "win32":
+        pytest.skip("gloo over TCP is not tried on Windows")
+    check(run_python(TORCH))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
+def test_two_mirrored_devices_train_as_one():
+    check(run_python(TENSORFLOW))
