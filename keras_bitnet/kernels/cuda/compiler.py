@@ -11,6 +11,7 @@ This file imports nothing of the package: the build runs it as
 """
 
 import argparse
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -61,10 +62,8 @@ def cubin(bits, capability):
     if path is not None:
         return path.read_bytes()
     data = _compile(bits, architecture(capability))
-    try:
+    with contextlib.suppress(OSError):  # no place to keep it: the next process compiles again
         _write(cache_folder() / _name(bits, architecture(capability)), data)
-    except OSError:
-        pass  # no place to keep it: the next process compiles again
     return data
 
 
@@ -110,9 +109,9 @@ def cache_folder():
 @functools.cache
 def _sources():
     """Text of every source, by name."""
-    return {path.name: path.read_text() for path in sorted(SOURCES.glob("*.cu*")) if path.is_file()} | {
-        "params.h": (SOURCES / "params.h").read_text()
-    }
+    return {
+        path.name: path.read_text() for path in sorted(SOURCES.glob("*.cu*")) if path.is_file()
+    } | {"params.h": (SOURCES / "params.h").read_text()}
 
 
 @functools.cache

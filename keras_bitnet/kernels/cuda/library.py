@@ -46,7 +46,10 @@ def path():
 def _open():
     """The loaded launcher and what is wrong with it; one of them is `None`."""
     if not path().exists():
-        return None, f"this installation has no CUDA launcher ({path().name}): no compiler at install"
+        return (
+            None,
+            f"this installation has no CUDA launcher ({path().name}): no compiler at install",
+        )
     try:
         loaded = ctypes.CDLL(str(path()))
     except OSError as error:

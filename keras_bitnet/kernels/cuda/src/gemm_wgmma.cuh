@@ -1,15 +1,16 @@
 // Many rows of activations with `wgmma`, the matrix instruction of compute capability 9.0.
 //
 // Weights are the A operand, from registers; activations the B operand, from the swizzled image,
-// which one thread copies slice by slice to shared memory. A block has WGN x WGK warp groups: WGN
-// times 128 columns, and WGK of them take turns at the slices. The groups overlap each other's
-// unpacking: within one, no instruction is in flight while registers change. ptxas (13.0) reuses
+// which one thread copies slice by slice to shared memory. A block has two warp groups of 128
+// columns each, which overlap each other's unpacking: within one, no instruction is in flight while registers change. ptxas (13.0) reuses
 // the A registers of an instruction in flight when there is a branch before its wait, so there is
 // none; the tests look at the machine code.
 #pragma once
 #include "fragments.cuh"
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
+
+constexpr int CONSUMER_WARPS = 8;  // two groups; a thread of a third one feeds them
 
 template <int MB> struct Wgmma;
 #define SUM(b) "+r"(sum[b][0]), "+r"(sum[b][1]), "+r"(sum[b][2]), "+r"(sum[b][3])
@@ -107,29 +108,28 @@ DEVICE void feed(const Matmul& p, u32 shared, u32 full, u32 empty) {
   }
 }
 
-template <int MB, int WGN, int WGK, int STAGES, int AHEAD>
+template <int MB, int STAGES, int AHEAD>
 DEVICE void consume(const Matmul& p, u32 shared, u32 full, u32 empty) {
-  constexpr int BM = 8 * MB, STAGE = BM * SLICE, CONSUMERS = WGN * WGK * 128;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = warp / 4;
-  const int wn = group % WGN, wk = WGK == 1 ? 0 : group / WGN, all_slices = slices(p);
-  const int first_column = (blockIdx.y * WGN + wn) * 128 + warp % 4 * 32;
+  constexpr int BM = 8 * MB, STAGE = BM * SLICE;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, all_slices = slices(p);
+  const int first_column = (blockIdx.y * CONSUMER_WARPS + warp) * 32;
   const Columns columns(p, first_column);
   uint4 weights[AHEAD][QUADS];
 #pragma unroll
-  for (int j = 0; j < AHEAD; ++j) columns.load(j * WGK + wk, weights[j]);
+  for (int j = 0; j < AHEAD; ++j) columns.load(j, weights[j]);
 
   Tile<int, MB> sums = {};
   // Past the end the weights are zeros and the activations those of an earlier slice.
-  for (int base = 0; base < all_slices; base += AHEAD * WGK)
+  for (int base = 0; base < all_slices; base += AHEAD)
 #pragma unroll
     for (int j = 0; j < AHEAD; ++j) {
-      const int slice = base + j * WGK + wk, stage = slice % STAGES;
+      const int slice = base + j, stage = slice % STAGES;
       u32 a[SLABS][2][4];
 #pragma unroll
       for (int s = 0; s < SLABS; ++s)
 #pragma unroll
         for (int set = 0; set < 2; ++set) unpack(weights[j], s, set, a[s][set]);
-      columns.load(slice + AHEAD * WGK, weights[j]);
+      columns.load(slice + AHEAD, weights[j]);
       barrier_wait(full + 8 * stage, slice / STAGES & 1);
       const u64 b = describe(shared + stage * STAGE);
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -148,48 +148,29 @@ DEVICE void consume(const Matmul& p, u32 shared, u32 full, u32 empty) {
       if (lane == 0) barrier_arrive(empty + 8 * stage);
     }
 
-  if (WGK > 1) {
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-    int* shared_sums = reinterpret_cast<int*>(block_memory);
-    auto place = [&](int k, int i) {
-      return (((k - 1) * WGN + wn) * 8 * MB + i) * 128 + threadIdx.x % 128;
-    };
-#pragma unroll
-    for (int i = 0; i < 8 * MB; ++i)
-      if (wk > 0) shared_sums[place(wk, i)] = sums[i / (4 * MB)][i / 4 % MB][i % 4];
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-    if (wk > 0) return;
-#pragma unroll
-    for (int i = 0; i < 8 * MB; ++i)
-#pragma unroll
-      for (int k = 1; k < WGK; ++k) sums[i / (4 * MB)][i / 4 % MB][i % 4] += shared_sums[place(k, i)];
-  }
   write_tile<int, MB>(p, sums, blockIdx.x * BM, first_column);
 }
 
-// BLOCKS: of a multiprocessor, which share its registers.
-template <int MB, int WGN, int WGK, int STAGES, int AHEAD, int BLOCKS>
+template <int MB, int STAGES, int AHEAD>
 DEVICE void gemm_wgmma(const Matmul& p) {
-  constexpr int CONSUMERS = WGN * WGK * 128;
-  static_assert(WGK <= 2 && CONSUMERS == 256, "the registers below are shared out for two groups and one");
   __shared__ __align__(8) u64 barriers[2 * STAGES];
   const u32 shared = shared_address(block_memory), full = shared_address(barriers);
   const u32 empty = full + 8 * STAGES;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, WGN * 4);
+      barrier_init(empty + 8 * i, CONSUMER_WARPS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   wait_for_previous();
   __syncthreads();
-  if (threadIdx.x >= CONSUMERS) {
+  if (threadIdx.x >= 32 * CONSUMER_WARPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (threadIdx.x == CONSUMERS) feed<MB, WGK * AHEAD, STAGES>(p, shared, full, empty);
+    if (threadIdx.x == 32 * CONSUMER_WARPS) feed<MB, AHEAD, STAGES>(p, shared, full, empty);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(BLOCKS == 1 ? 240 : 104));
-    consume<MB, WGN, WGK, STAGES, AHEAD>(p, shared, full, empty);
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    consume<MB, STAGES, AHEAD>(p, shared, full, empty);
   }
 }
 
