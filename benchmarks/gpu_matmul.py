@@ -39,7 +39,8 @@ extern "C" __global__ void __launch_bounds__(512) read(const uint4* p, unsigned*
   long long i = (long long)blockIdx.x * 2048 + threadIdx.x;
   uint4 v[4];
   #pragma unroll
-  for (int k = 0; k < 4; ++k) v[k] = i + k * 512 < n ? __ldcs(p + i + k * 512) : make_uint4(0, 0, 0, 0);
+  for (int k = 0; k < 4; ++k) v[k] = 
+    i + k * 512 < n ? __ldcs(p + i + k * 512) : make_uint4(0, 0, 0, 0);
   #pragma unroll
   for (int k = 0; k < 4; ++k) mixed ^= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
   if (mixed == 0x12345678u) out[0] = mixed;
@@ -64,12 +65,15 @@ class Case:
         self.rng = rng
 
     def packed(self, tiles):
+        """The weight that a copy of the tiles stands for."""
         return PackedTensor(tiles, self.scale, OFFSETS[self.bits], self.bits, self.k, self.n)
 
     def activations(self, rows):
+        """Random activations `(rows, k)`."""
         return ops.cast(self.rng.standard_normal((rows, self.k), "float32"), "bfloat16")
 
     def layer(self):
+        """A packed layer of this shape."""
         name = {1: "binary", 2: "ternary", 4: "int4", 8: "int8"}[self.bits]
         quantizer = type(quantizers.get(name))(granularity="tensor")
         layer = BitLinear(self.n, use_bias=False, weight_quantizer=quantizer, packed=True,
@@ -213,12 +217,20 @@ def measure(case, rows, repeats):
             seconds = program()
             if turn >= 0:
                 times[name].append(seconds / calls * 1e6)
-    record = {"out": case.n, "in": case.k, "bits": case.bits, "rows": rows,
-              "packed_bytes": case.nbytes,
-              "microseconds": {name: common.spread(values) for name, values in times.items()}}  # fmt: skip
+    record = {
+        "out": case.n,
+        "in": case.k,
+        "bits": case.bits,
+        "rows": rows,
+        "packed_bytes": case.nbytes,
+        "microseconds": {name: common.spread(values) for name, values in times.items()},
+    }
     medians = {name: values["median"] for name, values in record["microseconds"].items()}
-    print(f"W{case.bits} {case.n}x{case.k} m={rows}: "
-          + ", ".join(f"{name} {value:.2f}" for name, value in medians.items()), flush=True)  # fmt: skip
+    print(
+        f"W{case.bits} {case.n}x{case.k} m={rows}: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in medians.items()),
+        flush=True,
+    )
     return record
 
 

@@ -12,9 +12,8 @@ def refuse(problem):
     Args:
         problem: `keras_bitnet.kernels.Problem`; its device is the row's business.
     """
-    layout = getattr(problem, "layout", "tiles")
-    if layout != "tiles":
-        return f"weights in the layout {layout!r}; accepted: 'tiles'"
+    if problem.layout != "tiles":
+        return f"weights in the layout {problem.layout!r}; accepted: 'tiles'"
     if problem.activation_bits is None:
         return "the activations are float: the kernel multiplies integers"
     if problem.activation_bits not in (4, 8):

@@ -145,7 +145,7 @@ def _compile_with_nvcc(bits, name):
         out = pathlib.Path(folder) / "out.cubin"
         target = name.replace("sm_", "compute_")
         command = ["nvcc", "-cubin", f"-gencode=arch={target},code={name}", *_OPTIONS,
-                   f"-DKBC_BITS={bits}", "-o", out, SOURCES / MAIN]  # fmt: skip
+                   f"-DKBC_BITS={bits}", "-o", str(out), str(SOURCES / MAIN)]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise CompileError(f"nvcc: {result.stderr or result.stdout}")
