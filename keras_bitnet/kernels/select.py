@@ -113,6 +113,18 @@ def _metal():
     return metal.METAL
 
 
+def _jax_cuda():
+    from keras_bitnet.kernels.cuda import jax
+
+    return jax.CUDA
+
+
+def _torch_cuda():
+    from keras_bitnet.kernels.cuda import torch
+
+    return torch.CUDA
+
+
 def _tensorflow():
     from keras_bitnet.kernels import tensorflow
 
@@ -127,8 +139,13 @@ def _later(name, row):
 REFERENCE = Kernel("reference", refuse=lambda problem: None, run=reference_matmul)
 
 TABLES: dict[str, tuple[Kernel, ...]] = {
-    "jax": (_later("native", _jax), REFERENCE),
-    "torch": (_later("metal", _metal), _later("native", _torch), REFERENCE),
+    "jax": (_later("cuda", _jax_cuda), _later("native", _jax), REFERENCE),
+    "torch": (
+        _later("cuda", _torch_cuda),
+        _later("metal", _metal),
+        _later("native", _torch),
+        REFERENCE,
+    ),
     "tensorflow": (_later("native", _tensorflow), REFERENCE),
 }
 

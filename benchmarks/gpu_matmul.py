@@ -1,0 +1,271 @@
+"""Times the packed matmul on a CUDA GPU beside library kernels, interleaved in one run.
+
+    KERAS_BACKEND=torch|jax python benchmarks/gpu_matmul.py [--quick]
+
+Every candidate is checked against float64 first. Then a CUDA graph (torch) or one compiled program
+(jax) calls it once for each of several copies of its weights, more than the L2 cache holds, and
+the candidates take turns; the table holds medians in microseconds a call, quantization of the
+activations included. "read" is a kernel that only reads the packed bytes (it needs CuPy). Writes
+`results/gpu_matmul_<backend>.json`.
+"""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import common
+import keras
+import numpy as np
+from keras import ops
+
+from keras_bitnet import kernels, quantizers
+from keras_bitnet.layers import BitLinear
+from keras_bitnet.ops import PackedTensor, bit_matmul, layout
+from keras_bitnet.quantizers.activations import ActivationInt8
+
+BACKEND = keras.backend.backend()
+SHAPES = ((28672, 8192), (8192, 8192), (14336, 4096), (4096, 14336), (4096, 4096), (2560, 2560))
+ROWS = (1, 16, 64, 256, 2048)
+OFFSETS = {1: -0.5, 2: -1.0, 4: -8.0, 8: -128.0}
+COLD_BYTES = 160_000_000
+READ = r"""
+extern "C" __global__ void __launch_bounds__(512) read(const uint4* p, unsigned* out, long long n) {
+  unsigned mixed = 0;
+  long long i = (long long)blockIdx.x * 2048 + threadIdx.x;
+  uint4 v[4];
+  #pragma unroll
+  for (int k = 0; k < 4; ++k) v[k] = 
+    i + k * 512 < n ? __ldcs(p + i + k * 512) : make_uint4(0, 0, 0, 0);
+  #pragma unroll
+  for (int k = 0; k < 4; ++k) mixed ^= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
+  if (mixed == 0x12345678u) out[0] = mixed;
+}"""
+
+
+class Case:
+    """A shape and a width: copies of a packed weight, and activations."""
+
+    def __init__(self, n, k, bits):
+        rng = np.random.default_rng(0)
+        self.n, self.k, self.bits = n, k, bits
+        shape = layout.tiles_shape(k, n, bits)
+        self.nbytes = int(np.prod(shape))
+        raw = rng.integers(0, 256, shape, dtype=np.uint8)
+        if bits == 2:
+            raw &= ~((raw >> 1) & 0x55)  # ternary: no code 3
+        first = ops.convert_to_tensor(raw)
+        copies = min(128, max(3, -(-COLD_BYTES // self.nbytes)))
+        self.scale = ops.full((1, 1), 0.37, "float32")
+        self.tiles = [ops.roll(first, i, axis=0) for i in range(copies)]
+        self.rng = rng
+
+    def packed(self, tiles):
+        """The weight that a copy of the tiles stands for."""
+        return PackedTensor(tiles, self.scale, OFFSETS[self.bits], self.bits, self.k, self.n)
+
+    def activations(self, rows):
+        """Random activations `(rows, k)`."""
+        return ops.cast(self.rng.standard_normal((rows, self.k), "float32"), "bfloat16")
+
+    def layer(self):
+        """A packed layer of this shape."""
+        name = {1: "binary", 2: "ternary", 4: "int4", 8: "int8"}[self.bits]
+        quantizer = type(quantizers.get(name))(granularity="tensor")
+        layer = BitLinear(self.n, use_bias=False, weight_quantizer=quantizer, packed=True,
+                          dtype="bfloat16")  # fmt: skip
+        layer.build((None, self.k))
+        return layer
+
+    def check(self, name, y, x, weight):
+        """The first columns against float64; `weight` is None for the packed one."""
+        columns = 32
+        x = ops.convert_to_numpy(ops.cast(x, "float32"))
+        if weight is None:
+            codes = layout.unpack(self.tiles[0][: columns // 16], self.bits, self.k, columns)
+            weight = (ops.convert_to_numpy(codes) + OFFSETS[self.bits]) * 0.37
+            largest = np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-5))
+            x = np.round(x * (np.float32(127) / largest)) * (largest / 127).astype("float64")
+        wanted = x @ weight
+        found = ops.convert_to_numpy(ops.cast(y[:, :columns], "float32"))
+        error = np.abs(found - wanted).max() / np.abs(wanted).max()
+        if not error < 0.02:
+            raise SystemExit(f"{name}: wrong result, relative error {error:.2g}")
+
+
+def candidates(case, x):
+    """`{name: functions of no arguments, one for each copy of the weights}`."""
+    quantizer = ActivationInt8()
+    packs = [case.packed(tiles) for tiles in case.tiles]
+    found = {"bit_matmul": [functools.partial(bit_matmul, x, p, quantizer) for p in packs]}
+    if BACKEND == "torch":
+        found |= torch_candidates(case, x)
+    else:
+        found |= jax_candidates(case, x)
+    return found
+
+
+def torch_candidates(case, x):
+    import torch
+
+    layer = case.layer()
+    layer.kernel_scale.assign(case.scale)
+
+    def through_layer(tiles):
+        layer.kernel_tiles.value.data = tiles
+        return layer(x)
+
+    found = {"BitLinear": [functools.partial(through_layer, tiles) for tiles in case.tiles]}
+    count = min(len(case.tiles), max(2, 400_000_000 // (2 * case.n * case.k)))
+    weights = [torch.randn(case.n, case.k, device="cuda", dtype=torch.bfloat16)]
+    weights += [weights[0].roll(i, 0) for i in range(1, count)]
+    found["cuBLAS bf16"] = [functools.partial(torch.mm, x, w.T) for w in weights]
+    if len(x) > 16:
+        codes = torch.randint(-127, 128, x.shape, device="cuda", dtype=torch.int8)
+        whole = [torch.randint(-1, 2, (case.n, case.k), device="cuda", dtype=torch.int8)
+                 for _ in range(count)]  # fmt: skip
+        # The product alone: no quantization and no scales.
+        found["torch int8 product"] = [functools.partial(torch._int_mm, codes, w.T) for w in whole]
+    try:
+        import cupy
+    except ImportError:
+        return found
+    read = cupy.RawKernel(READ, "read")
+    out = cupy.zeros(1, "uint32")
+
+    def reads(tiles):
+        with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+            units = case.nbytes // 16
+            read((-(-units // 2048),), (512,), (tiles.data_ptr(), out, np.int64(units)))
+
+    found["read"] = [functools.partial(reads, tiles) for tiles in case.tiles]
+    return found
+
+
+def jax_candidates(case, x):
+    import jax
+
+    count = min(len(case.tiles), max(2, 400_000_000 // (2 * case.n * case.k)))
+    weights = [jax.random.normal(jax.random.key(i), (case.k, case.n), "bfloat16")
+               for i in range(count)]  # fmt: skip
+    return {"XLA bf16": [functools.partial(jax.numpy.matmul, x, w) for w in weights]}
+
+
+def prepare(functions):
+    """A function that calls them all once, and returns the seconds of that on the GPU."""
+    if BACKEND == "jax":
+        import jax
+
+        arguments = [(f.args, f) for f in functions]
+        leaves = [(a[0], a[1].tiles if isinstance(a[1], PackedTensor) else a[1])
+                  for a, _ in arguments]  # fmt: skip
+
+        def program(leaves):
+            results = []
+            for (x, w), (a, f) in zip(leaves, arguments, strict=True):
+                packed = isinstance(a[1], PackedTensor)
+                w = dataclasses.replace(a[1], tiles=w) if packed else w
+                results.append(f.func(x, w, *a[2:]))
+            return results
+
+        compiled = jax.jit(program)
+        jax.block_until_ready(compiled(leaves))
+
+        def timed():
+            begin = time.perf_counter()
+            jax.block_until_ready(compiled(leaves))
+            return time.perf_counter() - begin
+
+        return timed
+    import torch
+
+    with torch.inference_mode():
+        for function in functions[:2]:
+            function()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for function in functions:
+                function()
+
+    def timed():
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+    return timed
+
+
+def measure(case, rows, repeats):
+    """One record: microseconds a call of every candidate."""
+    x = case.activations(rows)
+    found = candidates(case, x)
+    with kernels.use_kernel("cuda"):
+        for name in ("bit_matmul", "BitLinear"):
+            if name in found:
+                case.check(name, found[name][0](), x, None)
+        programs = {name: (prepare(functions), len(functions)) for name, functions in found.items()}
+    times = {name: [] for name in programs}
+    for turn in range(-2, repeats):
+        for name, (program, calls) in programs.items():
+            seconds = program()
+            if turn >= 0:
+                times[name].append(seconds / calls * 1e6)
+    record = {
+        "out": case.n,
+        "in": case.k,
+        "bits": case.bits,
+        "rows": rows,
+        "packed_bytes": case.nbytes,
+        "microseconds": {name: common.spread(values) for name, values in times.items()},
+    }
+    medians = {name: values["median"] for name, values in record["microseconds"].items()}
+    print(
+        f"W{case.bits} {case.n}x{case.k} m={rows}: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in medians.items()),
+        flush=True,
+    )
+    return record
+
+
+def gpu():
+    """Name of the GPU."""
+    if BACKEND == "torch":
+        import torch
+
+        return torch.cuda.get_device_name()
+    import jax
+
+    return jax.devices("cuda")[0].device_kind
+
+
+def main():
+    """Runs everything and writes the results after every shape."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one shape, two sizes")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--output", default=common.RESULTS / f"gpu_matmul_{BACKEND}.json")
+    arguments = parser.parse_args()
+    shapes, rows = (SHAPES[-1:], (1, 16)) if arguments.quick else (SHAPES, ROWS)
+    cases = [(*shape, 2, rows) for shape in shapes]
+    if not arguments.quick:
+        cases += [(*SHAPES[0], bits, (1, 16)) for bits in (1, 4, 8)]
+    records = []
+    for n, k, bits, sizes in cases:
+        case = Case(n, k, bits)
+        for m in sizes:
+            if m > 256 and (n, k) not in SHAPES[:2]:
+                continue
+            records.append(measure(case, m, arguments.repeats))
+        head = common.header(gpu=gpu(), cold_bytes=COLD_BYTES, repeats=arguments.repeats)
+        common.write_json(arguments.output, {**head, "rows": records})
+
+
+if __name__ == "__main__":
+    main()

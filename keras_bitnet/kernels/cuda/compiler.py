@@ -1,0 +1,242 @@
+"""Compiles the CUDA sources: ahead of time with nvcc, else with NVRTC when a width is first used.
+
+A compiled file (cubin) holds the kernels of one width of weights for one architecture. It is named
+after the sources, so a file of other sources is never taken for it. It is looked for beside the
+package, then in the user's cache; what is compiled goes to the cache, whole or not at all, so
+that several processes may compile at once.
+
+This file imports nothing of the package: the build runs it as
+
+    python compiler.py FOLDER [--architectures sm_80 sm_90a sm_100 sm_120]
+"""
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+FOLDER = pathlib.Path(__file__).parent
+SOURCES = FOLDER / "src"
+BUILT = FOLDER / "cubins"
+MAIN = "bitnet.cu"
+WIDTHS = (1, 2, 4, 8)
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
+OLDEST = 80
+CACHE_VARIABLE = "KERAS_BITNET_CACHE"
+# No contraction of float operations: results are the same bits on every device.
+_OPTIONS = ("-std=c++17", "--fmad=false")
+
+
+class CompileError(RuntimeError):
+    """The sources were not compiled; the text says why."""
+
+
+def architecture(capability):
+    """Name of the architecture of a compute capability: 90 -> "sm_90a"."""
+    return "sm_90a" if capability == 90 else f"sm_{capability}"
+
+
+def cubin(bits, capability):
+    """The compiled kernels of a width, from a file or compiled now.
+
+    Args:
+        bits: 1, 2, 4 or 8.
+        capability: Ten times the compute capability of the device.
+
+    Returns:
+        Bytes of a cubin.
+
+    Raises:
+        CompileError: It is not there and cannot be compiled.
+    """
+    path = find(bits, capability)
+    if path is not None:
+        return path.read_bytes()
+    data = _compile(bits, architecture(capability))
+    with contextlib.suppress(OSError):  # no place to keep it: the next process compiles again
+        _write(cache_folder() / _name(bits, architecture(capability)), data)
+    return data
+
+
+def find(bits, capability):
+    """Path of the compiled kernels, or `None`."""
+    # An architecture without a letter runs on all later ones of its generation.
+    names = dict.fromkeys((architecture(capability), f"sm_{capability // 10}0"))
+    for name in names:
+        for folder in (BUILT, cache_folder()):
+            path = folder / _name(bits, name)
+            if path.is_file():
+                return path
+    return None
+
+
+def reason(capability):
+    """Why there are no kernels for a compute capability, or `None`."""
+    name = f"compute capability {capability // 10}.{capability % 10}"
+    if capability < OLDEST:
+        return f"a GPU of {name}; accepted: 8.0 and later"
+    if all(find(bits, capability) for bits in WIDTHS) or shutil.which("nvcc"):
+        return None
+    library = nvrtc()
+    if library is None:
+        return (
+            "this installation has no compiled CUDA kernels, and neither NVRTC (`pip install "
+            "nvidia-cuda-nvrtc`) nor nvcc to compile them"
+        )
+    if capability not in library.architectures():
+        return f"{library.path} does not know {name}"
+    return None
+
+
+def cache_folder():
+    """Where compiled files are kept: `KERAS_BITNET_CACHE`, or a folder in the user's cache."""
+    given = os.environ.get(CACHE_VARIABLE)
+    if given:
+        return pathlib.Path(given)
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "keras_bitnet"
+
+
+@functools.cache
+def _sources():
+    """Text of every source, by name."""
+    return {
+        path.name: path.read_text() for path in sorted(SOURCES.glob("*.cu*")) if path.is_file()
+    } | {"params.h": (SOURCES / "params.h").read_text()}
+
+
+@functools.cache
+def _stamp():
+    digest = hashlib.sha256(repr((sorted(_sources().items()), _OPTIONS)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _name(bits, name):
+    return f"{_stamp()}_{name}_{bits}.cubin"
+
+
+def _write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=".tmp", delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)
+
+
+def _compile(bits, name):
+    library = nvrtc()
+    if library is not None:
+        return library.compile(bits, name)
+    if shutil.which("nvcc"):
+        return _compile_with_nvcc(bits, name)
+    raise CompileError("there is neither NVRTC nor nvcc")
+
+
+def _compile_with_nvcc(bits, name):
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "out.cubin"
+        target = name.replace("sm_", "compute_")
+        command = ["nvcc", "-cubin", f"-gencode=arch={target},code={name}", *_OPTIONS,
+                   f"-DKBC_BITS={bits}", "-o", str(out), str(SOURCES / MAIN)]  # fmt: skip
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise CompileError(f"nvcc: {result.stderr or result.stdout}")
+        return out.read_bytes()
+
+
+class Nvrtc:
+    """CUDA's run-time compiler, a shared library.
+
+    Args:
+        path: Where it is, or its name for the loader.
+    """
+
+    def __init__(self, path):
+        self.path = str(path)
+        self._library = ctypes.CDLL(self.path)
+        self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
+
+    def architectures(self):
+        """The compute capabilities that it compiles for, times ten."""
+        count = ctypes.c_int()
+        self._call("nvrtcGetNumSupportedArchs", ctypes.byref(count))
+        found = (ctypes.c_int * count.value)()
+        self._call("nvrtcGetSupportedArchs", found)
+        return tuple(found)
+
+    def compile(self, bits, name):
+        """The cubin of a width for an architecture."""
+        program = ctypes.c_void_p()
+        headers = {key: text for key, text in _sources().items() if key != MAIN}
+        texts = (ctypes.c_char_p * len(headers))(*(text.encode() for text in headers.values()))
+        names = (ctypes.c_char_p * len(headers))(*(key.encode() for key in headers))
+        self._call(
+            "nvrtcCreateProgram", ctypes.byref(program), _sources()[MAIN].encode(), MAIN.encode(),
+            len(headers), texts, names,
+        )  # fmt: skip
+        try:
+            options = [f"--gpu-architecture={name}", f"-DKBC_BITS={bits}", *_OPTIONS]
+            array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+            code = self._library.nvrtcCompileProgram(program, len(options), array)
+            if code:
+                raise CompileError(f"NVRTC: {self._text(program, 'ProgramLog').decode()}")
+            return self._text(program, "CUBIN")
+        finally:
+            self._library.nvrtcDestroyProgram(ctypes.byref(program))
+
+    def _text(self, program, what):
+        size = ctypes.c_size_t()
+        self._call(f"nvrtcGet{what}Size", program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        self._call(f"nvrtcGet{what}", program, buffer)
+        return buffer.raw
+
+    def _call(self, function, *arguments):
+        code = getattr(self._library, function)(*arguments)
+        if code:
+            error = self._library.nvrtcGetErrorString(code).decode()
+            raise CompileError(f"{function}: {error}")
+
+
+@functools.cache
+def nvrtc():
+    """The run-time compiler that PyTorch, JAX or CUDA brought, or `None`."""
+    for path in _nvrtc_paths():
+        try:
+            return Nvrtc(path)
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _nvrtc_paths():
+    if importlib.util.find_spec("nvidia") is not None:
+        for folder in importlib.import_module("nvidia").__path__:
+            yield from sorted(pathlib.Path(folder).glob("*/lib/libnvrtc.so.[0-9]*"), reverse=True)
+    yield from ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
+
+
+def main():
+    """Compiles every width for the given architectures with nvcc, ahead of time."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES)
+    arguments = parser.parse_args()
+    for name in arguments.architectures:
+        for bits in WIDTHS:
+            path = arguments.folder / _name(bits, name)
+            if not path.exists():
+                _write(path, _compile_with_nvcc(bits, name))
+            print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

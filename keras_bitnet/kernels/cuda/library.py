@@ -1,0 +1,132 @@
+"""The CUDA launcher, a shared library with a C ABI (`src/shim.h`), loaded with `ctypes`."""
+
+import ctypes
+import functools
+import pathlib
+import threading
+
+from keras_bitnet.kernels.cuda import compiler
+
+_ABI_VERSION = 1
+_lock = threading.Lock()
+
+
+class MatmulStruct(ctypes.Structure):
+    """`kbc_matmul` of `src/shim.h`, field by field."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("in_features", ctypes.c_int64),
+        ("out_features", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("activation_bits", ctypes.c_int32),
+        ("per_tensor", ctypes.c_int32),
+        ("offset", ctypes.c_float),
+        ("epsilon", ctypes.c_float),
+        ("scale_columns", ctypes.c_int32),
+        ("kernel", ctypes.c_int32),
+        ("x", ctypes.c_void_p),
+        ("tiles", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("x_scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+    )
+
+
+def path():
+    """Where the launcher lies, built or not."""
+    return pathlib.Path(__file__).parent / "libbitnet_cuda.so"
+
+
+@functools.cache
+def _open():
+    """The loaded launcher and what is wrong with it; one of them is `None`."""
+    if not path().exists():
+        return (
+            None,
+            f"this installation has no CUDA launcher ({path().name}): no compiler at install",
+        )
+    try:
+        loaded = ctypes.CDLL(str(path()))
+    except OSError as error:
+        return None, f"{path().name} does not load: {error}"
+    version = loaded.kbc_abi_version()
+    if version != _ABI_VERSION:
+        return None, f"{path().name} has ABI version {version}, this package needs {_ABI_VERSION}"
+    text, pointer, number = ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int
+    for name, result, arguments in (
+        ("kbc_open", text, ()),
+        ("kbc_device_count", number, ()),
+        ("kbc_capability", number, (number,)),
+        ("kbc_load", text, (number, number, text)),
+        ("kbc_loaded", number, (number, number)),
+        ("kbc_workspace", ctypes.c_int64, (pointer,)),
+        ("kbc_run", text, (pointer, number, pointer)),
+    ):
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    wrong = loaded.kbc_open()
+    return (loaded, None) if wrong is None else (None, wrong.decode())
+
+
+def library():
+    """The launcher as a `ctypes.CDLL`, or `None`; see `reason`."""
+    return _open()[0]
+
+
+def device_count():
+    """CUDA devices that the driver shows."""
+    return 0 if library() is None else library().kbc_device_count()
+
+
+@functools.cache
+def reason(device):
+    """Why the kernels cannot run on a device, or `None`.
+
+    Args:
+        device: Number of the device, as the driver counts.
+    """
+    loaded, wrong = _open()
+    if loaded is None:
+        return wrong
+    capability = loaded.kbc_capability(device)
+    if not capability:
+        return f"there is no CUDA device {device}"
+    return compiler.reason(capability)
+
+
+def load(device, bits):
+    """Gives a device the kernels of a width, compiled now where they are not yet.
+
+    Raises:
+        CompileError: They cannot be compiled.
+        RuntimeError: The driver does not take them.
+    """
+    launcher = library()
+    if launcher.kbc_loaded(device, bits):
+        return
+    with _lock:
+        data = compiler.cubin(bits, launcher.kbc_capability(device))
+        wrong = launcher.kbc_load(device, bits, data)
+    if wrong is not None:
+        raise RuntimeError(f"The CUDA kernels do not load: {wrong.decode()}")
+
+
+def workspace(problem):
+    """Bytes of workspace that a `MatmulStruct` needs."""
+    return library().kbc_workspace(ctypes.byref(problem))
+
+
+def run(problem, device, stream):
+    """Queues a `MatmulStruct` on a stream.
+
+    Raises:
+        RuntimeError: The launcher refuses an argument, or the driver the launch.
+    """
+    wrong = library().kbc_run(ctypes.byref(problem), device, stream)
+    if wrong is not None:
+        raise RuntimeError(f"The CUDA kernel does not run: {wrong.decode()}")

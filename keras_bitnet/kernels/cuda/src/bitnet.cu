@@ -1,0 +1,38 @@
+// The kernels of one width, KBC_BITS: what shim.cc launches. Names and shapes of blocks match its table.
+#include "gemm_mma.cuh"
+#include "gemm_wgmma.cuh"
+#include "gemv.cuh"
+#include "quantize.cuh"
+
+#define KERNEL(name, threads, blocks, ...) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Matmul p) { __VA_ARGS__; }
+
+#define EVERY_DTYPE(row) row(f32, F32) row(bf16, BF16) row(f16, F16)
+
+#define ROW(suffix, T)                                                        \
+  KERNEL(gemv_wide_##suffix, 256, 3, gemv<T, 8, 4, 8, false>(p))              \
+  KERNEL(gemv_long_##suffix, 512, 2, gemv<T, 16, 4, 16, false>(p))            \
+  KERNEL(gemv_few_##suffix, 512, 1, gemv<T, 16, 6, 16, false>(p))             \
+  KERNEL(gemv_grouped_##suffix, 256, 2, gemv<T, 8, 4, 4, true>(p))            \
+  KERNEL(quantize_##suffix, QUANTIZE_WARPS * 32, 2, quantize<T>(p))           \
+  KERNEL(largest_##suffix, QUANTIZE_WARPS * 32, 4, largest_of_all<T>(p))
+EVERY_DTYPE(ROW)
+#undef ROW
+
+// Slices of weights that a warp has on their way: as many as the registers hold.
+constexpr int AHEAD = BITS == 8 ? 1 : 2;
+
+KERNEL(mma_8, 256, 2, gemm_mma<1, 1, 8, 4, AHEAD, false>(p))
+KERNEL(mma_16, 256, 2, gemm_mma<2, 2, 4, 4, AHEAD, false>(p))
+KERNEL(mma_32, 256, 2, gemm_mma<4, 2, 4, 3, AHEAD, false>(p))
+KERNEL(mma_64, 256, 1, gemm_mma<8, 4, 2, 3, AHEAD, false>(p))
+KERNEL(mma_grouped_8, 256, 2, gemm_mma<1, 1, 8, 4, AHEAD, true>(p))
+KERNEL(mma_grouped_32, 256, 1, gemm_mma<4, 2, 4, 3, AHEAD, true>(p))
+
+#if __CUDA_ARCH_FEAT_SM90_ALL
+constexpr int FAR_AHEAD = BITS <= 2 ? 4 : AHEAD;
+KERNEL(wgmma_16, 384, 1, gemm_wgmma<2, 16, FAR_AHEAD>(p))
+KERNEL(wgmma_32, 384, 1, gemm_wgmma<4, 16, FAR_AHEAD>(p))
+KERNEL(wgmma_64, 384, 1, gemm_wgmma<8, 8, FAR_AHEAD>(p))
+KERNEL(wgmma_128, 384, 1, gemm_wgmma<16, 10, AHEAD>(p))
+#endif

@@ -1,0 +1,215 @@
+// What the kernels share: numbers, the quantization of activations, memory instructions.
+// No header of CUDA or C++ is included, so that NVRTC needs no search path.
+#pragma once
+#include "params.h"
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#ifndef KBC_BITS
+#error "KBC_BITS, the bits of a weight (1, 2, 4 or 8), must be defined"
+#endif
+constexpr int BITS = KBC_BITS;
+constexpr int GROUPS = 8 / BITS;        // groups of four codes in a word
+constexpr int TILE_INPUTS = 32 / BITS;  // inputs of a tile
+constexpr u32 MASK = 0x01010101u * ((1u << BITS) - 1);
+
+#define DEVICE __device__ __forceinline__
+
+extern __shared__ __align__(1024) u8 block_memory[];
+
+// ---- elements ------------------------------------------------------------------------------
+
+struct F32 { static constexpr int SIZE = 4; };
+struct BF16 { static constexpr int SIZE = 2; };
+struct F16 { static constexpr int SIZE = 2; };
+
+DEVICE float half_to_float(u32 bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((u16)bits));
+  return value;
+}
+
+// Four elements as they lie in memory.
+template <class T> struct Four {
+  uint2 raw;
+};
+template <> struct Four<F32> {
+  uint4 raw;
+};
+
+DEVICE float element(const Four<F32>& v, int i) {
+  return __uint_as_float(i == 0 ? v.raw.x : i == 1 ? v.raw.y : i == 2 ? v.raw.z : v.raw.w);
+}
+DEVICE float element(const Four<BF16>& v, int i) {
+  const u32 pair = i < 2 ? v.raw.x : v.raw.y;
+  return __uint_as_float(i & 1 ? pair & 0xffff0000u : pair << 16);
+}
+DEVICE float element(const Four<F16>& v, int i) {
+  const u32 pair = i < 2 ? v.raw.x : v.raw.y;
+  return half_to_float(i & 1 ? pair >> 16 : pair & 0xffffu);
+}
+
+// Elements first .. first + 3 of a row of k; those past the end are zeros.
+template <class T> DEVICE Four<T> load_four(const char* row, int first, int k, bool aligned) {
+  Four<T> v = {};
+  if (aligned && first + 4 <= k) {
+    v.raw = __ldg(reinterpret_cast<const decltype(v.raw)*>(row + first * T::SIZE));
+    return v;
+  }
+  u32 words[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (first + i >= k) break;
+    if (T::SIZE == 4)
+      words[i] = __ldg(reinterpret_cast<const u32*>(row) + first + i);
+    else
+      words[i / 2] |= (u32)__ldg(reinterpret_cast<const u16*>(row) + first + i) << 16 * (i % 2);
+  }
+  if constexpr (T::SIZE == 4)
+    v.raw = make_uint4(words[0], words[1], words[2], words[3]);
+  else
+    v.raw = make_uint2(words[0], words[1]);
+  return v;
+}
+
+// Bits of the larger |element|. As integers, magnitudes sort as floats do and a NaN is largest.
+template <class T> DEVICE u32 largest_of(const Four<T>& v, u32 largest) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(element(v, i)) & 0x7fffffffu);
+  return largest;
+}
+
+DEVICE void store(void* y, long long i, int dtype, float value) {
+  if (dtype == 0) {
+    static_cast<float*>(y)[i] = value;
+    return;
+  }
+  u16 bits;
+  if (dtype == 1)
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  static_cast<u16*>(y)[i] = bits;
+}
+
+DEVICE u32 pack_pair(int dtype, float low, float high) {
+  u32 pair;
+  if (dtype == 1)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// Four neighbours of a row at once; `i` is a multiple of four and the row is aligned.
+DEVICE void store_four(void* y, long long i, int dtype, const float (&v)[4]) {
+  if (dtype == 0)
+    *reinterpret_cast<float4*>(static_cast<float*>(y) + i) = make_float4(v[0], v[1], v[2], v[3]);
+  else
+    *reinterpret_cast<uint2*>(static_cast<u16*>(y) + i) =
+        make_uint2(pack_pair(dtype, v[0], v[1]), pack_pair(dtype, v[2], v[3]));
+}
+
+// ---- quantization of activations -------------------------------------------------------------
+
+struct Ratio {
+  float inverse;  // codes are rint(x * inverse)
+  float scale;
+};
+
+// `largest`: bits of the largest |x| that shares the scale, `of_row`: of the row.
+DEVICE Ratio ratio_of(const Matmul& p, u32 largest, u32 of_row) {
+  if (p.x_scale) {
+    const float scale = of_row < 0x7f800000u ? __ldg(p.x_scale) : __uint_as_float(of_row);
+    return {__fdiv_rn(1.f, scale), scale};
+  }
+  const float a = __uint_as_float(max(largest, __float_as_uint(p.epsilon)));
+  return {__fdiv_rn(p.highest, a), __fmul_rn(a, p.inverse_highest)};
+}
+
+// Four int8 codes in a word. Adding 1.5 * 2^23 rounds halves to even and leaves the integer in
+// the low byte.
+template <class T> DEVICE u32 quantize_four(const Four<T>& v, float inverse, float highest) {
+  u32 codes[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float ratio = fminf(fmaxf(__fmul_rn(element(v, i), inverse), -highest), highest);
+    codes[i] = __float_as_uint(__fadd_rn(ratio, 12582912.f));
+  }
+  return __byte_perm(__byte_perm(codes[0], codes[1], 0x0040),
+                     __byte_perm(codes[2], codes[3], 0x0040), 0x5410);
+}
+
+// The maximum over the block. Every thread gets it; `shared` has a place for every warp.
+template <int WARPS> DEVICE u32 block_max(u32 value, u32* shared) {
+  value = __reduce_max_sync(~0u, value);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = shared[0];
+#pragma unroll
+  for (int i = 1; i < WARPS; ++i) value = max(value, shared[i]);
+  return value;
+}
+
+template <int WARPS> DEVICE int block_sum(int value, int* shared) {
+  value = __reduce_add_sync(~0u, value);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = shared[0];
+#pragma unroll
+  for (int i = 1; i < WARPS; ++i) value += shared[i];
+  return value;
+}
+
+// ---- integer products ------------------------------------------------------------------------
+
+DEVICE int dot_codes(u32 codes, u32 x, int sum) {
+  asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(codes), "r"(x));
+  return sum;
+}
+
+DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// The result of a sum of codes: (step * codes + step_offset * sum of x) as float, scaled.
+DEVICE float scaled(const Matmul& p, int codes, int row_sum, float weight_scale, float x_scale) {
+  const float exact = (float)(p.step * codes + p.step_offset * row_sum);
+  return __fmul_rn(__fmul_rn(exact, __fmul_rn(weight_scale, p.inverse_step)), x_scale);
+}
+
+DEVICE float with_bias(const Matmul& p, float value, int column) {
+  return p.bias ? __fadd_rn(value, __ldg(p.bias + column)) : value;
+}
+
+DEVICE float column_scale(const Matmul& p, int column) {
+  return __ldg(p.scale + (p.scale_columns > 1 ? column : 0));
+}
+
+// ---- memory ----------------------------------------------------------------------------------
+
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+// 16 bytes of weights, read once: they pass by the first cache.
+DEVICE uint4 load_stream(const uint4* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Programmatic dependent launch. Before `wait_for_previous` a kernel may only prefetch: the
+// kernel before may still be writing what this one reads, weights included.
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}

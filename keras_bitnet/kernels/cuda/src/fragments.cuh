@@ -1,0 +1,91 @@
+// How a warp reads weights as the A operand of matrix instructions, and writes results.
+//
+// A warp owns 32 columns, two rows of tiles. Lane (g, t) = (lane / 4, lane % 4) reads 16 bytes:
+// columns 4g .. 4g + 3 of tile t of a block of four. Columns 4g + 2s and 4g + 2s + 1 take the
+// places of rows g and g + 8 of the instruction of set s: the order of rows is free. So is that
+// of the inputs: the image of the activations (quantize.cuh) has the one used here.
+#pragma once
+#include "common.cuh"
+#include "quantize.cuh"
+
+constexpr int QUADS = BITS;          // blocks of four tiles in a slice
+constexpr int SLABS = SLICE / 32;    // instructions' depths in a slice
+
+struct Columns {
+  const uint4* source;  // first tile of this lane
+  int tiles;            // how many there are from there on; 0: the columns do not exist
+
+  DEVICE Columns(const Matmul& p, int first_column) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int tile_row = first_column / 16 + g / 4;
+    source = static_cast<const uint4*>(p.tiles) + ((long long)tile_row * p.k_tiles + t) * 4 + g % 4;
+    tiles = tile_row < (p.n + 15) / 16 ? p.k_tiles - t : 0;
+  }
+  DEVICE bool has(int slice, int quad) const { return 4 * (slice * QUADS + quad) < tiles; }
+  DEVICE const uint4* at(int slice, int quad) const { return source + 16 * (slice * QUADS + quad); }
+  DEVICE void load(int slice, uint4 (&w)[QUADS]) const {
+#pragma unroll
+    for (int q = 0; q < QUADS; ++q)
+      w[q] = has(slice, q) ? load_stream(at(slice, q)) : make_uint4(0, 0, 0, 0);
+  }
+};
+
+// The A operand of slab `s` of a slice for set `set`.
+DEVICE void unpack(const uint4 (&w)[QUADS], int s, int set, u32 (&a)[4]) {
+  if constexpr (BITS == 8) {
+    a[0] = word(w[2 * s], 2 * set), a[1] = word(w[2 * s], 2 * set + 1);
+    a[2] = word(w[2 * s + 1], 2 * set), a[3] = word(w[2 * s + 1], 2 * set + 1);
+  } else {
+    constexpr int PER_QUAD = BITS < 8 ? 4 / BITS : 1;
+    const int group = 2 * (s % PER_QUAD);
+    const u32 low = word(w[s / PER_QUAD], 2 * set), high = word(w[s / PER_QUAD], 2 * set + 1);
+    a[0] = (low >> (BITS * group)) & MASK, a[1] = (high >> (BITS * group)) & MASK;
+    a[2] = (low >> (BITS * (group + 1))) & MASK, a[3] = (high >> (BITS * (group + 1))) & MASK;
+  }
+}
+
+// Sums [set][block of eight rows][register], as the instructions leave them.
+template <class N, int MB> using Tile = N[2][MB][4];
+
+DEVICE float result(const Matmul& p, int sum, int x_sum, float weight_scale, float x_scale) {
+  return scaled(p, sum, x_sum, weight_scale, x_scale);
+}
+// Sums of groups hold their scale and the offset already.
+DEVICE float result(const Matmul& p, float sum, int, float, float x_scale) {
+  return __fmul_rn(__fmul_rn(sum, p.inverse_step), x_scale);
+}
+
+// Writes four columns of every row that this lane holds.
+template <class N, int MB>
+DEVICE void write_tile(const Matmul& p, const Tile<N, MB>& sums, int first_row, int first_column) {
+  const int lane = threadIdx.x % 32, t = lane % 4, n = first_column + 4 * (lane / 4);
+  if (n >= p.n) return;
+  float weight_scale[4], bias[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    const int column = min(n + c, p.n - 1);
+    weight_scale[c] = column_scale(p, column);
+    bias[c] = p.bias ? __ldg(p.bias + column) : 0.f;
+  }
+  const bool whole = p.y_aligned && n + 4 <= p.n;
+#pragma unroll
+  for (int b = 0; b < MB; ++b)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = first_row + 8 * b + 2 * t + r;
+      if (row >= p.rows) continue;
+      const float x_scale = p.row_scale[row];
+      const int x_sum = p.row_sum[row];
+      float v[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        v[c] = result(p, sums[c / 2][b][2 * (c % 2) + r], x_sum, weight_scale[c], x_scale);
+        if (p.bias) v[c] = __fadd_rn(v[c], bias[c]);
+      }
+      const long long place = (long long)row * p.n + n;
+      if (whole)
+        store_four(p.y, place, p.dtype, v);
+      else
+        for (int c = 0; c < 4 && n + c < p.n; ++c) store(p.y, place + c, p.dtype, v[c]);
+    }
+}

@@ -1,0 +1,193 @@
+// One row of activations: quantization, dot products and scales in one kernel.
+//
+// KS warps share a row of tiles (16 outputs); a lane reads 16 bytes, four columns of a tile, and
+// its accumulators stay apart by the bit position of the codes, so that masks need no shift:
+// they are shifted once, at the end, which is exact.
+#pragma once
+#include "common.cuh"
+
+// Quantizes the row into shared memory, in its own order, padded with zeros. Returns its scale;
+// `row_sum` gets the sum of the codes.
+template <class T, int WARPS>
+DEVICE float quantize_row(const Matmul& p, int row, u32* codes, int* row_sum) {
+  __shared__ u32 maxima[WARPS];
+  __shared__ int sums[WARPS];
+  constexpr int THREADS = WARPS * 32, HELD = T::SIZE == 4 ? 4 : 8;
+  const char* x = static_cast<const char*>(p.x) + (long long)row * p.k * T::SIZE;
+  const int fours = p.k_tiles * TILE_INPUTS / 4;
+  Four<T> held[HELD];
+  u32 largest = 0;
+#pragma unroll
+  for (int i = 0; i < HELD; ++i) {
+    held[i] = load_four<T>(x, 4 * (i * THREADS + threadIdx.x), p.k, p.x_aligned);
+    largest = largest_of(held[i], largest);
+  }
+  for (int i = HELD * THREADS + threadIdx.x; i < fours; i += THREADS)
+    largest = largest_of(load_four<T>(x, 4 * i, p.k, p.x_aligned), largest);
+  largest = block_max<WARPS>(largest, maxima);
+  const Ratio ratio = ratio_of(p, p.largest ? __ldg(p.largest) : largest, largest);
+  int sum = 0;
+#pragma unroll
+  for (int i = 0; i < HELD; ++i) {
+    const int place = i * THREADS + threadIdx.x;
+    const u32 four = quantize_four(held[i], ratio.inverse, p.highest);
+    if (place < fours) codes[place] = four;
+    sum = __dp4a((int)four, 0x01010101, sum);
+  }
+  for (int i = HELD * THREADS + threadIdx.x; i < fours; i += THREADS) {
+    const Four<T> v = load_four<T>(x, 4 * i, p.k, p.x_aligned);
+    codes[i] = quantize_four(v, ratio.inverse, p.highest);
+    sum = __dp4a((int)codes[i], 0x01010101, sum);
+  }
+  *row_sum = block_sum<WARPS>(sum, sums);  // its barrier is the one that `codes` needs
+  return ratio.scale;
+}
+
+// The codes of x for one tile.
+DEVICE void load_tile_inputs(const u32* codes, int tile, u32 (&x)[GROUPS]) {
+  if constexpr (GROUPS >= 4) {
+#pragma unroll
+    for (int i = 0; i < GROUPS / 4; ++i) {
+      const uint4 v = reinterpret_cast<const uint4*>(codes)[tile * (GROUPS / 4) + i];
+      x[4 * i] = v.x, x[4 * i + 1] = v.y, x[4 * i + 2] = v.z, x[4 * i + 3] = v.w;
+    }
+  } else if constexpr (GROUPS == 2) {
+    const uint2 v = reinterpret_cast<const uint2*>(codes)[tile];
+    x[0] = v.x, x[1] = v.y;
+  } else {
+    x[0] = codes[tile];
+  }
+}
+
+// Sums over the lanes of a warp that hold the same columns (equal lane % 4). On return lane
+// holds column 4 * (lane % 4) + 2 * (bit 4 of the lane) + (bit 3 of the lane).
+template <class N> DEVICE N sum_columns(const N (&v)[4]) {
+  const bool high = threadIdx.x & 16, low = threadIdx.x & 8;
+  N pair[2];
+#pragma unroll
+  for (int c = 0; c < 2; ++c)
+    pair[c] = (high ? v[2 + c] : v[c]) + __shfl_xor_sync(~0u, high ? v[c] : v[2 + c], 16);
+  N sum = (low ? pair[1] : pair[0]) + __shfl_xor_sync(~0u, low ? pair[0] : pair[1], 8);
+  return sum + __shfl_xor_sync(~0u, sum, 4);
+}
+
+// Weights and group scales as they come; GROUPED: the sums of a tile are scaled at once.
+template <bool GROUPED> struct Sums;
+template <> struct Sums<false> {
+  int by_place[4][GROUPS] = {};
+
+  DEVICE void add(const Matmul&, const uint4& w, const u32 (&x)[GROUPS], int, int) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+#pragma unroll
+      for (int i = 0; i < GROUPS; ++i)
+        by_place[c][i] = dot_codes(word(w, c) & (MASK << (BITS * i)), x[i], by_place[c][i]);
+  }
+  DEVICE int total() const {
+    int sums[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+#pragma unroll
+      for (int i = 0; i < GROUPS; ++i) sums[c] += by_place[c][i] >> (BITS * i);
+    return sum_columns(sums);
+  }
+  using Number = int;
+};
+template <> struct Sums<true> {
+  float columns[4] = {0.f, 0.f, 0.f, 0.f};
+
+  DEVICE void add(const Matmul& p, const uint4& w, const u32 (&x)[GROUPS], int tile, int column) {
+    const float* scale = p.scale + (long long)(tile * TILE_INPUTS / p.group_size) * p.scale_columns;
+    int x_sum = 0;
+#pragma unroll
+    for (int i = 0; i < GROUPS; ++i) x_sum = __dp4a((int)x[i], 0x01010101, x_sum);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      int sum = 0;
+#pragma unroll
+      for (int i = 0; i < GROUPS; ++i) sum = dot_codes((word(w, c) >> (BITS * i)) & MASK, x[i], sum);
+      const int last = p.scale_columns - 1;
+      const float s = __ldg(scale + min(column + c, last));
+      columns[c] += (float)(p.step * sum + p.step_offset * x_sum) * s;
+    }
+  }
+  DEVICE float total() const { return sum_columns(columns); }
+  using Number = float;
+};
+
+// WARPS: of the block. AHEAD: loads of a lane in flight. KS: warps that share a row of tiles.
+template <class T, int WARPS, int AHEAD, int KS, bool GROUPED>
+DEVICE void gemv(const Matmul& p) {
+  u32* x_codes = reinterpret_cast<u32*>(block_memory);
+  using Number = typename Sums<GROUPED>::Number;
+  __shared__ Number partial[2][WARPS][32];
+  constexpr int TEAMS = WARPS / KS;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int team = warp / KS, member = warp % KS, quarter = lane % 4;
+  const int tile_rows = (p.n + 15) / 16;
+  const int first_row = blockIdx.x * TEAMS + team, row_step = gridDim.x * TEAMS;
+  const int first_tile = member * 8 + lane / 4;  // then every KS * 8th
+  auto source = [&](int tile_row, int tile) {
+    return static_cast<const uint4*>(p.tiles) + ((long long)tile_row * p.k_tiles + tile) * 4 + quarter;
+  };
+  if (first_row < tile_rows)
+#pragma unroll
+    for (int j = 0; j < AHEAD; ++j) {
+      const int tile = first_tile + j * KS * 8;
+      if (tile < p.k_tiles) prefetch(source(first_row, tile));
+    }
+  let_next_start();
+  wait_for_previous();
+
+  uint4 ahead[AHEAD];
+  auto load = [&](int j, int tile_row, int tile) {
+    ahead[j] = make_uint4(0, 0, 0, 0);
+    if (tile_row < tile_rows && tile < p.k_tiles) ahead[j] = load_stream(source(tile_row, tile));
+  };
+#pragma unroll
+  for (int j = 0; j < AHEAD; ++j) load(j, first_row, first_tile + j * KS * 8);
+  int row_sum;
+  const float x_scale = quantize_row<T, WARPS>(p, blockIdx.y, x_codes, &row_sum);
+
+  int buffer = 0;
+  for (int tile_row = first_row; tile_row < tile_rows; tile_row += row_step) {
+    Sums<GROUPED> sums;
+    const int column = tile_row * 16 + 4 * quarter;
+    // All lanes of a warp make the same number of turns.
+    for (int base = member * 8; base < p.k_tiles; base += AHEAD * KS * 8) {
+#pragma unroll
+      for (int j = 0; j < AHEAD; ++j) {
+        const int start = base + j * KS * 8;
+        if (start < p.k_tiles) {
+          const int tile = start + lane / 4;
+          u32 x[GROUPS];
+          load_tile_inputs(x_codes, min(tile, p.k_tiles - 1), x);  // past the end: codes are 0
+          if (!GROUPED || tile < p.k_tiles) sums.add(p, ahead[j], x, tile, column);
+          const int next = start + AHEAD * KS * 8;
+          if (next < p.k_tiles)
+            load(j, tile_row, next + lane / 4);
+          else
+            load(j, tile_row + row_step, first_tile + j * KS * 8);
+        }
+      }
+    }
+    Number total = sums.total();
+    if (KS > 1) {
+      partial[buffer][warp][lane] = total;
+      asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(KS * 32) : "memory");
+      if (member == 0)
+#pragma unroll
+        for (int i = 1; i < KS; ++i) total += partial[buffer][warp + i][lane];
+      buffer ^= 1;
+    }
+    const int n = column + (lane & 16 ? 2 : 0) + (lane & 8 ? 1 : 0);
+    if (member == 0 && !(lane & 4) && n < p.n) {
+      float y;
+      if constexpr (GROUPED)
+        y = __fmul_rn(__fmul_rn(total, p.inverse_step), x_scale);
+      else
+        y = scaled(p, total, row_sum, column_scale(p, n), x_scale);
+      store(p.y, (long long)blockIdx.y * p.n + n, p.dtype, with_bias(p, y, n));
+    }
+  }
+}

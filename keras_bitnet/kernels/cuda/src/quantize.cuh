@@ -1,0 +1,86 @@
+// Activations of several rows, quantized once for the matrix kernels.
+//
+// The image is [ceil(k / 128)][rows rounded up to 8][128] bytes. Inputs are permuted as the
+// matrix kernels read weights: in a block of four tiles, group i of the tiles 0 .. 3 (four codes
+// each) comes as 16 bytes, the group of the next i after it. Of the eight 16-byte units of a row
+// of the image, unit u lies at place u ^ (row % 8), the 128-byte swizzle of wgmma.
+#pragma once
+#include "common.cuh"
+
+constexpr int QUANTIZE_WARPS = 8;
+constexpr int SLICE = 128;  // inputs of a row in one slice of the image
+
+DEVICE int image_rows(const Matmul& p) { return (p.rows + 7) & ~7; }
+DEVICE int slices(const Matmul& p) { return (p.k + SLICE - 1) / SLICE; }
+
+// The largest |x| of all rows, for activations that share one scale. `p.largest` starts as 0.
+template <class T> DEVICE void largest_of_all(const Matmul& p) {
+  __shared__ u32 maxima[QUANTIZE_WARPS];
+  wait_for_previous();
+  const char* x = static_cast<const char*>(p.x) + (long long)blockIdx.x * p.k * T::SIZE;
+  u32 largest = 0;
+  for (int i = 4 * threadIdx.x; i < p.k; i += 4 * QUANTIZE_WARPS * 32)
+    largest = largest_of(load_four<T>(x, i, p.k, p.x_aligned), largest);
+  largest = block_max<QUANTIZE_WARPS>(largest, maxima);
+  if (threadIdx.x == 0) atomicMax(p.largest, largest);
+}
+
+// A block quantizes one row.
+template <class T> DEVICE void quantize(const Matmul& p) {
+  __shared__ u32 maxima[QUANTIZE_WARPS];
+  __shared__ int sums[QUANTIZE_WARPS];
+  constexpr int THREADS = QUANTIZE_WARPS * 32, HELD = T::SIZE == 4 ? 2 : 4;
+  const int row = blockIdx.x, units = slices(p) * (SLICE / 16);
+  const char* x = static_cast<const char*>(p.x) + (long long)row * p.k * T::SIZE;
+  // Group `part` of one unit: inputs 4 * word .. 4 * word + 3.
+  auto load = [&](int unit, int part) {
+    const int word = unit / GROUPS * (4 * GROUPS) + part * GROUPS + unit % GROUPS;
+    return load_four<T>(x, 4 * word, p.k, p.x_aligned);
+  };
+  let_next_start();
+  wait_for_previous();
+  Four<T> held[HELD][4];
+  u32 largest = 0;
+#pragma unroll
+  for (int i = 0; i < HELD; ++i)
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      held[i][part] = load(i * THREADS + threadIdx.x, part);
+      largest = largest_of(held[i][part], largest);
+    }
+  for (int unit = HELD * THREADS + threadIdx.x; unit < units; unit += THREADS)
+#pragma unroll
+    for (int part = 0; part < 4; ++part) largest = largest_of(load(unit, part), largest);
+  largest = block_max<QUANTIZE_WARPS>(largest, maxima);
+  const Ratio ratio = ratio_of(p, p.largest ? __ldg(p.largest) : largest, largest);
+
+  int sum = 0;
+  auto write = [&](int unit, const Four<T>(&v)[4]) {
+    u32 codes[4];
+#pragma unroll
+    for (int part = 0; part < 4; ++part) {
+      codes[part] = quantize_four(v[part], ratio.inverse, p.highest);
+      sum = __dp4a((int)codes[part], 0x01010101, sum);
+    }
+    const long long line = (long long)(unit / 8) * image_rows(p) + row;
+    const int place = (unit % 8) ^ (row % 8);
+    *reinterpret_cast<uint4*>(p.image + line * SLICE + place * 16) =
+        make_uint4(codes[0], codes[1], codes[2], codes[3]);
+  };
+#pragma unroll
+  for (int i = 0; i < HELD; ++i) {
+    const int unit = i * THREADS + threadIdx.x;
+    if (unit < units) write(unit, held[i]);
+  }
+  for (int unit = HELD * THREADS + threadIdx.x; unit < units; unit += THREADS) {
+    Four<T> v[4];
+#pragma unroll
+    for (int part = 0; part < 4; ++part) v[part] = load(unit, part);
+    write(unit, v);
+  }
+  sum = block_sum<QUANTIZE_WARPS>(sum, sums);
+  if (threadIdx.x == 0) {
+    p.row_scale[row] = ratio.scale;
+    p.row_sum[row] = sum;
+  }
+}

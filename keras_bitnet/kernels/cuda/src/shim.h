@@ -1,0 +1,47 @@
+// The C ABI of the CUDA launcher: plain pointers and sizes; nothing of CUDA is linked or included.
+#pragma once
+#include <stdint.h>
+
+#define KBC_API extern "C" __attribute__((visibility("default")))
+
+// One product on the GPU. Every pointer is a device address. Meaning: keras_bitnet/ops/reference.py;
+// byte layout: keras_bitnet/ops/layout.py.
+typedef struct kbc_matmul {
+  int64_t rows;             // m
+  int64_t in_features;      // k
+  int64_t out_features;     // n
+  int64_t group_size;       // inputs that share a row of `scale`, a multiple of 32; 0: all
+  int32_t bits;             // 1, 2, 4 or 8
+  int32_t dtype;            // of x and y: 0 float32, 1 bfloat16, 2 float16
+  int32_t activation_bits;  // 8 or 4
+  int32_t per_tensor;       // 1: one activation scale for all rows
+  float offset;             // w = scale * (code + offset), a multiple of 1/2
+  float epsilon;            // lower bound of the absolute maximum
+  int32_t scale_columns;    // 1: one scale for all outputs, else out_features
+  int32_t kernel;           // 0: the best one; 1 + i: row i of the table of matrix kernels (tests)
+  const void* x;            // (m, k)
+  const void* tiles;        // [ceil(n / 16), ceil(k * bits / 32), 16, 4], at a multiple of 16
+  const void* scale;        // float32 (1 or groups, scale_columns)
+  const void* x_scale;      // float32 (1), static activation scale, or null: dynamic
+  const void* bias;         // float32 (n) or null
+  void* y;                  // (m, n)
+  void* workspace;          // kbc_workspace() bytes, at a multiple of 256
+} kbc_matmul;
+
+KBC_API int kbc_abi_version(void);
+
+// Opens the driver. Returns null, or why there is none (the same text every time).
+KBC_API const char* kbc_open(void);
+KBC_API int kbc_device_count(void);
+// Ten times the compute capability of a device (90 for 9.0), 0 where there is no such device.
+KBC_API int kbc_capability(int device);
+
+// Gives a device the kernels of one width. Later calls for the same width do nothing. Returns
+// null, or what is wrong; texts belong to the calling thread, until its next call.
+KBC_API const char* kbc_load(int device, int bits, const void* cubin);
+KBC_API int kbc_loaded(int device, int bits);
+
+// Bytes of workspace, the same on every device.
+KBC_API int64_t kbc_workspace(const kbc_matmul* problem);
+// Queues the product on a stream of a device. Returns null, or what is wrong.
+KBC_API const char* kbc_run(const kbc_matmul* problem, int device, void* stream);

@@ -1,0 +1,136 @@
+// The product as an XLA FFI handler, for JAX. Operands x, tiles, scale, bias, x_scale, where an empty
+// bias or x_scale means none; results y and a workspace of kbc_workspace() bytes.
+#include <string.h>
+
+#include <string>
+
+#include "../../native/src/xla_ffi.h"
+#include "driver.h"
+#include "shim.h"
+
+namespace {
+
+using namespace xla_ffi;
+
+constexpr uint32_t kCommandBufferCompatible = 1;
+
+struct StreamGet {
+  size_t struct_size;
+  Extension* extension;
+  void* context;
+  void* stream;
+};
+
+void* error(const CallFrame* frame, const char* text) {
+  const std::string message = std::string("keras_bitnet: ") + text;
+  ErrorCreate args{sizeof args, nullptr, message.c_str(), kInternal};
+  return frame->api->error_create(&args);
+}
+
+// Asked once at registration. Nothing newer than 0.1 is used, so the answer is the runtime's own
+// version, within what is known.
+bool answer_metadata(const CallFrame* frame) {
+  for (Extension* e = frame->extension; e; e = e->next) {
+    if (e->type != kMetadataExtension) continue;
+    Metadata* metadata = reinterpret_cast<MetadataExtension*>(e)->metadata;
+    int minor = frame->api ? frame->api->version.minor_version : 1;
+    minor = minor < 1 ? 1 : minor > 3 ? 3 : minor;
+    metadata->version = ApiVersion{sizeof(ApiVersion), nullptr, 0, minor};
+    metadata->traits = kCommandBufferCompatible;
+    return true;
+  }
+  return false;
+}
+
+template <class T> bool read(const Attributes& attributes, const char* name, int32_t dtype, T* value) {
+  for (int64_t i = 0; i < attributes.size; ++i) {
+    const ByteSpan* span = attributes.names[i];
+    if (span->size != strlen(name) || memcmp(span->data, name, span->size) != 0) continue;
+    const Scalar* found = static_cast<Scalar*>(attributes.values[i]);
+    if (attributes.types[i] != kScalarAttribute || found->dtype != dtype) return false;
+    memcpy(value, found->value, sizeof *value);
+    return true;
+  }
+  return false;
+}
+
+int64_t size(const Buffer* b) {
+  int64_t product = 1;
+  for (int64_t i = 0; i < b->rank; ++i) product *= b->dims[i];
+  return product;
+}
+
+// Fills a problem from what XLA passes, and checks every shape that the kernels trust.
+const char* describe(const CallFrame* frame, kbc_matmul* p) {
+  if (frame->arguments.size != 5 || frame->results.size != 2) return "wrong number of operands";
+  int64_t bits, activation_bits, per_tensor;
+  double offset, epsilon;
+  const Attributes& attributes = frame->attributes;
+  if (!read(attributes, "out_features", kS64, &p->out_features) ||
+      !read(attributes, "group_size", kS64, &p->group_size) ||
+      !read(attributes, "bits", kS64, &bits) ||
+      !read(attributes, "activation_bits", kS64, &activation_bits) ||
+      !read(attributes, "per_tensor", kS64, &per_tensor) ||
+      !read(attributes, "offset", kF64, &offset) || !read(attributes, "epsilon", kF64, &epsilon))
+    return "an attribute is missing";
+  Buffer **in = frame->arguments.buffers, **out = frame->results.buffers;
+  const Buffer *x = in[0], *tiles = in[1], *scale = in[2], *bias = in[3], *x_scale = in[4];
+  if (x->rank < 1 || scale->rank != 2) return "wrong rank of an operand";
+  p->in_features = x->dims[x->rank - 1];
+  p->rows = 1;
+  for (int64_t i = 0; i + 1 < x->rank; ++i) p->rows *= x->dims[i];
+  p->bits = static_cast<int32_t>(bits);
+  p->dtype = x->dtype == kF32 ? 0 : x->dtype == kBF16 ? 1 : x->dtype == kF16 ? 2 : -1;
+  p->activation_bits = static_cast<int32_t>(activation_bits);
+  p->per_tensor = static_cast<int32_t>(per_tensor);
+  p->offset = static_cast<float>(offset);
+  p->epsilon = static_cast<float>(epsilon);
+  p->scale_columns = static_cast<int32_t>(scale->dims[1]);
+  if (p->in_features < 1 || p->out_features < 1 || p->group_size < 0) return "a size is out of range";
+  const int64_t groups =
+      p->group_size ? (p->in_features + p->group_size - 1) / p->group_size : 1;
+  const int64_t bytes = (p->out_features + 15) / 16 * ((p->in_features * bits + 31) / 32) * 64;
+  if (size(tiles) != bytes) return "tiles must be [ceil(out / 16), ceil(in * bits / 32), 16, 4]";
+  if (scale->dims[0] != groups) return "scale must be (1 or groups, 1 or out)";
+  if (size(bias) && size(bias) != p->out_features) return "bias must be (out,), or (0,): none";
+  if (size(x_scale) > 1) return "x_scale must be (1,), or (0,): computed from x";
+  if (out[0]->dtype != x->dtype || tiles->dtype != kU8 || scale->dtype != kF32 ||
+      bias->dtype != kF32 || x_scale->dtype != kF32)
+    return "wrong dtype of an operand";
+  if (size(out[0]) != p->rows * p->out_features) return "wrong shape of the result";
+  if (size(out[1]) < kbc_workspace(p)) return "the workspace is too small";
+  p->x = x->data;
+  p->tiles = tiles->data;
+  p->scale = scale->data;
+  p->bias = size(bias) ? bias->data : nullptr;
+  p->x_scale = size(x_scale) ? x_scale->data : nullptr;
+  p->y = out[0]->data;
+  p->workspace = out[1]->data;
+  return nullptr;
+}
+
+// The device of a stream of XLA's.
+const char* device_of(void* stream, int* ordinal) {
+  if (const char* wrong = kbc_open()) return wrong;
+  cuda::Context context, popped;
+  if (cuda::cuStreamGetCtx(stream, &context) || cuda::cuCtxPushCurrent(context))
+    return "the stream has no context";
+  const int code = cuda::cuCtxGetDevice(ordinal);
+  cuda::cuCtxPopCurrent(&popped);
+  return code ? "the stream has no device" : nullptr;
+}
+
+}  // namespace
+
+KBC_API void* kbc_xla_matmul(xla_ffi::CallFrame* frame) {
+  if (answer_metadata(frame) || frame->stage != kExecuteStage) return nullptr;
+  kbc_matmul problem{};
+  if (const char* wrong = describe(frame, &problem)) return error(frame, wrong);
+  StreamGet get{sizeof get, nullptr, frame->context, nullptr};
+  auto stream_get = reinterpret_cast<void* (*)(StreamGet*)>(frame->api->stream_get);
+  if (void* failed = stream_get(&get)) return failed;
+  int device = 0;
+  if (const char* wrong = device_of(get.stream, &device)) return error(frame, wrong);
+  const char* wrong = kbc_run(&problem, device, get.stream);
+  return wrong ? error(frame, wrong) : nullptr;
+}

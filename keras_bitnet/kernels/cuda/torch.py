@@ -1,0 +1,133 @@
+"""The CUDA kernels for PyTorch: the operator `keras_bitnet::bit_matmul_cuda` and its gradient."""
+
+import torch
+from keras import ops
+
+from keras_bitnet.kernels import cuda
+from keras_bitnet.kernels.cpu import gradients
+from keras_bitnet.kernels.cuda import library
+from keras_bitnet.kernels.select import Kernel
+from keras_bitnet.ops.packed_tensor import PackedTensor
+
+_OPERATOR = "keras_bitnet::bit_matmul_cuda"
+_SCHEMA = (
+    "bit_matmul_cuda(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, Tensor? x_scale, "
+    "int out_features, int bits, int group_size, int activation_bits, bool per_tensor, "
+    "float offset, float epsilon) -> Tensor"
+)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _device_reasons():
+    """Read once, for `torch.compile` traces what reads it: why a device cannot run, by its name."""
+    if not torch.backends.cuda.is_built() or not torch.cuda.is_available():
+        return {}
+    return {f"cuda:{i}": library.reason(i) for i in range(torch.cuda.device_count())}
+
+
+_REASONS = _device_reasons()
+
+
+def refuse(problem):
+    """Why the kernel cannot run a problem, or `None`."""
+    device = problem.device or "an unknown device"
+    if not device.startswith("cuda"):
+        return f"the activations are on {device!r}, not on a CUDA device"
+    reason = _REASONS.get(device if ":" in device else "cuda:0", "there is no such CUDA device")
+    return reason or cuda.refuse(problem)
+
+
+def run(x, packed, activation_quantizer, bias, activation_scale=None):
+    """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
+    return torch.ops.keras_bitnet.bit_matmul_cuda(
+        x,
+        ops.convert_to_tensor(packed.tiles),
+        ops.convert_to_tensor(packed.scale),
+        None if bias is None else ops.cast(bias, "float32"),
+        None if activation_scale is None else ops.cast(activation_scale, "float32"),
+        packed.out_features,
+        packed.bits,
+        packed.group_size or 0,
+        activation_quantizer.bits,
+        activation_quantizer.granularity == "tensor",
+        packed.offset,
+        activation_quantizer.epsilon,
+    )
+
+
+def _launch(
+    x, tiles, scale, bias, x_scale, out_features, bits, group_size, activation_bits, per_tensor,
+    offset, epsilon, kernel=0,
+):  # fmt: skip
+    """The operator on CUDA; `kernel` forces a row of the launcher's table, for tests."""
+    device = x.get_device()
+    x, tiles, scale = x.contiguous(), _aligned(tiles), scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    y = x.new_empty((*x.shape[:-1], out_features))
+    in_features = x.shape[-1]
+    _check(x, tiles, scale, bias, x_scale, out_features, bits, group_size)
+    problem = library.MatmulStruct(
+        y.numel() // out_features, in_features, out_features, group_size, bits, _DTYPES[x.dtype],
+        activation_bits, per_tensor, offset, epsilon, scale.shape[1], kernel,
+        x.data_ptr(), tiles.data_ptr(), scale.data_ptr(),
+        None if x_scale is None else x_scale.data_ptr(),
+        None if bias is None else bias.data_ptr(), y.data_ptr(), None,
+    )  # fmt: skip
+    size = library.workspace(problem)
+    if size:
+        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+        problem.workspace = workspace.data_ptr()
+    library.load(device, bits)
+    library.run(problem, device, torch.cuda.current_stream(device).cuda_stream)
+    return y
+
+
+def _aligned(tiles):
+    tiles = tiles.contiguous()
+    return tiles if tiles.data_ptr() % 16 == 0 else tiles.clone()
+
+
+def _check(x, tiles, scale, bias, x_scale, out_features, bits, group_size):
+    """A graph that was saved and loaded may bring operands that the package never saw."""
+    k, n = x.shape[-1], out_features
+    groups = -(-k // group_size) if group_size else 1
+    wanted = (
+        ("tiles", tiles, torch.uint8, {(-(-n // 16), -(-k * bits // 32), 16, 4)}),
+        ("scale", scale, torch.float32, {(groups, 1), (groups, n)}),
+        ("bias", bias, torch.float32, {(n,)}),
+        ("x_scale", x_scale, torch.float32, {(), (1,)}),
+    )
+    for name, tensor, dtype, shapes in wanted:
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or tuple(tensor.shape) not in shapes or tensor.device != x.device:
+            raise ValueError(
+                f"`{name}` must be a {dtype} tensor on {x.device} of one of the shapes {shapes}. "
+                f"Received: {tensor.dtype} tensor on {tensor.device} of shape {tuple(tensor.shape)}"
+            )
+
+
+def _fake(x, tiles, scale, bias, x_scale, out_features, *attributes):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _setup_context(ctx, inputs, output):
+    x, tiles, scale, bias, _, out_features, bits, group_size, _, _, offset, _ = inputs
+    ctx.save_for_backward(tiles, scale)
+    ctx.has_bias = bias is not None
+    ctx.facts = (offset, bits, x.shape[-1], out_features, group_size or None)
+
+
+def _backward(ctx, dy):
+    dx, dbias = gradients(dy, PackedTensor(*ctx.saved_tensors, *ctx.facts))
+    return dx, None, None, dbias if ctx.has_bias else None, *[None] * 8
+
+
+# What a `torch.library.Library` defines goes away with it.
+_library = torch.library.Library("keras_bitnet", "FRAGMENT")
+_library.define(_SCHEMA)
+_library.impl("bit_matmul_cuda", _launch, "CUDA")
+torch.library.register_fake(_OPERATOR, _fake)
+torch.library.register_autograd(_OPERATOR, _backward, setup_context=_setup_context)
+
+CUDA = Kernel(cuda.NAME, refuse, run)

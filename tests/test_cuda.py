@@ -1,0 +1,159 @@
+"""The CUDA rows against the oracle, the reference and NumPy; on a machine with a GPU only."""
+
+import dataclasses
+
+import numpy as np
+import oracle
+import pytest
+from helpers import BACKEND, gradient, relative_error, to_numpy
+from keras import ops
+from test_native_adapters import OFFSETS, TOLERANCE, make_packed, packed_layer
+
+from keras_bitnet import kernels
+from keras_bitnet.kernels.cuda import library
+from keras_bitnet.ops import PackedTensor, bit_matmul
+from keras_bitnet.quantizers.activations import ActivationInt4, ActivationInt8
+
+if BACKEND not in ("jax", "torch"):
+    pytest.skip("TensorFlow runs the reference on a GPU", allow_module_level=True)
+if library.reason(0) is not None:
+    pytest.skip(library.reason(0), allow_module_level=True)
+
+GRANULARITIES = ("tensor", "channel", 32, 64, 128)
+DTYPES = ("float32", "bfloat16", "float16")
+# (m, k, n): all kernels, and sizes that are no multiple of anything.
+SIZES = (
+    (1, 1, 1), (3, 7, 31), (7, 260, 33), (1, 257, 100), (9, 512, 257), (17, 100, 257),
+    (40, 260, 128), (70, 1000, 132), (130, 384, 520), (1, 4096, 48), (33, 31, 4),
+)  # fmt: skip
+QUANTIZERS = (
+    ActivationInt8(), ActivationInt4(), ActivationInt8("tensor"), ActivationInt4("tensor"),
+    ActivationInt8("static"),
+)  # fmt: skip
+
+
+def run(kernel, *arguments):
+    with kernels.use_kernel(kernel):
+        return to_numpy(ops.cast(bit_matmul(*arguments), "float32"))
+
+
+def identity(k):
+    """An 8-bit weight that returns the activations."""
+    codes = np.full((k, k), 128) + np.eye(k, dtype=int)
+    packed = PackedTensor.from_codes(codes, np.ones((1, 1)), -128.0, 8)
+    tensors = (ops.convert_to_tensor(packed.tiles), ops.convert_to_tensor(packed.scale))
+    return PackedTensor(*tensors, -128.0, 8, k, k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(("bits", "offset"), [(b, o) for b in OFFSETS for o in OFFSETS[b]])
+def test_equals_oracle_and_reference(bits, offset, granularity, dtype, rng):
+    for (m, k, n), i in zip(SIZES, range(len(SIZES)), strict=True):
+        quantizer = QUANTIZERS[(i + bits + GRANULARITIES.index(granularity)) % len(QUANTIZERS)]
+        codes, packed = make_packed(rng, k, n, bits, granularity, offset)
+        bias = rng.normal(size=n).astype("float32") if n % 2 else None
+        x = ops.cast(rng.normal(size=(m, k)).astype("float32"), dtype)
+        scale = np.float32(0.03) if quantizer.granularity == "static" else None
+        arguments = (x, packed, quantizer, bias)
+        if scale is not None:
+            arguments = (*arguments, ops.convert_to_tensor(scale))
+        y = run("cuda", *arguments)
+        assert y.shape == (m, n)
+        floats = to_numpy(ops.cast(x, "float32"))
+        wanted = expected(floats, codes, packed, quantizer, bias, scale)
+        assert relative_error(y, wanted) < TOLERANCE[dtype], (m, k, n, quantizer)
+        if BACKEND == "torch":  # XLA's division on a GPU is not IEEE's: codes at ties differ
+            reference = run("reference", *arguments)
+            assert relative_error(y, reference) < TOLERANCE[dtype], (m, k, n, quantizer)
+
+
+def expected(x, codes, packed, quantizer, bias, scale=None):
+    """The product in float64, from float32 codes and scales."""
+    if scale is None:
+        per_tensor = quantizer.granularity == "tensor"
+        x_codes, scale = oracle.quantize_activation(x, quantizer.highest, per_tensor)
+    else:
+        highest = quantizer.highest
+        x_codes = np.clip(np.round(x * (np.float32(1) / scale)), -highest, highest).astype(int)
+    group_size = packed.group_size or packed.in_features
+    step = 1 if float(packed.offset).is_integer() else 2
+    sums = oracle.accumulate(x_codes, codes, packed.offset, group_size) / step  # (m, groups, n)
+    y = (sums * to_numpy(packed.scale).astype("float64")).sum(axis=1) * scale
+    return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize("rows", [1, 2, 33, 130])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantized_activations_are_the_same_bits(dtype, rows, rng):
+    k = 260
+    x = ops.cast(rng.normal(size=(rows, k)).astype("float32") * 3, dtype)
+    with kernels.use_kernel("cuda"):
+        y = to_numpy(bit_matmul(ops.cast(x, "float32"), identity(k), ActivationInt8()))
+    codes, scale = oracle.quantize_activation(to_numpy(ops.cast(x, "float32")))
+    np.testing.assert_array_equal(y, codes.astype("float32") * scale)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 20, 50, 100])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_sums_are_the_same_bits(bits, rows, rng):
+    k, n = 300, 150
+    codes, packed = make_packed(rng, k, n, bits)
+    packed = dataclasses.replace(packed, scale=ops.ones((1, 1), "float32"))
+    x = rng.integers(-127, 128, (rows, k))
+    x[:, 0] = 127  # the scale is 1: the activations are their own codes
+    y = run("cuda", x.astype("float32"), packed, ActivationInt8())
+    step = 1 if float(packed.offset).is_integer() else 2
+    sums = oracle.accumulate(x, codes, packed.offset)
+    scale = np.float32(127) * np.float32(1 / 127)
+    np.testing.assert_array_equal(y, sums.astype("float32") * np.float32(1 / step) * scale)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 70])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_bad_values_stay_in_their_rows(value, rows, rng):
+    _, packed = make_packed(rng, 100, 33)
+    x = rng.normal(size=(rows, 100)).astype("float32")
+    wanted = run("cuda", x, packed, ActivationInt8())
+    x[0, 50] = value
+    y = run("cuda", x, packed, ActivationInt8())
+    assert not np.isfinite(y[0]).any()
+    np.testing.assert_array_equal(y[1:], wanted[1:])
+
+
+@pytest.mark.parametrize("shape", [(100,), (0, 100), (2, 0, 100), (1, 2, 3, 4, 100)])
+def test_leading_axes(shape, rng):
+    _, packed = make_packed(rng, 100, 33)
+    x = rng.normal(size=shape).astype("float32")
+    y = run("cuda", x, packed, ActivationInt8())
+    assert y.shape == (*shape[:-1], 33)
+    rows = run("cuda", x.reshape(-1, 100), packed, ActivationInt8())
+    np.testing.assert_array_equal(y.reshape(-1, 33), rows)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 64])
+def test_gradient(granularity, rng):
+    _, packed = make_packed(rng, 100, 33, 2, granularity)
+    x = rng.normal(size=(2, 3, 100)).astype("float32")
+    bias = rng.normal(size=33).astype("float32")
+
+    def loss(x, bias):
+        return ops.sum(ops.square(bit_matmul(x, packed, ActivationInt8(), bias)))
+
+    found = []
+    for name in ("cuda", "reference"):
+        with kernels.use_kernel(name):
+            found.append(gradient(lambda v: loss(v, ops.convert_to_tensor(bias)), x))
+            found.append(gradient(lambda v: loss(ops.convert_to_tensor(x), v), bias))
+    assert relative_error(found[0], found[2]) < 1e-5
+    assert relative_error(found[1], found[3]) < 1e-5
+
+
+def test_layer_runs_the_kernel_by_itself(rng, monkeypatch):
+    layer = packed_layer(rng)
+    x = ops.convert_to_tensor(rng.normal(size=(4, 100)).astype("float32"))
+    y = to_numpy(layer(x))
+    with kernels.use_kernel("cuda"):
+        np.testing.assert_array_equal(to_numpy(layer(x)), y)
+    monkeypatch.setitem(kernels.select.TABLES, BACKEND, (kernels.select.REFERENCE,))
+    assert relative_error(to_numpy(layer(x)), y) < 2e-6

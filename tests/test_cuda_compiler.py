@@ -1,0 +1,207 @@
+"""The CUDA sources, their cache and refusals; all but the GPU itself, on any machine."""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import threading
+
+import pytest
+from helpers import BACKEND
+from test_native_adapters import problem
+
+from keras_bitnet import kernels
+from keras_bitnet.kernels import cuda
+from keras_bitnet.kernels.cuda import compiler, library
+
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(compiler, "BUILT", tmp_path / "built")
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(("bits", "name"), [(2, "sm_90a")])
+def test_sources_compile(bits, name):
+    if shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc")
+    assert compiler._compile_with_nvcc(bits, name).startswith(b"\x7fELF")
+
+
+def test_compiled_once_and_kept(cache, monkeypatch):
+    compiled = []
+
+    def fake(bits, name):
+        compiled.append((bits, name))
+        return b"kernels"
+
+    monkeypatch.setattr(compiler, "_compile", fake)
+    assert compiler.find(2, 90) is None
+    assert [compiler.cubin(2, 90) for _ in range(3)] == [b"kernels"] * 3
+    assert compiled == [(2, "sm_90a")]
+    assert compiler.find(2, 90).parent == cache
+    assert compiler.find(4, 90) is None
+
+
+def test_many_at_once_leave_one_whole_file(cache, monkeypatch):
+    data = os.urandom(1 << 20)
+    monkeypatch.setattr(compiler, "_compile", lambda bits, name: data)
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            wrong.append(compiler.cubin(2, 80) != data)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not any(wrong)
+    assert [path.suffix for path in cache.iterdir()] == [".cubin"]
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(compiler, "_compile", lambda bits, name: b"kernels")
+    assert compiler.cubin(2, 80) == b"kernels"
+
+
+def test_files_of_other_sources_are_not_taken(cache, monkeypatch):
+    monkeypatch.setattr(compiler, "_compile", lambda bits, name: b"kernels")
+    compiler.cubin(2, 80)
+    monkeypatch.setattr(compiler, "_stamp", lambda: "other")
+    assert compiler.find(2, 80) is None
+
+
+def test_an_architecture_runs_on_later_ones_of_its_generation(cache, monkeypatch):
+    monkeypatch.setattr(compiler, "_compile", lambda bits, name: b"kernels")
+    compiler.cubin(2, 80)
+    assert compiler.find(2, 89) == compiler.find(2, 80)
+    assert compiler.find(2, 90) is None
+
+
+def test_reasons(cache, monkeypatch):
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    monkeypatch.setattr(compiler, "nvrtc", lambda: None)
+    assert "compute capability 7.5" in compiler.reason(75)
+    assert "nvidia-cuda-nvrtc" in compiler.reason(90)
+    monkeypatch.setattr(compiler, "_compile", lambda bits, name: b"kernels")
+    for bits in compiler.WIDTHS:
+        compiler.cubin(bits, 90)
+    assert compiler.reason(90) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"activation_granularity": "static", "group_size": 96}, None),
+        ({"activation_bits": None}, "activations are float"),
+        ({"activation_bits": 6}, "activations of 6 bits"),
+        ({"dtype": "float64"}, "dtype float64"),
+        ({"group_size": 48}, "multiple of 32"),
+        ({"in_features": 100_000}, "100000 inputs"),
+        ({"out_features": 3_000_000}, "3000000 outputs"),
+        ({"layout": "trits"}, "layout 'trits'"),
+    ],
+)
+def test_refusals(changes, reason):
+    found = cuda.refuse(problem(**changes))
+    assert found is None if reason is None else reason in found
+
+
+def test_explain_without_a_gpu():
+    if BACKEND == "tensorflow" or library.reason(0) is None:
+        pytest.skip("this backend has no such row, or there is a GPU")
+    rows = dict(kernels.explain(problem(device="cuda:0")))
+    assert "CUDA" in rows["cuda"]
+    assert rows["reference"] is None
+
+
+def test_struct_equals_the_header(tmp_path):
+    if COMPILER is None:
+        pytest.skip("there is no C++ compiler")
+    names = [name for name, _ in library.MatmulStruct._fields_]
+    lines = ['#include "shim.h"', "#include <stddef.h>"]
+    for name in names:
+        field = getattr(library.MatmulStruct, name)
+        lines.append(
+            f"static_assert(offsetof(kbc_matmul, {name}) == {field.offset} && "
+            f'sizeof(kbc_matmul::{name}) == {field.size}, "{name}");'
+        )
+    _syntax_check(tmp_path, lines, compiler.SOURCES)
+
+
+def test_stream_struct_equals_the_header_of_jaxlib(tmp_path):
+    jaxlib = pytest.importorskip("jaxlib")
+    include = pathlib.Path(jaxlib.__file__).parent / "include"
+    if COMPILER is None or not (include / "xla/ffi/api/c_api.h").exists():
+        pytest.skip("this jaxlib ships no header, or there is no compiler")
+    source = (compiler.SOURCES / "xla.cc").read_text()
+    struct = re.search(r"struct StreamGet \{.*?\};", source, re.DOTALL).group()
+    lines = [
+        '#include "xla/ffi/api/c_api.h"',
+        "struct Extension;" + struct,
+        "static_assert(offsetof(StreamGet, stream) == offsetof(XLA_FFI_Stream_Get_Args, stream));",
+        "static_assert(offsetof(StreamGet, context) == offsetof(XLA_FFI_Stream_Get_Args, ctx));",
+        "static_assert(XLA_FFI_HANDLER_TRAITS_COMMAND_BUFFER_COMPATIBLE == 1);",
+    ]
+    _syntax_check(tmp_path, lines, include)
+
+
+def _syntax_check(folder, lines, include):
+    source = folder / "check.cc"
+    source.write_text("\n".join(lines))
+    command = [COMPILER, "-std=c++17", "-fsyntax-only", f"-I{include}", source]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_registers_of_wgmma_in_flight(tmp_path):
+    # ptxas can reuse the registers that an instruction in flight still reads.
+    if library.reason(0) is not None:
+        pytest.skip("part of the tests on a GPU: it compiles every width")
+    tools = [shutil.which(name) for name in ("nvcc", "cuobjdump", "nvdisasm")]
+    if None in tools:
+        pytest.skip("there are no CUDA binary tools (nvcc, cuobjdump, nvdisasm)")
+    for bits in compiler.WIDTHS:
+        path = tmp_path / f"{bits}.cubin"
+        path.write_bytes(compiler._compile_with_nvcc(bits, "sm_90a"))
+        listing = subprocess.run(
+            ["cuobjdump", "-sass", path], capture_output=True, text=True, check=True
+        ).stdout
+        assert_no_register_is_overwritten(listing)
+
+
+def assert_no_register_is_overwritten(listing):
+    """Looks at every window from the first IGMMA to its wait."""
+    audited = 0
+    for function in listing.split("Function : ")[1:]:
+        in_flight = set()
+        for text in re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", function):
+            product = re.search(r"IGMMA\.\S+ R\d+, R(\d+)", text)
+            if product:
+                audited += 1
+                in_flight |= {int(product.group(1)) + i for i in range(4)}
+            elif "WARPGROUP.DEPBAR" in text:
+                in_flight = set()
+            elif in_flight:
+                assert not re.search(r"\bBRA\b|BSSY", text), text
+                assert not in_flight & _written(text), text
+    assert audited >= 4 * 8
+
+
+def _written(text):
+    match = re.match(r"(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)\s+(?:!?U?P\d,\s*)*R(\d+)(?![\d.])", text)
+    reads = ("ST", "SYNCS", "RED", "LDGSTS", "R2UR", "ATOM", "BAR")
+    if not match or match.group(1).startswith(reads):
+        return set()
+    name, first = match.group(1), int(match.group(2))
+    count = 4 if ".128" in name else 2 if ".64" in name or ".WIDE" in name else 1
+    return set(range(first, first + count))

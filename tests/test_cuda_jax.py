@@ -1,0 +1,121 @@
+"""The CUDA kernels under JAX's transformations."""
+
+import pytest
+from helpers import BACKEND, relative_error
+
+if BACKEND != "jax":
+    pytest.skip("the jax backend is not the active one", allow_module_level=True)
+
+import jax
+import jax.numpy as jnp
+from test_native_adapters import make_packed
+
+from keras_bitnet import kernels
+from keras_bitnet.kernels.cuda import library
+from keras_bitnet.ops import bit_matmul
+from keras_bitnet.quantizers.activations import ActivationInt8
+
+if library.reason(0) is not None:
+    pytest.skip(library.reason(0), allow_module_level=True)
+
+TARGET = "keras_bitnet_matmul_cuda"
+
+
+@pytest.fixture
+def functions(rng):
+    """`(cuda, reference)`: the same function of `(x, bias)`."""
+    _, packed = make_packed(rng, 128, 128)
+
+    def of(name):
+        def function(x, bias=None):
+            with kernels.use_kernel(name):
+                return bit_matmul(x, packed, ActivationInt8(), bias)
+
+        return function
+
+    return of("cuda"), of("reference")
+
+
+def same(actual, wanted):
+    for a, w in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        assert a.shape == w.shape
+        assert relative_error(a, w) < 1e-5
+
+
+TRANSFORMED = {
+    "jit": jax.jit,
+    "grad": lambda f: jax.grad(lambda x, b: (f(x, b) ** 2).sum(), argnums=(0, 1)),
+    "jit of grad": lambda f: jax.jit(jax.grad(lambda x, b: (f(x, b) ** 2).sum(), argnums=(0, 1))),
+    "vmap": lambda f: jax.vmap(f, (0, None)),
+    "vmap over bias": lambda f: lambda x, b: jax.vmap(f)(x, jnp.stack([b, 2 * b, 3 * b, 4 * b])),
+    "grad of vmap": lambda f: jax.grad(
+        lambda x, b: (jax.vmap(f, (0, None))(x, b) ** 2).sum(), argnums=(0, 1)
+    ),
+    "scan": lambda f: lambda x, b: jax.lax.scan(lambda c, v: (c, f(v, b)), 0, x)[1],
+    "grad of scan": lambda f: jax.grad(
+        lambda x, b: (jax.lax.scan(lambda c, v: (c, f(v, b)), 0, x)[1] ** 2).sum(), argnums=(0, 1)
+    ),
+    "remat": lambda f: jax.grad(lambda x, b: (jax.checkpoint(f)(x, b) ** 2).sum()),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transformations(name, functions, rng):
+    x = jnp.asarray(rng.normal(size=(4, 5, 128)).astype("float32"))
+    bias = jnp.asarray(rng.normal(size=128).astype("float32"))
+    with jax.default_matmul_precision("highest"):
+        transform = TRANSFORMED[name]
+        same(transform(functions[0])(x, bias), transform(functions[1])(x, bias))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_chain_in_a_command_buffer(rows, functions, rng):
+    # Long enough that XLA records it; run often, so that it is replayed with other buffers.
+    x = jnp.asarray(rng.normal(size=(rows, 128)).astype("float32"))
+
+    def chain(function):
+        def apply(x):
+            for _ in range(12):
+                x = jnp.tanh(function(x))
+            return x
+
+        return jax.jit(apply)
+
+    ours, reference = chain(functions[0]), chain(functions[1])
+    assert TARGET in ours.lower(x).compile().as_text()
+    for i in range(6):
+        v = x * (1 + i)
+        assert relative_error(ours(v), reference(v)) < 1e-3
+
+
+def test_scan_over_stacked_weights(rng):
+    # The weights of each turn are written by the kernel just before.
+    packs = [make_packed(rng, 1024, 1024)[1] for _ in range(6)]
+    tiles = jnp.stack([p.tiles for p in packs])
+    x = jnp.asarray(rng.normal(size=(1, 1024)).astype("float32"))
+
+    def run(name):
+        def turn(x, t):
+            with kernels.use_kernel(name):
+                packed = packs[0].__class__(t, packs[0].scale, packs[0].offset, 2, 1024, 1024)
+                return jnp.tanh(bit_matmul(x, packed, ActivationInt8())), None
+
+        return jax.jit(lambda x, tiles: jax.lax.scan(turn, x, tiles)[0])(x, tiles)
+
+    assert relative_error(run("cuda"), run("reference")) < 1e-3
+
+
+def test_on_the_cpu_the_kernel_of_the_cpu_runs(functions, rng):
+    cpu = jax.devices("cpu")[0]
+    x = jax.device_put(rng.normal(size=(4, 128)).astype("float32"), cpu)
+    with jax.default_device(cpu):
+        _, packed = make_packed(rng, 128, 128)
+        packed = jax.device_put((packed.tiles, packed.scale), cpu)
+    y = bit_matmul(x, _packed(packed), ActivationInt8())
+    assert y.devices() == {cpu}
+
+
+def _packed(tensors):
+    from keras_bitnet.ops import PackedTensor
+
+    return PackedTensor(*tensors, -1.0, 2, 128, 128)

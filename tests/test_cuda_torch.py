@@ -1,0 +1,156 @@
+"""The CUDA kernels under PyTorch: compilation, graphs, streams, every matrix kernel."""
+
+import numpy as np
+import pytest
+from helpers import BACKEND, relative_error
+
+if BACKEND != "torch":
+    pytest.skip("the torch backend is not the active one", allow_module_level=True)
+
+import keras
+import torch
+from test_native_adapters import make_packed, packed_layer
+
+from keras_bitnet import kernels
+from keras_bitnet.kernels.cuda import library
+from keras_bitnet.ops import bit_matmul
+from keras_bitnet.quantizers.activations import ActivationInt8
+
+if library.reason(0) is not None:
+    pytest.skip(library.reason(0), allow_module_level=True)
+
+MATRIX_KERNELS = range(1, 11)  # rows of the table in shim.cc
+GROUPED = (5, 6)
+
+
+@pytest.mark.parametrize("rows", [2, 11, 100, 257])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_every_matrix_kernel(bits, rows, rng):
+    from keras_bitnet.kernels.cuda import torch as adapter
+
+    for k, n in ((40, 20), (1000, 132), (2304, 528)):
+        for kernel in MATRIX_KERNELS:
+            granularity = 128 if kernel in GROUPED else "channel"
+            _, packed = make_packed(rng, k, n, bits, granularity)
+            x = torch.randn(rows, k, device="cuda")
+            with kernels.use_kernel("reference"):
+                wanted = bit_matmul(x, packed, ActivationInt8())
+            if "wgmma" in _name(kernel) and torch.cuda.get_device_capability() != (9, 0):
+                continue
+            y = adapter._launch(
+                x, packed.tiles, packed.scale, None, None, n, bits, packed.group_size or 0, 8,
+                False, packed.offset, 1e-5, kernel,
+            )  # fmt: skip
+            assert relative_error(y.cpu(), wanted.cpu()) < 2e-6, (_name(kernel), k, n)
+
+
+def _name(kernel):
+    return "wgmma" if kernel > 6 else "mma"
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compile(mode, rng):
+    torch._dynamo.reset()
+    layer = packed_layer(rng)
+    compiled = torch.compile(layer, fullgraph=True, mode=mode)
+    for rows in (1, 5, 40):
+        x = torch.randn(rows, 100, device="cuda")
+        with torch.no_grad():
+            for _ in range(3):
+                assert torch.equal(compiled(x).clone(), layer(x))
+
+
+@pytest.mark.parametrize("rows", [1, 16, 100])
+def test_cuda_graph(rows, rng):
+    layer = packed_layer(rng, 256, 256)
+    x = torch.randn(rows, 256, device="cuda")
+    with torch.no_grad():
+        layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = x
+            for _ in range(4):
+                y = layer(y)
+        for _ in range(3):
+            x.normal_()
+            graph.replay()
+            wanted = x
+            for _ in range(4):
+                wanted = layer(wanted)
+            assert torch.equal(y, wanted)
+
+
+def test_runs_on_the_current_stream(rng):
+    _, packed = make_packed(rng, 512, 512)
+    x = torch.randn(8, 512, device="cuda")
+    wanted = bit_matmul(x, packed, ActivationInt8())
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(x)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(x)
+        y = bit_matmul(late, packed, ActivationInt8())
+    stream.synchronize()
+    assert torch.equal(y, wanted)
+
+
+def test_weights_written_just_before(rng):
+    # A launch may start before the kernel before it ends; it must not read weights too early.
+    _, packed = make_packed(rng, 4096, 4096)
+    x = torch.randn(1, 4096, device="cuda")
+    wanted = bit_matmul(x, packed, ActivationInt8())
+    tiles = packed.tiles.clone()
+    for _ in range(20):
+        packed.tiles.zero_()
+        packed.tiles.copy_(tiles)
+        assert torch.equal(bit_matmul(x, packed, ActivationInt8()), wanted)
+
+
+def test_second_device(rng):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    _, packed = make_packed(rng, 100, 33)
+    x = torch.randn(5, 100, device="cuda:0")
+    wanted = bit_matmul(x, packed, ActivationInt8())
+    from keras_bitnet.ops import PackedTensor
+
+    moved = PackedTensor(
+        packed.tiles.to("cuda:1"), packed.scale.to("cuda:1"), packed.offset, 2, 100, 33
+    )
+    with keras.device("cuda:1"):
+        assert torch.equal(bit_matmul(x.to("cuda:1"), moved, ActivationInt8()).cpu(), wanted.cpu())
+
+
+def test_export(rng):
+    layer = packed_layer(rng)
+    x = torch.randn(5, 100, device="cuda")
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(layer, (x,), dynamic_shapes=(({0: batch},),))
+    assert any("bit_matmul_cuda" in str(node.target) for node in program.graph.nodes)
+    assert relative_error(program.module()(x[:3]).detach().cpu(), layer(x[:3]).detach().cpu()) == 0
+
+
+def test_opcheck(rng):
+    _, packed = make_packed(rng, 100, 33)
+    x, bias = torch.randn(2, 5, 100, device="cuda"), torch.randn(33, device="cuda")
+    op = torch.ops.keras_bitnet.bit_matmul_cuda.default
+    tensors = (x.requires_grad_(), packed.tiles, packed.scale, bias.requires_grad_(), None)
+    torch.library.opcheck(op, (*tensors, 33, 2, 0, 8, False, packed.offset, 1e-5))
+
+
+def test_operator_checks_its_operands(rng):
+    _, packed = make_packed(rng, 100, 33)
+    op = torch.ops.keras_bitnet.bit_matmul_cuda
+    x = torch.randn(5, 50, device="cuda")
+    with pytest.raises(ValueError, match="`tiles` must be"):
+        op(x, packed.tiles, packed.scale, None, None, 33, 2, 0, 8, False, packed.offset, 1e-5)
+
+
+def test_trains_what_is_around_a_packed_layer(rng):
+    model = keras.Sequential([keras.Input((100,)), packed_layer(rng, norm="rms")])
+    model.compile(keras.optimizers.SGD(0.05), "mse")
+    x, y = (rng.normal(size=(64, size)).astype("float32") for size in (100, 33))
+    losses = model.fit(x, y, epochs=3, shuffle=False, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    assert np.isfinite(losses).all()
