@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from keras_bitnet import callbacks, layers, ops, quantizers
+from keras_bitnet import callbacks, layers, models, ops, quantizers
 from keras_bitnet.kernels.select import explain
 from keras_bitnet.report import summary
 from keras_bitnet.transforms import pack_model, quantize_model, unpack_model
@@ -11,6 +11,7 @@ __all__ = [
     "callbacks",
     "explain",
     "layers",
+    "models",
     "ops",
     "pack_model",
     "quantize_model",

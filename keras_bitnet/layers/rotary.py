@@ -18,7 +18,7 @@ def rotary_tables(positions, head_dim, max_wavelength, scaling_factor=1.0):
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = 1 / np.float32(max_wavelength) ** exponents / np.float32(scaling_factor)
-    frequencies = np.concatenate([frequencies, frequencies])
+    frequencies = ops.convert_to_tensor(np.concatenate([frequencies, frequencies]), "float32")
     angles = ops.expand_dims(ops.cast(positions, "float32"), (-2, -1)) * frequencies
     return ops.cos(angles), ops.sin(angles)
 
