@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from helpers import relative_error, to_numpy
 
-import keras_bitnet
 from keras_bitnet.interop import from_hugging_face, to_hugging_face
 from keras_bitnet.interop.safetensors_file import Checkpoint
 
@@ -92,3 +91,63 @@ def test_logits_are_those_of_transformers_in_and_out(kind, variant, tmp_path):
             given = before.read(name, before.shape(name), [before.dtype(name)])
             written = after.read(name, before.shape(name), [before.dtype(name)])
             assert relative_error(written, given) <= (0 if given.dtype == np.uint8 else 2e-7), name
+
+
+def test_variants_turn_into_each_other_with_the_same_bytes(tmp_path):
+    (tmp_path / "in").mkdir()
+    model = from_hugging_face(make_checkpoint(tmp_path / "in", "bitnet", "offline"))
+    to_hugging_face(model, tmp_path / "c", variant="bitlinear", shard_bytes=4000)
+    assert (tmp_path / "c" / "model.safetensors.index.json").exists()
+    again = from_hugging_face(tmp_path / "c")
+    to_hugging_face(again, tmp_path / "b", variant="offline")
+    with Checkpoint(tmp_path / "in") as before, Checkpoint(tmp_path / "b") as after:
+        for name in before.keys():  # noqa: SIM118
+            if before.dtype(name) == "U8":
+                shape = before.shape(name)
+                given, written = (c.read(name, shape, ["U8"]) for c in (before, after))
+                np.testing.assert_array_equal(written, given)
+    np.testing.assert_allclose(our_logits(again), our_logits(model), atol=1e-4)
+
+
+def test_masters_can_be_packed_as_they_are_read(tmp_path):
+    make_checkpoint(tmp_path, "bitnet", "online")
+    model = from_hugging_face(tmp_path, packed=True)
+    assert model.packed
+    expected = our_logits(from_hugging_face(tmp_path))
+    np.testing.assert_allclose(our_logits(model), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "Received: 'gpt2'"),
+        ({"hidden_size": "32"}, "Received: hidden_size='32'"),
+        ({"hidden_size": 10**12}, "positive integer"),
+        ({"vocab_size": 2**30}, "describes an embedding"),
+        ({"num_hidden_layers": 10**6}, "no tensors 'model.layers.999999"),
+        ({"intermediate_size": 10**8}, "describes blocks"),
+        ({"num_attention_heads": 4096, "head_dim": 4096}, "describes blocks"),
+        ({"attention_bias": True}, "attention_bias=true"),
+        ({"hidden_act": "gelu"}, "Received: 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "Received: 'yarn'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "Received: 'gptq'"),
+    ],
+)
+def test_other_models_and_absurd_sizes_are_refused(changes, message, tmp_path):
+    make_checkpoint(tmp_path, "bitnet", "offline")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=message):
+        from_hugging_face(tmp_path)
+
+
+def test_what_a_variant_cannot_hold_is_refused(tmp_path):
+    make_checkpoint(tmp_path, "llama", "float")
+    model = from_hugging_face(tmp_path, packed=True, weight_quantizer="int4")
+    with pytest.raises(ValueError, match="ternary weights with a scale per tensor"):
+        to_hugging_face(model, tmp_path / "out")
+    with pytest.raises(ValueError, match="`variant` must be one of"):
+        to_hugging_face(model, tmp_path / "out", variant="gptq")
+    assert not (tmp_path / "out").exists()
+    to_hugging_face(model, tmp_path / "out", variant="float")
+    assert np.isfinite(their_logits(tmp_path / "out")).all()
