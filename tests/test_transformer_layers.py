@@ -12,7 +12,6 @@ from keras_bitnet.layers import (
     make_cache,
 )
 
-
 FLIPS = 5e-3  # an activation at the edge of rounding may take the other side
 
 

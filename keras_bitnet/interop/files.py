@@ -5,7 +5,6 @@ import importlib
 import json
 import os
 import pathlib
-import shutil
 import tempfile
 
 JSON_BYTES = 64 * 1024 * 1024  # a tokenizer.json of a large vocabulary has 20 MB
@@ -62,21 +61,6 @@ def read_json(path, limit=JSON_BYTES):
 
 
 @contextlib.contextmanager
-def written_whole(path):
-    """Yields a temporary path beside `path`, renamed to it if the block ends well."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        yield pathlib.Path(name)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        pathlib.Path(name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
 def folder_written_whole(path):
     """Yields a temporary folder whose files are moved to the folder `path` if the block ends well.
 
@@ -85,12 +69,11 @@ def folder_written_whole(path):
     path = pathlib.Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"`path` must be a folder. Received: the file '{path}'")
-    path.mkdir(parents=True, exist_ok=True)
-    folder = pathlib.Path(tempfile.mkdtemp(dir=path, prefix=".writing."))
-    try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as name:
+        folder = pathlib.Path(name, path.name)
+        folder.mkdir()
         yield folder
+        path.mkdir(exist_ok=True)
         for file in sorted(folder.iterdir()):
-            os.chmod(file, 0o644)
             os.replace(file, path / file.name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

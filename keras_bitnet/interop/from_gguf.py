@@ -1,5 +1,7 @@
 """Models from GGUF files."""
 
+import warnings
+
 import numpy as np
 
 from keras_bitnet import quantizers
@@ -7,6 +9,7 @@ from keras_bitnet.interop import tensor_map, weights
 from keras_bitnet.interop.codecs import BLOCK_TYPES, i2_s
 from keras_bitnet.interop.gguf_file import GGUFFile
 from keras_bitnet.interop.gguf_layout import restore_heads
+from keras_bitnet.interop.gguf_tokenizer import read_tokenizer
 from keras_bitnet.interop.to_gguf import ARCHITECTURES, BITNET, LLAMA
 from keras_bitnet.models import BitNetBackbone, BitNetCausalLM
 
@@ -28,7 +31,7 @@ def from_gguf(path, *, packed=None, dtype=None, **arguments):
     `q4_K`, `q6_K`, `f16`, ...) are read as float.
 
     Args:
-        path: Path of the file. Its tokenizer: `Tokenizer.from_gguf(path)`.
+        path: Path of the file.
         packed: `None`: packed if the file is, as above. `True`: a file of other types is packed
             by the `weight_quantizer` as it is read. `False`: float weights, dequantized.
         dtype: Dtype policy of the model, Keras's by default.
@@ -36,8 +39,12 @@ def from_gguf(path, *, packed=None, dtype=None, **arguments):
             `weight_quantizer=Int4(group_size=64)` or `embedding_quantizer="int8"`.
 
     Returns:
-        `BitNetCausalLM`. Float weights have `quantization_strength=0`: they are ready for
-        quantization-aware training, or for `keras_bitnet.pack_model`.
+        `BitNetCausalLM`, with its `tokenizer` if the file has one. Float weights have
+        `quantization_strength=0`: they are ready for quantization-aware training, or for
+        `keras_bitnet.pack_model`.
+
+    Warns:
+        UserWarning: The file has a tokenizer of a kind that cannot be read.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -63,7 +70,13 @@ def from_gguf(path, *, packed=None, dtype=None, **arguments):
         for place in tensor_map.tables(backbone):
             shape = tensor_map.matrix_shape(place.layer)
             weights.set_matrix(place.layer, file.floats(f"{place.gguf}.weight", shape))
-    return BitNetCausalLM(backbone)
+        model = BitNetCausalLM(backbone)
+        if file.metadata.get("tokenizer.ggml.model", "no_vocab") != "no_vocab":
+            try:
+                model.tokenizer = read_tokenizer(file.metadata)
+            except ValueError as error:
+                warnings.warn(f"The model is read without a tokenizer. {error}", stacklevel=2)
+    return model
 
 
 def read_arguments(file, arch):
@@ -137,10 +150,10 @@ def _projection_names(num_layers):
 def _own_quantizer(file, num_layers):
     """The quantizer whose codes are those of the file, or `None`: it is to be read as float."""
     names = _projection_names(num_layers)
-    kinds = {_NAMES.get(file.info(f"{name}.weight").type_id) for name in names}
-    if len(kinds) != 1 or None in kinds:
-        return None
+    kinds = {_NAMES.get(file.info(f"{name}.weight").type_id, "") for name in names}
     kind = kinds.pop()
+    if kinds or not kind:
+        return None
     quantizer = _QUANTIZERS[kind]
     if kind == i2_s.NAME:
         return quantizer()

@@ -87,7 +87,7 @@ class GGUFFile:
         try:
             self._map.close()
         except BufferError:  # an array still looks into it; it closes with that
-            self._map = None
+            self._map = None  # type: ignore[assignment]
 
     def __contains__(self, name):
         return name in self.tensors

@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_bitnet.checks import check_choice
 from keras_bitnet.interop import tensor_map, weights
+from keras_bitnet.interop import tokenizer as tokenizer_files
 from keras_bitnet.interop.codecs import hugging_face as codec
 from keras_bitnet.interop.files import folder_written_whole, read_json
 from keras_bitnet.interop.hf_config import (
@@ -47,7 +48,7 @@ def from_hugging_face(path, *, packed=None, dtype=None, **arguments):
             `weight_quantizer="int4"`, `quantization_strength=1.0` or `embedding_quantizer="int8"`.
 
     Returns:
-        `BitNetCausalLM`.
+        `BitNetCausalLM`, with its `tokenizer` if the folder has a `tokenizer.json`.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -90,7 +91,10 @@ def from_hugging_face(path, *, packed=None, dtype=None, **arguments):
             shape = tensor_map.matrix_shape(place.layer)
             matrix = checkpoint.read(f"{place.hugging_face}.weight", shape, FLOATS)
             weights.set_matrix(place.layer, matrix)
-    return BitNetCausalLM(backbone)
+    model = BitNetCausalLM(backbone)
+    if (path / tokenizer_files.MODEL).is_file():
+        model.tokenizer = tokenizer_files.Tokenizer.from_folder(path)
+    return model
 
 
 def _check_sizes(checkpoint, arguments):
@@ -156,7 +160,8 @@ def to_hugging_face(
             are not quantized there.
         dtype: `"float32"` or `"bfloat16"`: of the floats in the files, the dtype of the model's
             variables by default.
-        tokenizer: `keras_bitnet.interop.Tokenizer` whose files are written too, or `None`.
+        tokenizer: `keras_bitnet.interop.Tokenizer` whose files are written too,
+            `model.tokenizer` by default.
         shard_bytes: Largest size of a file.
 
     Raises:
@@ -170,6 +175,7 @@ def to_hugging_face(
     check_choice("dtype", dtype, tuple(DTYPES))
     kind = VARIANTS[variant]
     _check_quantizers(backbone, kind)
+    tokenizer = tokenizer or own_tokenizer(model)
     config = write_config(backbone, kind, dtype, tokenizer)
     with folder_written_whole(path) as folder:
         write_checkpoint(folder, _tensors(backbone, kind, DTYPES[dtype]), shard_bytes)
@@ -190,6 +196,12 @@ def check_model(model):
     if not isinstance(model, BitNetCausalLM):
         raise ValueError(f"Expected a `BitNetCausalLM`. Received: {type(model).__name__}")
     return model.backbone
+
+
+def own_tokenizer(model):
+    """`model.tokenizer` where it can be written, or `None`."""
+    tokenizer = getattr(model, "tokenizer", None)
+    return tokenizer if isinstance(tokenizer, tokenizer_files.Tokenizer) else None
 
 
 def _check_quantizers(backbone, kind):

@@ -2,22 +2,28 @@
 
 import dataclasses
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from keras_bitnet.checks import check_choice
+from keras_bitnet.files import replacing
 from keras_bitnet.interop import tensor_map, weights
 from keras_bitnet.interop.codecs import BLOCK_TYPES, i2_s
-from keras_bitnet.interop.files import require, written_whole
+from keras_bitnet.interop.files import require
 from keras_bitnet.interop.gguf_layout import block_scales, check_rows, fit_codes, permute_heads
 from keras_bitnet.interop.gguf_tokenizer import tokenizer_metadata
 from keras_bitnet.interop.hf_config import activation_name, check_architecture
-from keras_bitnet.interop.hugging_face import check_model
+from keras_bitnet.interop.hugging_face import check_model, own_tokenizer
 from keras_bitnet.layers.base import BitLayer
 
 LLAMA, BITNET, BITNET_CPP = "llama", "bitnet", "bitnet-b1.58"
 ARCHITECTURES = (LLAMA, BITNET, BITNET_CPP)
-FLOAT_TYPES = {"f32": (0, 0, np.dtype("<f4")), "f16": (1, 1, np.dtype("<f2"))}  # id, file type
+FLOAT_TYPES: dict[str, tuple[int, int, np.dtype]] = {
+    "f32": (0, 0, np.dtype("<f4")),
+    "f16": (1, 1, np.dtype("<f2")),
+}  # id, file type
 TYPES = (*BLOCK_TYPES, i2_s.NAME, *FLOAT_TYPES)
 TABLE_TYPES = ("f32", "f16", "q8_0")
 
@@ -30,7 +36,7 @@ class Tensor:
     shape: tuple
     type_id: int
     nbytes: int
-    make: object
+    make: Callable[[], Any]
 
 
 def to_gguf(
@@ -64,8 +70,8 @@ def to_gguf(
         arch: `"llama"`, `"bitnet"` (llama.cpp: SiLU gates and tied embeddings only),
             `"bitnet-b1.58"` (bitnet.cpp and ik_llama.cpp), or `"auto"`: by sub-norms and type.
         embedding_type: `"f16"`, `"f32"` or `"q8_0"`: of the embedding and output projection.
-        tokenizer: `keras_bitnet.interop.Tokenizer` to write along, or `None`: the reader gives
-            and takes token ids.
+        tokenizer: `keras_bitnet.interop.Tokenizer` to write along, `model.tokenizer` by default;
+            without one the reader gives and takes token ids.
         name: Name of the model in the file, that of `model` by default.
 
     Raises:
@@ -83,6 +89,7 @@ def to_gguf(
     check_architecture(backbone)
     arch = _architecture(backbone, arch, type)
     metadata = _metadata(backbone, arch, name or model.name)
+    tokenizer = tokenizer or own_tokenizer(model)
     if tokenizer is None:
         metadata["tokenizer.ggml.model"] = "no_vocab"
     else:
@@ -92,7 +99,7 @@ def to_gguf(
     if file_type is None:
         file_type = FLOAT_TYPES[type][1] if type in FLOAT_TYPES else BLOCK_TYPES[type].file_type
     metadata["general.file_type"] = file_type
-    with written_whole(path) as temporary:
+    with replacing(path) as temporary:
         _write(gguf, temporary, arch, metadata, tensors)
 
 
@@ -198,36 +205,32 @@ def _matrix(place, type, name, heads, arch):
 
 def _quantized_matrix(layer, type, weight, shape, heads, arch):
     size = shape[0] * shape[1]
-    ternary = BLOCK_TYPES["tq2_0"] if type == i2_s.NAME else BLOCK_TYPES[type]
+    block = BLOCK_TYPES["tq2_0"] if type == i2_s.NAME else BLOCK_TYPES[type]
     scales = layer.weight_quantizer.scale_shape(shape[1], shape[0])  # (groups, out)
     whole = scales == (1, 1)
 
     def make_codes():
-        found = fit_codes(weights.get_codes(layer), type, ternary, weight)
+        found = fit_codes(weights.get_codes(layer), type, block, weight)
         return permute_heads(found.codes, heads), permute_heads(found.scale, heads)
 
     if type == i2_s.NAME:
         if not whole:
             raise ValueError(f"'{i2_s.NAME}' has one scale for a tensor. Received: {scales}")
-
-        def make():
-            codes, scale = make_codes()
-            return i2_s.encode(codes, scale.item())
-
-        return [Tensor(weight, shape, i2_s.ID, i2_s.nbytes(size), make)]
-    block_scales(np.ones(scales[::-1], np.float32), shape[1], ternary, weight)
+        make_i2_s = lambda: i2_s.encode(*make_codes())  # noqa: E731
+        return [Tensor(weight, shape, i2_s.ID, i2_s.nbytes(size), make_i2_s)]
+    block_scales(np.ones(scales[::-1], np.float32), shape[1], block, weight)
     apart = whole and arch != BITNET_CPP  # whose readers know no tensor of the scale
 
     def make():
         codes, scale = make_codes()
         # The step of the type times 1: blocks of scale d = 1.
-        scale = np.full((1, 1), ternary.step, np.float32) if apart else scale
-        return ternary.encode(codes, block_scales(scale, shape[1], ternary, weight))
+        scale = np.full((1, 1), block.step, np.float32) if apart else scale
+        return block.encode(codes, block_scales(scale, shape[1], block, weight))
 
-    nbytes = size // ternary.block_size * ternary.block_bytes
-    tensors = [Tensor(weight, shape, ternary.id, nbytes, make)]
+    nbytes = size // block.block_size * block.block_bytes
+    tensors = [Tensor(weight, shape, block.id, nbytes, make)]
     if apart:
-        make_scale = lambda: make_codes()[1].reshape(1) / np.float32(ternary.step)  # noqa: E731
+        make_scale = lambda: make_codes()[1].reshape(1) / np.float32(block.step)  # noqa: E731
         tensors.append(Tensor(weight.replace(".weight", ".scale"), (1,), 0, 4, make_scale))
     return tensors
 

@@ -86,6 +86,11 @@ class Tokenizer:
         """Number of tokens, the special ones included."""
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def stop_tokens(self):
+        """`eos_token_ids` as a list: where `BitNetCausalLM.generate` ends."""
+        return list(self.eos_token_ids)
+
     def token(self, token_id):
         """The text of a token as the vocabulary has it, or `None`."""
         return None if token_id is None else self.tokenizer.id_to_token(token_id)

@@ -24,7 +24,7 @@ def encode(codes, scale):
 
     Args:
         codes: `uint8` array `(out, in)` of 0, 1, 2; `in` is a multiple of 128.
-        scale: Float: `w = scale * (code - 1)`.
+        scale: Float or array of one: `w = scale * (code - 1)`.
 
     Returns:
         `uint8` array `(nbytes(out * in),)`.
@@ -43,7 +43,7 @@ def encode(codes, scale):
     for n in range(4):
         packed |= runs[:, n] << np.uint8(6 - 2 * n)
     tail = np.zeros(TAIL_BYTES, np.uint8)
-    tail[:4] = np.array([scale], "<f4").view(np.uint8)
+    tail[:4] = np.asarray(scale, "<f4").reshape(1).view(np.uint8)
     return np.concatenate([packed.reshape(-1), tail])
 
 
