@@ -1,16 +1,32 @@
 """Low-bit neural networks in Keras 3: train, save, pack and run."""
 
+import pathlib
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from keras_bitnet import callbacks, layers, models, ops, quantizers
-from keras_bitnet.kernels.select import explain
-from keras_bitnet.report import summary
-from keras_bitnet.transforms import calibrate, pack_model, quantize_model, unpack_model
+
+def _command_line_starts():
+    """Whether this is the process of `keras-bitnet`, which imports the rest when it needs it.
+
+    Its help then comes at once. Everybody else gets every name, and every layer registered.
+    """
+    if "keras_bitnet.cli" in sys.modules:
+        return False
+    module_run = sys.argv[:1] == ["-m"] and "keras_bitnet" in sys.orig_argv
+    return module_run or pathlib.Path(*sys.argv[:1]).stem == "keras-bitnet"
+
+
+if not _command_line_starts():
+    from keras_bitnet import callbacks, interop, layers, models, ops, quantizers
+    from keras_bitnet.kernels.select import explain
+    from keras_bitnet.report import summary
+    from keras_bitnet.transforms import calibrate, pack_model, quantize_model, unpack_model
 
 __all__ = [
     "calibrate",
     "callbacks",
     "explain",
+    "interop",
     "layers",
     "models",
     "ops",

@@ -1,4 +1,4 @@
-"""A `ModelSummary` as a table for people: by `rich` where it is installed, else aligned text."""
+"""Tables for people, by `rich` where it is installed, else aligned text; that of a summary."""
 
 import importlib.util
 from typing import Any
@@ -12,51 +12,73 @@ _TEXT_COLUMNS = 4  # the first ones are aligned to the left, the numbers after t
 
 def show(data):
     """Prints a summary."""
-    if importlib.util.find_spec("rich") is None:
-        print(as_text(data))
-    else:
-        _show_rich(data)
+    styles = [{"packed": "green", "QAT": "cyan"}.get(row.state) for row in data.rows]
+    print_table(HEADERS, _lines(data), _title(data), _TEXT_COLUMNS, styles, _footer(data.totals))
 
 
 def as_text(data):
     """A summary as plain text."""
-    lines = [HEADERS, *(_cells(row) for row in data.rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return text_table(HEADERS, _lines(data), _title(data), _TEXT_COLUMNS, _footer(data.totals))
+
+
+def print_table(headers, lines, title, left=1, styles=None, footer=()):
+    """Prints a table, by `rich` where that is installed.
+
+    Args:
+        headers: Names of the columns.
+        lines: Lists of cells, texts.
+        title: Line above it.
+        left: How many columns, the first ones, are aligned to the left; the others to the right.
+        styles: A `rich` style or `None` for each line, none by default.
+        footer: Lines below it.
+    """
+    if importlib.util.find_spec("rich") is None:
+        print(text_table(headers, lines, title, left, footer))
+    else:
+        _print_rich(headers, lines, title, left, styles or [None] * len(lines), footer)
+
+
+def text_table(headers, lines, title, left=1, footer=()):
+    """A table as aligned text; arguments as for `print_table`."""
+    widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
     text = [
         "  ".join(
-            cell.ljust(width) if i < _TEXT_COLUMNS else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
-        for line in lines
+        for line in (headers, *lines)
     ]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join(
-        [f"Model: {data.name}", rule, text[0], rule, *text[1:], rule, *_footer(data.totals)]
-    )
+    return "\n".join([title, rule, text[0], rule, *text[1:], rule, *footer])
 
 
-def _show_rich(data):
+def _print_rich(headers, lines, title, left, styles, footer):
     import rich.box
     import rich.console
     import rich.measure
     import rich.table
 
-    table = rich.table.Table(
-        title=f"Model: {data.name}", title_justify="left", box=rich.box.ROUNDED
-    )
-    for i, header in enumerate(HEADERS):
-        justify: Any = "left" if i < _TEXT_COLUMNS else "right"
+    table = rich.table.Table(title=title, title_justify="left", box=rich.box.ROUNDED)
+    for i, header in enumerate(headers):
+        justify: Any = "left" if i < left else "right"
         table.add_column(header, justify=justify, no_wrap=True)
-    for row in data.rows:
-        style = {"packed": "green", "QAT": "cyan"}.get(row.state)
-        table.add_row(*map(_literal, _cells(row)), style=style)
+    for line, style in zip(lines, styles, strict=True):
+        table.add_row(*map(_literal, line), style=style)
     console = rich.console.Console()
     if not console.is_terminal:  # a file or a pipe has no width: do not cut
         options = console.options.update(max_width=10_000)
         console.width = rich.measure.Measurement.get(console, options, table).maximum
     console.print(table)
-    for line in _footer(data.totals):
+    for line in footer:
         console.print(line, markup=False, highlight=False)
+
+
+def _title(data):
+    return f"Model: {data.name}"
+
+
+def _lines(data):
+    return [_cells(row) for row in data.rows]
 
 
 def _literal(cell):
@@ -76,7 +98,7 @@ def _cells(row):
         _bits(row),
         state,
         f"{row.parameters:,}",
-        *(_bytes(n) for n in (row.bytes_stored, row.bytes_packed, row.bytes_float32)),
+        *(format_bytes(n) for n in (row.bytes_stored, row.bytes_packed, row.bytes_float32)),
         " + ".join(macs) if row.macs is not None and macs else "-",
     )
 
@@ -90,10 +112,13 @@ def _bits(row):
 
 def _footer(totals):
     parameters = _shares(totals.parameters_by_precision, totals.parameters)
+    now, packed, disk, float32 = map(
+        format_bytes,
+        (totals.bytes_stored, totals.bytes_packed, totals.bytes_on_disk, totals.bytes_float32),
+    )
     lines = [
         f"Parameters: {totals.parameters:,}{parameters}",
-        f"Memory: {_bytes(totals.bytes_stored)} now, {_bytes(totals.bytes_packed)} packed "
-        f"({_bytes(totals.bytes_on_disk)} on disk), {_bytes(totals.bytes_float32)} in float32",
+        f"Memory: {now} now, {packed} packed ({disk} on disk), {float32} in float32",
     ]
     if totals.compression is not None:
         lines.append(f"Compression: {totals.compression:.2f}x of float32 in memory")
@@ -118,7 +143,8 @@ def _count(number):
     return _scaled(number, 1000, ("", "k", "M", "G", "T", "P"))
 
 
-def _bytes(number):
+def format_bytes(number):
+    """Bytes for people: 1.20 KiB."""
     return _scaled(number, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
 
 

@@ -1,0 +1,145 @@
+"""What the commands share: model files, data files, outputs."""
+
+import pathlib
+
+from keras_bitnet.files import replacing
+
+
+def add_model(parser):
+    """Adds the argument FILE."""
+    parser.add_argument("file", metavar="FILE", help="a model saved as .keras (or .h5)")
+
+
+def add_output(parser, suffix):
+    """Adds `--output` and `--force`; see `output_path`."""
+    parser.add_argument(
+        "-o", "--output", metavar="PATH", help=f"where to write; FILE with {suffix} by default"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite the output if it exists")
+
+
+def add_data(parser, required=True, what="x, and y if there are targets, or the inputs by name"):
+    """Adds `--data`, `--samples` and `--batch-size`."""
+    parser.add_argument(
+        "--data", metavar="PATH", required=required, help=f".npy with inputs, or .npz with {what}"
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=256,
+        metavar="N",
+        help="use the first N examples (%(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="examples a batch (%(default)s)"
+    )
+
+
+def output_path(arguments, suffix):
+    """Where to write, checked before any work is done: `model.keras` gives `model.SUFFIX`.
+
+    Raises:
+        FileExistsError: There is such a file, and no `--force`.
+        FileNotFoundError: Its folder does not exist.
+    """
+    source = pathlib.Path(arguments.file)
+    path = pathlib.Path(arguments.output) if arguments.output else source.with_suffix(suffix)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder '{path.parent}' to write '{path.name}' to.")
+    if path.exists() and not arguments.force:
+        raise FileExistsError(f"'{path}' exists already: give --force, or another --output.")
+    return path
+
+
+def load_model(path):
+    """The model of a file.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is no model, or cannot be loaded.
+    """
+    import keras
+
+    if not pathlib.Path(path).exists():
+        raise FileNotFoundError(f"There is no file '{path}'.")
+    try:
+        return keras.models.load_model(path)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # whatever the layers of a foreign file raise
+        raise ValueError(f"'{path}' cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def save_model(model, path, force):
+    """Writes a `.keras` file, whole or not at all.
+
+    Raises:
+        ValueError: The path has another suffix.
+    """
+    if path.suffix != ".keras":
+        raise ValueError(f"A model is written to a file named *.keras. Received: '{path}'")
+    with replacing(path, overwrite=force) as temporary:
+        model.save(temporary)
+
+
+def model_facts(source, path, model):
+    """What a command tells about the model file that it wrote."""
+    from keras_bitnet.report import summary
+
+    totals = summary(model, as_data=True).totals
+    return {
+        "output": str(path),
+        "bytes_before": pathlib.Path(source).stat().st_size,
+        "bytes_after": path.stat().st_size,
+        "bytes_in_memory": totals.bytes_stored,
+        "bytes_packed": totals.bytes_packed,
+    }
+
+
+def changed_facts(changes):
+    """The list of `Change` as dictionaries; paths name the layers."""
+    return [
+        {
+            "layer": change.path,
+            "was": change.layer,
+            "is": change.replaced_by or change.layer,
+            "kept": change.reason or "",
+        }
+        for change in changes
+    ]
+
+
+def load_data(path, samples=None):
+    """Inputs, and targets if there are any, of a .npy or .npz file.
+
+    An .npz file holds `x`, or the inputs by name, and `y` where there are targets.
+
+    Args:
+        path: The file.
+        samples: How many examples to keep, all by default.
+
+    Returns:
+        `(x, y)`; `x` is an array or a dictionary of arrays, `y` an array or `None`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds no data, or arrays of different lengths.
+    """
+    import numpy as np
+
+    path = pathlib.Path(path)
+    if path.suffix not in (".npy", ".npz"):
+        raise ValueError(f"Data is read from .npy or .npz files. Received: '{path}'")
+    loaded = np.load(path)
+    arrays = {"x": loaded} if path.suffix == ".npy" else {name: loaded[name] for name in loaded}
+    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if len(set(lengths.values())) != 1 or 0 in lengths.values():
+        raise ValueError(
+            f"'{path}' must hold arrays with one row an example, as many in each. "
+            f"Received: {lengths}"
+        )
+    arrays = {name: array[:samples] for name, array in arrays.items()}
+    targets = arrays.pop("y", None)
+    if not arrays:
+        raise ValueError(f"'{path}' holds targets and no inputs. Received: {list(lengths)}")
+    return (arrays["x"] if list(arrays) == ["x"] else arrays), targets

@@ -1,0 +1,46 @@
+"""`keras-bitnet summary`."""
+
+from keras_bitnet.cli import common
+
+NAME = "summary"
+HELP = "Show bits, parameters, bytes and multiply-accumulates of every layer."
+EXAMPLES = (
+    "model.keras",
+    "model.keras --depth 0 --input-shape 1,128,64",
+    "model.keras --json > summary.json",
+)
+
+
+def add_arguments(parser):
+    """Adds the arguments."""
+    common.add_model(parser)
+    parser.add_argument(
+        "--depth", type=int, metavar="N", help="roll deeper layers up; 0 shows only the outer ones"
+    )
+    parser.add_argument(
+        "--input-shape",
+        type=_shape,
+        metavar="A,B,...",
+        help="shape of the inputs with the batch axis, for a model that takes any",
+    )
+
+
+def _shape(text):
+    return tuple(int(size) for size in text.split(","))
+
+
+def run(arguments):
+    """The content of `keras_bitnet.summary`."""
+    from keras_bitnet.report import summary
+
+    model = common.load_model(arguments.file)
+    shape = arguments.input_shape
+    return summary(model, as_data=True, depth=arguments.depth, input_shape=shape).to_dict()
+
+
+def show(result):
+    """Prints the table of `keras_bitnet.summary`."""
+    from keras_bitnet.report import ModelSummary, Row, Totals, table
+
+    rows = [Row(**row) for row in result["rows"]]
+    table.show(ModelSummary(result["name"], rows, Totals(**result["totals"])))

@@ -1,0 +1,35 @@
+"""Writing files: whole or not at all, and never over another by accident."""
+
+import contextlib
+import os
+import pathlib
+import tempfile
+
+
+@contextlib.contextmanager
+def replacing(path, overwrite=True):
+    """Gives a temporary path beside `path`, which takes its place if the block ends well.
+
+    >>> with replacing("plan.json") as temporary:
+    ...     temporary.write_text(text)
+
+    Args:
+        path: Where the file is to be; the temporary one has the same suffix.
+        overwrite: Whether a file that is there may be replaced.
+
+    Raises:
+        FileExistsError: There is one and it may not.
+    """
+    path = pathlib.Path(path)
+    check_absent(path, overwrite)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        temporary = pathlib.Path(folder, path.name)
+        yield temporary
+        check_absent(path, overwrite)  # another process may have been faster
+        os.replace(temporary, path)
+
+
+def check_absent(path, overwrite=False):
+    """Raises a `FileExistsError` if there is a file that may not be overwritten."""
+    if not overwrite and os.path.lexists(path):
+        raise FileExistsError(f"'{path}' exists already: allow to overwrite it, or name another.")

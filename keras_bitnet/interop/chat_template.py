@@ -1,0 +1,51 @@
+"""Chat templates: Jinja from a stranger's file, rendered in a sandbox."""
+
+import datetime
+import json
+
+from keras_bitnet.interop.files import require
+
+
+def render_chat(template, **variables):
+    """Renders a chat template as Hugging Face's libraries do.
+
+    The sandbox gives the template no attribute that leads to Python's internals; variables are
+    copied as plain data first.
+
+    Args:
+        template: Jinja text.
+        **variables: `messages`, `add_generation_prompt`, `bos_token`, `eos_token`, ...
+
+    Returns:
+        The text.
+
+    Raises:
+        ValueError: The template is invalid, refuses the messages or leaves the sandbox.
+    """
+    jinja2 = require("jinja2", "hf")
+    sandbox = require("jinja2.sandbox", "hf")
+    environment = sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+
+    def raise_exception(message):
+        raise jinja2.exceptions.TemplateError(message)
+
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    try:
+        plain = json.loads(json.dumps(variables))
+    except TypeError as error:
+        raise ValueError(f"Messages hold text, numbers, lists and dictionaries: {error}") from error
+    try:
+        return environment.from_string(template).render(**plain)
+    except (jinja2.exceptions.TemplateError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"The chat template cannot take these messages: {error}") from error
+
+
+def _to_json(value, indent=None, separators=None, sort_keys=False, ensure_ascii=False):
+    """Jinja's own filter escapes HTML, which templates do not expect."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

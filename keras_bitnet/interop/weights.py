@@ -1,0 +1,133 @@
+"""Matrices in and out of layers, `(out, in)` as outside files have them, one at a time."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_bitnet import quantizers
+from keras_bitnet.layers.base import BitLayer
+from keras_bitnet.ops import PackedTensor
+
+
+class Codes(NamedTuple):
+    """A quantized matrix: `w = scale * (codes + offset)`.
+
+    Attributes:
+        codes: `uint8` array `(out, in)`.
+        scale: `float32` array `(out or 1, groups or 1)`.
+        offset: Float.
+    """
+
+    codes: Any
+    scale: Any
+    offset: float
+
+
+def set_codes(layer, codes, scale):
+    """Fills a packed layer with codes.
+
+    Args:
+        layer: Packed `BitLayer`.
+        codes: `uint8` array `(out, in)`.
+        scale: `float32` array `(out or 1, groups or 1)`; it multiplies.
+    """
+    quantizer = layer.weight_quantizer
+    packed = PackedTensor.from_codes(
+        np.ascontiguousarray(codes.T),
+        np.ascontiguousarray(scale.T),
+        quantizer.offset,
+        quantizer.bits,
+        quantizer.group_size,
+        layer.packed_layout,
+    )
+    layer.kernel_tiles.assign(packed.tiles)
+    layer.kernel_scale.assign(np.broadcast_to(packed.scale, layer.kernel_scale.shape))
+
+
+def set_matrix(layer, matrix):
+    """Fills a layer with a float matrix `(out, in)`; a packed layer quantizes it.
+
+    Raises:
+        ValueError: It holds a NaN or an infinity.
+    """
+    matrix = np.asarray(matrix, np.float32)
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"The weights for layer '{layer.name}' hold a NaN or an infinity.")
+    if hasattr(layer, "embeddings"):
+        layer.embeddings.assign(matrix)
+    elif not isinstance(layer, BitLayer):
+        layer.kernel.assign(matrix.T)
+    elif layer.packed:
+        quantized = layer.weight_quantizer.quantize(ops.transpose(ops.convert_to_tensor(matrix)))
+        codes, scale = (ops.convert_to_numpy(x).T for x in quantized[:2])
+        set_codes(layer, codes, scale)
+    else:
+        kernel = ops.transpose(ops.convert_to_tensor(matrix))
+        layer.kernel.assign(layer.matrix_to_kernel(kernel))
+        layer.reset_scale()
+
+
+def get_matrix(layer, strength=None):
+    """The float weights of a layer, `float32 (out, in)`.
+
+    Args:
+        layer: Any layer with one matrix.
+        strength: How far a layer that is not packed is quantized; its own strength by default.
+    """
+    if hasattr(layer, "embeddings"):
+        return ops.convert_to_numpy(ops.cast(layer.embeddings, "float32"))
+    if not isinstance(layer, BitLayer):
+        return ops.convert_to_numpy(ops.cast(layer.kernel, "float32")).T
+    if layer.packed:
+        return ops.convert_to_numpy(layer.packed_kernel.dequantize()).T
+    if strength is None:
+        strength = ops.convert_to_tensor(layer.quantization_strength)
+    return ops.convert_to_numpy(layer.fake_quantized_matrix(strength)).T
+
+
+def get_master(layer):
+    """The float weights of a layer before quantization; packed, ones that quantize alike."""
+    if not layer.packed:
+        return ops.convert_to_numpy(layer.kernel_matrix()).T
+    packed = layer.packed_kernel
+    quantized = quantizers.QuantizedWeight(packed.codes(), packed.scale, packed.offset)
+    return ops.convert_to_numpy(layer.weight_quantizer.restore(quantized)).T
+
+
+def get_codes(layer):
+    """The `Codes` of a quantized layer, packed or not."""
+    if layer.packed:
+        packed = layer.packed_kernel
+        codes, scale, offset = packed.codes(), packed.scale, packed.offset
+    else:
+        codes, scale, offset = layer.quantized_matrix()
+    codes, scale = (ops.convert_to_numpy(x).T for x in (codes, scale))
+    return Codes(np.ascontiguousarray(codes), np.ascontiguousarray(scale), float(offset))
+
+
+def set_norm(layer, scale):
+    """Fills the trained scale of a norm."""
+    if tuple(layer.scale.shape) != tuple(scale.shape):
+        raise ValueError(
+            f"The norm '{layer.name}' has shape {tuple(layer.scale.shape)}. "
+            f"Received: {tuple(scale.shape)}"
+        )
+    layer.scale.assign(np.asarray(scale, np.float32))
+
+
+def get_norm(layer):
+    """The trained scale of a norm, `float32`."""
+    return ops.convert_to_numpy(ops.cast(layer.scale, "float32"))
+
+
+def check_exportable(layer, name):
+    """Refuses what no outside format holds.
+
+    Raises:
+        ValueError: The layer has LoRA weights or a bias.
+    """
+    if layer.lora_enabled:
+        raise ValueError(f"'{name}' has LoRA weights, which these formats do not hold.")
+    if layer.bias is not None:
+        raise ValueError(f"'{name}' has a bias, which these formats do not hold.")

@@ -1,0 +1,172 @@
+"""The command line: what it writes, prints and refuses."""
+
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND, ROOT, to_numpy
+
+from keras_bitnet import cli
+from keras_bitnet.cli import common
+from keras_bitnet.layers import BitLinear
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = keras.Sequential(
+        [keras.Input((6,)), keras.layers.Dense(5, name="a"), keras.layers.Dense(3, name="b")]
+    )
+    path = tmp_path / "model.keras"
+    model.save(path)
+    return path
+
+
+def run_json(capsys, *arguments):
+    assert cli.main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def run_python(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True, text=True, check=False, cwd=cwd,
+        env={"KERAS_BACKEND": BACKEND, "PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(cwd)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [[], ["pack"]], ids=str)
+def test_help_imports_no_keras(arguments, tmp_path):
+    code = (
+        "import sys; sys.argv = ['keras-bitnet']\n"
+        "from keras_bitnet.cli import main\n"
+        f"try: main({[*arguments, '--help']})\n"
+        "except SystemExit as leave: print('code', leave.code, 'keras' in sys.modules)"
+    )
+    result = run_python("-c", code, cwd=tmp_path)
+    assert result.stdout.strip().endswith("code 0 False"), result.stderr
+    assert "keras-bitnet" in result.stdout
+
+
+def test_module_run_registers_the_layers(saved, capsys, tmp_path):
+    quantized = run_json(capsys, "quantize", saved)["output"]
+    result = run_python("-m", "keras_bitnet", "summary", quantized, "--json", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert [row["state"] for row in json.loads(result.stdout)["rows"]] == ["QAT", "QAT"]
+
+
+def test_quantize_pack_unpack(saved, capsys):
+    x = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
+    quantized = run_json(capsys, "quantize", saved, "--weights", "int4", "--filters", "a$")
+    assert [(c["layer"], c["is"]) for c in quantized["changes"]] == [
+        ("a", "BitLinear"), ("b", "Dense"),
+    ]  # fmt: skip
+    model = keras.models.load_model(quantized["output"])
+    assert isinstance(model.layers[0], BitLinear)
+    packed = run_json(capsys, "pack", quantized["output"])
+    assert packed["output"] == str(saved.parent / "model.quantized.packed.keras")
+    assert packed["bytes_in_memory"] < quantized["bytes_in_memory"]
+    loaded = keras.models.load_model(packed["output"])
+    np.testing.assert_allclose(to_numpy(loaded(x)), to_numpy(model(x)), rtol=1e-4, atol=1e-5)
+    unpacked = run_json(capsys, "unpack", packed["output"], "-o", saved.parent / "u.keras")
+    model = keras.models.load_model(unpacked["output"])
+    np.testing.assert_allclose(to_numpy(loaded(x)), to_numpy(model(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_summary_table_and_json(saved, capsys):
+    data = run_json(capsys, "summary", saved)
+    assert [row["macs"] for row in data["rows"]] == [30, 15]
+    assert cli.main(["summary", str(saved)]) == 0
+    out = capsys.readouterr().out
+    assert "a (Dense)" in out
+    assert "MACs of one example: 45" in out
+
+
+def test_devices(capsys):
+    data = run_json(capsys, "devices")
+    assert data["backend"] == BACKEND
+    assert any("cpu" in device.lower() for device in data["devices"])
+    assert [row["runs"] for row in data["kernels"] if row["kernel"] == "reference"] == ["yes"] * 4
+    assert cli.main(["devices"]) == 0
+    assert "reference" in capsys.readouterr().out
+
+
+def test_nothing_is_overwritten_without_force(saved, capsys):
+    before = saved.read_bytes()
+    assert cli.main(["quantize", str(saved), "-o", str(saved)]) == 1
+    assert "--force" in capsys.readouterr().err
+    assert saved.read_bytes() == before
+    assert cli.main(["quantize", str(saved), "-o", str(saved), "--force"]) == 0
+    assert saved.read_bytes() != before
+    assert [path.name for path in saved.parent.iterdir()] == ["model.keras"]
+
+
+def test_a_failure_leaves_no_file(saved, capsys, monkeypatch):
+    def fail(self, path, **kwargs):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(keras.Model, "save", fail)
+    assert cli.main(["quantize", str(saved)]) == 1
+    assert "disk full" in capsys.readouterr().err
+    assert [path.name for path in saved.parent.iterdir()] == ["model.keras"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["summary", "{dir}/none.keras"], "There is no file"),
+        (["quantize", "{file}", "--weights", "int3"], "Received: 'int3'"),
+        (["quantize", "{file}", "-o", "{dir}/x.zip"], r"\*.keras"),
+        (["quantize", "{file}", "-o", "{dir}/no/x.keras"], "no folder"),
+        (["summary", "{dir}/text.keras"], "text.keras"),
+        (["summary", "{file}", "--import", "no_such_module"], "no_such_module"),
+    ],
+    ids=str,
+)
+def test_errors_have_exit_code_1_and_say_why(arguments, message, saved, capsys):
+    (saved.parent / "text.keras").write_text("no model")
+    filled = [a.format(dir=saved.parent, file=saved) for a in arguments]
+    assert cli.main(filled) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"keras-bitnet {arguments[0]}: ")
+    assert message.replace("\\", "") in captured.err
+
+
+def test_wrong_usage_has_exit_code_2(saved, capsys):
+    for arguments in ([], ["fly"], ["pack"], ["summary", str(saved), "--depth", "deep"]):
+        with pytest.raises(SystemExit) as leave:
+            cli.main(arguments)
+        assert leave.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_the_backend_cannot_change_late(saved, capsys):
+    other = "torch" if BACKEND == "jax" else "jax"
+    assert cli.main(["summary", str(saved), "--backend", other]) == 1
+    assert "cannot change" in capsys.readouterr().err
+
+
+def test_json_is_valid_where_numbers_are_not_finite():
+    text = cli.output.to_json({"a": [float("inf"), 1.5], "b": {"c": float("nan")}})
+    assert json.loads(text) == {"a": [None, 1.5], "b": {"c": None}}
+
+
+def test_data_files(tmp_path):
+    x, y = np.arange(12.0).reshape(6, 2), np.arange(6)
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "xy.npz", x=x, y=y)
+    np.savez(tmp_path / "named.npz", left=x, right=x)
+    np.savez(tmp_path / "uneven.npz", x=x, y=y[:3])
+    inputs, targets = common.load_data(tmp_path / "xy.npz", samples=4)
+    np.testing.assert_array_equal(inputs, x[:4])
+    np.testing.assert_array_equal(targets, y[:4])
+    assert common.load_data(tmp_path / "x.npy")[1] is None
+    assert sorted(common.load_data(tmp_path / "named.npz")[0]) == ["left", "right"]
+    with pytest.raises(ValueError, match="one row an example"):
+        common.load_data(tmp_path / "uneven.npz")
+    with pytest.raises(ValueError, match="Received"):
+        common.load_data(tmp_path / "x.csv")

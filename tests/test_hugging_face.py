@@ -1,0 +1,160 @@
+"""Checkpoints against transformers: the same logits, in and out, and the same bytes."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+from helpers import relative_error, to_numpy
+
+from keras_bitnet.interop import from_hugging_face, to_hugging_face
+from keras_bitnet.interop.safetensors_file import Checkpoint
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate", reason="transformers quantizes with accelerate")
+from safetensors.torch import save_file  # noqa: E402
+from transformers.integrations.bitnet import pack_weights  # noqa: E402
+
+SIZES = {
+    "vocab_size": 56, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "initializer_range": 0.5,
+}  # fmt: skip
+KINDS = {
+    "bitnet": (transformers.BitNetConfig, {"tie_word_embeddings": True}),
+    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": False, "head_dim": 10}),
+}
+QUANTIZATION = {
+    "online": {"linear_class": "autobitlinear", "quantization_mode": "online"},
+    "offline": {"linear_class": "autobitlinear", "quantization_mode": "offline"},
+    "bitlinear": {},
+    "float": None,
+}
+TOKENS = np.array([[3, 1, 4, 1, 5, 9, 2, 6, 53, 5], [8, 9, 7, 9, 3, 2, 3, 8, 4, 6]])
+
+
+def make_checkpoint(folder, kind, variant, **changes):
+    """A checkpoint of random weights, written by the other side's own code."""
+    config_class, more = KINDS[kind]
+    config = config_class(**{**SIZES, **more, **changes})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = 1 + 0.3 * torch.randn_like(parameter)
+    tensors = dict(model.state_dict())
+    if config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    if variant in ("offline", "bitlinear"):
+        for name in [name for name in tensors if name.endswith("proj.weight")]:
+            mean = tensors[name].abs().mean()
+            ternary = torch.clamp(torch.round(tensors[name] / mean), -1, 1)
+            tensors[name] = pack_weights(ternary)
+            scale = mean if variant == "offline" else 1 / mean
+            tensors[name + "_scale"] = scale.reshape(1)
+    model.config.save_pretrained(folder)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+    written = json.loads((folder / "config.json").read_text())
+    if QUANTIZATION[variant] is not None:
+        written["quantization_config"] = {"quant_method": "bitnet", **QUANTIZATION[variant]}
+        (folder / "config.json").write_text(json.dumps(written))
+    return folder
+
+
+def their_logits(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model.eval()(torch.tensor(TOKENS)).logits.numpy()
+
+
+def our_logits(model):
+    return to_numpy(model({"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}))
+
+
+def assert_same_logits(found, expected):
+    """Equal to 1e-4, but where an activation at the edge of int8 rounding took the other side."""
+    apart = np.abs(found - expected).max(axis=-1)  # (batch, length)
+    assert (apart <= 1e-4).mean() >= 0.5
+    assert apart.max() <= 0.3
+
+
+@pytest.mark.parametrize("variant", QUANTIZATION)
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_transformers_in_and_out(kind, variant, tmp_path):
+    (tmp_path / "in").mkdir()
+    folder = make_checkpoint(tmp_path / "in", kind, variant)
+    model = from_hugging_face(folder)
+    assert model.packed == (variant in ("offline", "bitlinear"))
+    expected = their_logits(folder)
+    assert_same_logits(our_logits(model), expected)
+    to_hugging_face(model, tmp_path / "out", variant=variant)
+    assert np.abs(their_logits(tmp_path / "out") - expected).max() <= 1e-4
+    with Checkpoint(folder) as before, Checkpoint(tmp_path / "out") as after:
+        assert before.keys() == after.keys()
+        for name in before.keys():  # noqa: SIM118
+            given = before.read(name, before.shape(name), [before.dtype(name)])
+            written = after.read(name, before.shape(name), [before.dtype(name)])
+            assert relative_error(written, given) <= (0 if given.dtype == np.uint8 else 2e-7), name
+
+
+def test_variants_turn_into_each_other_with_the_same_bytes(tmp_path):
+    (tmp_path / "in").mkdir()
+    model = from_hugging_face(make_checkpoint(tmp_path / "in", "bitnet", "offline"))
+    to_hugging_face(model, tmp_path / "c", variant="bitlinear", shard_bytes=4000)
+    assert (tmp_path / "c" / "model.safetensors.index.json").exists()
+    again = from_hugging_face(tmp_path / "c")
+    to_hugging_face(again, tmp_path / "b", variant="offline")
+    with Checkpoint(tmp_path / "in") as before, Checkpoint(tmp_path / "b") as after:
+        for name in before.keys():  # noqa: SIM118
+            if before.dtype(name) == "U8":
+                shape = before.shape(name)
+                given, written = (c.read(name, shape, ["U8"]) for c in (before, after))
+                np.testing.assert_array_equal(written, given)
+    np.testing.assert_allclose(our_logits(again), our_logits(model), atol=1e-4)
+
+
+def test_masters_can_be_packed_as_they_are_read(tmp_path):
+    make_checkpoint(tmp_path, "bitnet", "online")
+    model = from_hugging_face(tmp_path, packed=True)
+    assert model.packed
+    expected = our_logits(from_hugging_face(tmp_path))
+    np.testing.assert_allclose(our_logits(model), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "Received: 'gpt2'"),
+        ({"hidden_size": "32"}, "Received: hidden_size='32'"),
+        ({"hidden_size": 10**12}, "positive integer"),
+        ({"vocab_size": 2**30}, "describes an embedding"),
+        ({"num_hidden_layers": 10**6}, "no tensors 'model.layers.999999"),
+        ({"intermediate_size": 10**8}, "describes blocks"),
+        ({"num_attention_heads": 4096, "head_dim": 4096}, "describes blocks"),
+        ({"attention_bias": True}, "attention_bias=true"),
+        ({"hidden_act": "gelu"}, "Received: 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "Received: 'yarn'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "Received: 'gptq'"),
+    ],
+)
+def test_other_models_and_absurd_sizes_are_refused(changes, message, tmp_path):
+    make_checkpoint(tmp_path, "bitnet", "offline")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError, match=message):
+        from_hugging_face(tmp_path)
+
+
+def test_what_a_variant_cannot_hold_is_refused(tmp_path):
+    make_checkpoint(tmp_path, "llama", "float")
+    model = from_hugging_face(tmp_path, packed=True, weight_quantizer="int4")
+    with pytest.raises(ValueError, match="ternary weights with a scale per tensor"):
+        to_hugging_face(model, tmp_path / "out")
+    with pytest.raises(ValueError, match="`variant` must be one of"):
+        to_hugging_face(model, tmp_path / "out", variant="gptq")
+    assert not (tmp_path / "out").exists()
+    to_hugging_face(model, tmp_path / "out", variant="float")
+    assert np.isfinite(their_logits(tmp_path / "out")).all()
