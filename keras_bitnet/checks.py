@@ -18,3 +18,13 @@ def check_built(model):
             f"Model '{model.name}' has no weights yet. Build it (`model.build(input_shape)`) or "
             "call it on data first."
         )
+
+
+def check_own_names(layer, **arguments):
+    """Raises a `ValueError` where an argument is given that the layer does not have."""
+    for name, value in arguments.items():
+        if value is not None and layer.own_names.get(name, name) is None:
+            raise ValueError(
+                f"{type(layer).__name__} has no `{name}`; put a layer for it behind this one. "
+                f"Received: {name}={value!r}"
+            )

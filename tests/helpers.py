@@ -43,6 +43,18 @@ def relative_error(actual, expected):
     return np.abs(actual - expected).max() / max(np.abs(expected).max(), 1e-30)
 
 
+def packed_twin(layer, input_shape):
+    """The packed twin of a single layer, biases copied."""
+    if not layer.built:
+        layer.build(input_shape)
+    twin = type(layer).from_config({**layer.get_config(), "packed": True})
+    twin.build(input_shape)
+    twin.pack_from(layer)
+    if layer.bias is not None:
+        twin.bias.assign(to_numpy(layer.bias))
+    return twin
+
+
 def run_python(code, backend=BACKEND, **environment):
     """Runs code in a fresh process; returns what it printed last, as JSON."""
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]

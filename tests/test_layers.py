@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from helpers import BACKEND, relative_error, to_numpy
+from helpers import BACKEND, packed_twin, relative_error, to_numpy
 from keras import ops
 
 from keras_bitnet import quantizers
@@ -14,17 +14,6 @@ GRANULARITIES = [("tensor", None), ("channel", None), ("group", 32)]
 
 def quantizer(name, granularity="tensor", group_size=None, **arguments):
     return type(quantizers.get(name))(granularity=granularity, group_size=group_size, **arguments)
-
-
-def packed_twin(layer, input_shape):
-    if not layer.built:
-        layer.build(input_shape)
-    twin = type(layer).from_config({**layer.get_config(), "packed": True})
-    twin.build(input_shape)
-    twin.pack_from(layer)
-    if layer.bias is not None:
-        twin.bias.assign(to_numpy(layer.bias))
-    return twin
 
 
 @pytest.mark.parametrize(("granularity", "group_size"), GRANULARITIES)

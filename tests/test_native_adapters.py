@@ -26,26 +26,36 @@ QUANTIZERS = (
     ActivationInt4(),
     ActivationInt8("tensor"),
     ActivationInt4("tensor"),
+    ActivationInt8("static"),
 )
+X_SCALE = np.float32(0.02)  # clips some: an int8 code reaches 127 * 0.02 = 2.54
 # A result is rounded to its dtype, and float32 sums differ in order.
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
 
 
-def make_packed(rng, k, n, bits=2, granularity="tensor", offset=None):
-    codes = rng.integers(0, 2**bits, (k, n))
+def make_packed(rng, k, n, bits=2, granularity="tensor", offset=None, layout="tiles"):
+    codes = rng.integers(0, 3 if layout == "trits" else 2**bits, (k, n))
     group_size = granularity if isinstance(granularity, int) else None
     groups = -(-k // group_size) if group_size else 1
     scale = rng.uniform(0.5, 1.5, (groups, 1 if granularity == "tensor" else n)).astype("float32")
     offset = OFFSETS[bits][0] if offset is None else offset
-    packed = PackedTensor.from_codes(codes, scale, offset, bits, group_size)
+    packed = PackedTensor.from_codes(codes, scale, offset, bits, group_size, layout)
     tensors = (ops.convert_to_tensor(packed.tiles), ops.convert_to_tensor(packed.scale))
-    return codes, PackedTensor(*tensors, offset, bits, k, n, group_size)
+    return codes, PackedTensor(*tensors, offset, bits, k, n, group_size, layout)
+
+
+def static_scale(quantizer):
+    return ops.convert_to_tensor(X_SCALE) if quantizer.granularity == "static" else None
 
 
 def expected(x, codes, packed, quantizer, bias):
-    x_codes, x_scale = oracle.quantize_activation(
-        x, quantizer.highest, quantizer.granularity == "tensor"
-    )
+    if quantizer.granularity == "static":
+        inverse, top = np.float32(1) / X_SCALE, quantizer.highest
+        x_codes, x_scale = np.clip(np.rint(x * inverse), -top, top).astype(np.int64), X_SCALE
+    else:
+        x_codes, x_scale = oracle.quantize_activation(
+            x, quantizer.highest, quantizer.granularity == "tensor"
+        )
     scale = to_numpy(packed.scale).astype("float64")
     group_size = packed.group_size or packed.in_features
     step = 1 if float(packed.offset).is_integer() else 2
@@ -75,9 +85,9 @@ def test_equals_oracle_and_reference(bits, offset, granularity, dtype, rng):
         bias = rng.normal(size=n).astype("float32") if n % 2 else None
         x = ops.cast(rng.normal(size=(m, k)).astype("float32"), dtype)
         with kernels.use_kernel("native"):
-            y = bit_matmul(x, packed, quantizer, bias)
+            y = bit_matmul(x, packed, quantizer, bias, static_scale(quantizer))
         with kernels.use_kernel("reference"):
-            reference = bit_matmul(x, packed, quantizer, bias)
+            reference = bit_matmul(x, packed, quantizer, bias, static_scale(quantizer))
         assert keras.backend.standardize_dtype(y.dtype) == dtype
         assert tuple(y.shape) == (m, n)
         x, y, reference = (to_numpy(ops.cast(v, "float32")) for v in (x, y, reference))
@@ -148,6 +158,48 @@ def test_gradient_of_activations_and_bias(bits, granularity, dtype, rng):
         assert relative_error(actual, wanted) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_trits(dtype, rng):
+    """Five to a byte: the same bits as from the tiles of two bits, and the gradient."""
+    for m, k, n in SIZES:
+        codes, packed = make_packed(rng, k, n, layout="trits")
+        tiles = PackedTensor.from_codes(codes, to_numpy(packed.scale), packed.offset, 2)
+        x = ops.cast(rng.normal(size=(m, k)).astype("float32"), dtype)
+        with kernels.use_kernel("native"):
+            y = to_numpy(ops.cast(bit_matmul(x, packed, ActivationInt8()), "float32"))
+            wanted = to_numpy(ops.cast(bit_matmul(x, tiles, ActivationInt8()), "float32"))
+        np.testing.assert_array_equal(y, wanted)
+        with kernels.use_kernel("reference"):
+            reference = to_numpy(ops.cast(bit_matmul(x, packed, ActivationInt8()), "float32"))
+        assert relative_error(y, reference) < TOLERANCE[dtype]
+    g = gradient(
+        lambda v: ops.sum(bit_matmul(v, packed, ActivationInt8())), to_numpy(ops.ones((m, k)))
+    )
+    assert relative_error(g, np.ones((m, n)) @ to_numpy(tiles.dequantize()).T) < 1e-5
+
+
+def test_static_scale(rng):
+    """Through the gradient too, and what is not finite shows in its own row alone."""
+    _, packed = make_packed(rng, 100, 33)
+    x = rng.normal(size=(4, 100)).astype("float32")
+    x[0, 0] = 50  # clipped
+    broken = x.copy()
+    broken[1, 7], broken[2, 9] = np.nan, np.inf
+    quantizer = ActivationInt8("static")
+
+    def call(v):
+        return bit_matmul(v, packed, quantizer, None, static_scale(quantizer))
+
+    found = []
+    for name in ("native", "reference"):
+        with kernels.use_kernel(name):
+            found.append((gradient(lambda v: ops.sum(call(v) ** 2), x), to_numpy(call(broken))))
+    (native_gradient, y), (reference_gradient, wanted) = found
+    assert relative_error(native_gradient, reference_gradient) < 5e-6
+    assert not np.isfinite(y[[1, 2]]).any()
+    assert relative_error(y[[0, 3]], wanted[[0, 3]]) < 2e-6
+
+
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
 def test_trains_what_is_around_a_packed_layer(policy, rng):
     layer = packed_layer(rng, norm="rms", dtype=policy)
@@ -187,7 +239,8 @@ def problem(**changes):
         ({"device": "/job:localhost/replica:0/task:0/device:GPU:0"}, "not on the CPU"),
         ({"activation_bits": None}, "activations are float"),
         ({"activation_bits": 6}, "activations of 6 bits"),
-        ({"activation_granularity": "static"}, "'static'"),
+        ({"activation_granularity": "static"}, None),
+        ({"activation_granularity": "channel"}, "'channel'"),
         ({"dtype": "float64"}, "dtype float64"),
         ({"group_size": 48}, "multiple of 32"),
         ({"bits": 8, "in_features": 200_000}, "int32"),

@@ -18,13 +18,14 @@ from keras_bitnet.ops import PackedTensor
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reason()))
 
 ISAS = native.isas() if native.library() is not None else []
-WEIGHTS = {  # name -> (bits, offset)
-    "binary": (1, -0.5),
-    "ternary": (2, -1.0),
-    "int2-stretched": (2, -1.5),
-    "int2-integer": (2, -2.0),
-    "int4": (4, -8.0),
-    "int8": (8, -128.0),
+WEIGHTS = {  # name -> (bits, offset, largest code)
+    "binary": (1, -0.5, 1),
+    "ternary": (2, -1.0, 3),
+    "trits": (2, -1.0, 2),
+    "int2-stretched": (2, -1.5, 3),
+    "int2-integer": (2, -2.0, 3),
+    "int4": (4, -8.0, 15),
+    "int8": (8, -128.0, 255),
 }
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 SIZES = (1, 7, 31, 33, 100, 257)
@@ -41,13 +42,19 @@ def _restore():
 
 def make(weight, k, n, granularity="channel", seed=0):
     """A packed weight of random codes and scales, and its codes."""
-    bits, offset = WEIGHTS[weight]
+    bits, offset, top = WEIGHTS[weight]
     rng = np.random.default_rng(seed)
-    codes = rng.integers(0, 2**bits, (k, n))
+    codes = rng.integers(0, top + 1, (k, n))
     group_size = granularity if isinstance(granularity, int) else None
     groups = 1 if group_size is None else -(-k // group_size)
     scale = rng.uniform(0.5, 2, (groups, 1 if granularity == "tensor" else n))
-    return PackedTensor.from_codes(codes, scale, offset, bits, group_size), codes
+    layout = "trits" if weight == "trits" else "tiles"
+    return PackedTensor.from_codes(codes, scale, offset, bits, group_size, layout), codes
+
+
+def skip_grouped_trits(weight, granularity):
+    if weight == "trits" and isinstance(granularity, int):
+        pytest.skip("the layout of trits has no groups")
 
 
 def oracle_sums(x_codes, packed, codes):
@@ -99,6 +106,7 @@ def guarded(shape, dtype):
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_sums_are_exact(isa, weight, granularity):
+    skip_grouped_trits(weight, granularity)
     native.set_isa(isa)
     rng = np.random.default_rng(1)
     for k in SIZES:
@@ -115,10 +123,11 @@ def test_sums_are_exact(isa, weight, granularity):
 def test_sums_of_extreme_codes(isa, weight):
     """Where 16-bit sums would saturate and shifted sums would leave int32."""
     native.set_isa(isa)
-    bits, offset = WEIGHTS[weight]
+    bits, offset, top = WEIGHTS[weight]
+    layout = "trits" if weight == "trits" else "tiles"
     for k in (64, 2049, 70_001):
-        codes = np.full((k, 17), 2**bits - 1)
-        packed = PackedTensor.from_codes(codes, np.ones((1, 1)), offset, bits)
+        codes = np.full((k, 17), top)
+        packed = PackedTensor.from_codes(codes, np.ones((1, 1)), offset, bits, None, layout)
         for m in (1, 2, 5):
             for extreme in (-128, 127):
                 x_codes = np.full((m, k), extreme, np.int8)
@@ -131,6 +140,7 @@ def test_sums_of_extreme_codes(isa, weight):
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_output(isa, weight, granularity, dtype):
+    skip_grouped_trits(weight, granularity)
     native.set_isa(isa)
     rng = np.random.default_rng(2)
     for k in SIZES:
@@ -269,6 +279,8 @@ def test_isa_of_the_environment():
     ("change", "message"),
     [
         ({"bits": 3}, "bits must be 1, 2, 4 or 8"),
+        ({"layout": 2}, "layout must be 0"),
+        ({"layout": 1, "group_size": 64}, "Received: layout=1, bits=2, group_size=64"),
         ({"group_size": 48}, "group_size must be a multiple of 32"),
         ({"offset": 0.25}, "offset must be a multiple of 1/2"),
         ({"offset": float("nan")}, "offset must be a multiple of 1/2"),
@@ -310,7 +322,7 @@ def test_fork_after_load():
 rng = np.random.default_rng(0)
 packed = types.SimpleNamespace(
     tiles=rng.integers(0, 256, (64, 32, 16, 4), np.uint8), scale=np.ones((1, 1)), offset=-1.0,
-    bits=2, in_features=512, out_features=1024, group_size=None,
+    bits=2, in_features=512, out_features=1024, group_size=None, layout="tiles",
 )
 x = rng.standard_normal((9, 512)).astype(np.float32)
 native.set_threads(3)

@@ -96,6 +96,16 @@ def test_vmap_keeps_one_scale_for_each_tensor(rng, x):
     same(jax.vmap(function)(x), jnp.stack([function(v) for v in x]))
 
 
+def test_vmap_of_static_scales(rng, x):
+    _, packed = make_packed(rng, 100, 33)
+    quantizer = ActivationInt8("static")
+    function = lambda v, s: bit_matmul(v, packed, quantizer, None, s)  # noqa: E731
+    scales = jnp.asarray([0.02, 0.03, 0.04, 0.05])
+    wanted = jnp.stack([function(v, s) for v, s in zip(x, scales, strict=True)])
+    same(jax.jit(jax.vmap(function))(x, scales), wanted)
+    same(jax.vmap(function, (0, None))(x, scales[0])[0], wanted[0])
+
+
 def test_vmap_over_weights(rng, x):
     _, packed = make_packed(rng, 100, 33)
     _, other = make_packed(rng, 100, 33)
@@ -141,7 +151,7 @@ def test_handler_checks_its_operands(rng):
     facts = cpu.Facts.of(packed, ActivationInt8())
     call = jax.jit(adapter._ffi_call, static_argnums=0)
     with pytest.raises(jax.errors.JaxRuntimeError, match="tiles must be"):
-        call(facts, jnp.ones((2, 50)), packed.tiles, packed.scale, None).block_until_ready()
+        call(facts, jnp.ones((2, 50)), packed.tiles, packed.scale, None, None).block_until_ready()
 
 
 def test_threads_of_xla_alone():

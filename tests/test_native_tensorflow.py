@@ -134,13 +134,13 @@ def test_op_checks_its_operands(rng):
     from keras_bitnet.kernels import tensorflow as adapter
 
     _, packed = make_packed(rng, 100, 33)
-    facts = {"bits": 2, "group_size": 0, "activation_bits": 8, "per_tensor": 0,
+    facts = {"bits": 2, "trits": 0, "group_size": 0, "activation_bits": 8, "per_tensor": 0,
              "offset": -1.0, "epsilon": 1e-5}  # fmt: skip
     for columns, bias in ((50, 33), (100, 50)):
         with pytest.raises(tf.errors.InvalidArgumentError, match="tiles must be"):
             adapter._module.keras_bitnet_matmul(
                 x=tf.ones((2, columns)), tiles=packed.tiles, scale=packed.scale,
-                bias=tf.zeros(bias), **facts,
+                bias=tf.zeros(bias), x_scale=tf.zeros(0), **facts,
             )  # fmt: skip
 
 

@@ -77,11 +77,11 @@ def test_export(kernel, rng):
 @pytest.mark.parametrize("bias", [0, 33])
 def test_opcheck(granularity, bias, rng):
     _, packed = make_packed(rng, 100, 33, granularity=granularity)
-    x, b = torch.randn(2, 5, 100), torch.randn(bias)
+    x, b, x_scale = torch.randn(2, 5, 100), torch.randn(bias), torch.full((bias % 2,), 0.02)
     group_size = packed.group_size or 0
-    attributes = (33, 2, group_size, 8, False, packed.offset, 1e-5)
+    attributes = (33, 2, 0, group_size, 8, False, packed.offset, 1e-5)
     op = torch.ops.keras_bitnet.bit_matmul.default
-    tensors = (x.requires_grad_(), packed.tiles, packed.scale, b.requires_grad_())
+    tensors = (x.requires_grad_(), packed.tiles, packed.scale, b.requires_grad_(), x_scale)
     torch.library.opcheck(op, (*tensors, *attributes))
 
 
@@ -91,22 +91,25 @@ def test_operator_over_ctypes(rng):
     _, packed = make_packed(rng, 100, 33)
     x = torch.randn(5, 100)
     wanted = bit_matmul(x, packed, ActivationInt8())
-    arguments = (33, 2, 0, 8, False, packed.offset, 1e-5)
-    y = adapter._run_through_ctypes(x, packed.tiles, packed.scale, torch.empty(0), *arguments)
+    arguments = (33, 2, 0, 0, 8, False, packed.offset, 1e-5)
+    none = torch.empty(0)
+    y = adapter._run_through_ctypes(x, packed.tiles, packed.scale, none, none, *arguments)
     assert torch.equal(y, wanted)
 
 
 def test_operator_checks_its_operands(rng):
     _, packed = make_packed(rng, 100, 33)
-    attributes = (33, 2, 0, 8, False, packed.offset, 1e-5)
+    attributes = (33, 2, 0, 0, 8, False, packed.offset, 1e-5)
     none = torch.empty(0)
     op = torch.ops.keras_bitnet.bit_matmul
     x = torch.randn(5, 100)
     for operands, message in (
-        ((x[:, :50].contiguous(), packed.tiles, packed.scale, none), "tiles must be"),
-        ((x.t().contiguous().t(), packed.tiles, packed.scale, none), "contiguous"),
-        ((x, packed.tiles, packed.scale, torch.ones(7)), "bias must be"),
-        ((x.double(), packed.tiles, packed.scale, none), "dtype"),
+        ((x[:, :50].contiguous(), packed.tiles, packed.scale, none, none), "tiles must be"),
+        ((x.t().contiguous().t(), packed.tiles, packed.scale, none, none), "contiguous"),
+        ((x, packed.tiles, packed.scale, torch.ones(7), none), "bias must be"),
+        ((x, packed.tiles, packed.scale, none, torch.ones(2)), "x_scale must be"),
+        ((x, packed.tiles, packed.scale, none, torch.zeros(1)), "x_scale, must be positive"),
+        ((x.double(), packed.tiles, packed.scale, none, none), "dtype"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*operands, *attributes)

@@ -239,6 +239,30 @@ def test_memory_and_trainable_state():
     assert [v.name for v in packed.trainable_variables] == ["bias"]
 
 
+def test_smallest_memory(tmp_path, rng):
+    """Five trits a byte where a kernel is ternary without groups; the same results."""
+    grouped = keras_bitnet.quantizers.Ternary(granularity="group", group_size=32)
+    widths = ["ternary", grouped, "int4"]
+    layers = [BitLinear(320, weight_quantizer=width) for width in widths]
+    model = keras.Sequential([keras.Input((320,)), *layers])
+    fast = keras_bitnet.pack_model(model, verbose=0)
+    small = keras_bitnet.pack_model(model, memory="smallest", verbose=0)
+    assert [layer.packed_layout for layer in small.layers] == ["trits", "tiles", "tiles"]
+    assert small.layers[0].packed_kernel.nbytes * 8 / 320**2 < 1.601
+    x = rng.normal(size=(3, 320)).astype("float32")
+    np.testing.assert_array_equal(to_numpy(small(x)), to_numpy(fast(x)))
+    with keras_bitnet.kernels.use_kernel("reference"):
+        assert relative_error(to_numpy(small(x)), to_numpy(fast(x))) < 1e-5
+    small.save(tmp_path / "small.keras")
+    again = keras.models.load_model(tmp_path / "small.keras")
+    assert again.layers[0].packed_layout == "trits"
+    np.testing.assert_array_equal(to_numpy(again(x)), to_numpy(small(x)))
+    unpacked = keras_bitnet.unpack_model(small, verbose=0)
+    assert relative_error(to_numpy(unpacked(x)), to_numpy(small(x))) < 1e-5
+    repacked = keras_bitnet.pack_model(unpacked, verbose=0)
+    assert repacked.layers[0].packed_layout == "tiles"
+
+
 class Lost(keras.layers.Layer):
     def __init__(self, size):
         super().__init__()
@@ -252,6 +276,7 @@ class Lost(keras.layers.Layer):
     ("call", "message"),
     [
         (lambda: keras_bitnet.quantize_model("model"), "Received: str"),
+        (lambda: keras_bitnet.pack_model(sequential(), memory="small"), "memory='small'"),
         (
             lambda: keras_bitnet.quantize_model(keras.Sequential([keras.layers.Dense(3)])),
             "Build it",

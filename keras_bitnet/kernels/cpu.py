@@ -29,7 +29,7 @@ def refuse(problem):
         return f"activations of {problem.activation_bits} bits; accepted: 4, 8"
     if problem.activation_formula != "absmax":
         return f"activations quantized by {problem.activation_formula}; accepted: absmax"
-    if problem.activation_granularity not in ("token", "tensor"):
+    if problem.activation_granularity not in ("token", "tensor", "static"):
         return f"activation granularity {problem.activation_granularity!r}"
     if problem.dtype not in DTYPES:
         return f"activations of dtype {problem.dtype}; accepted: {', '.join(DTYPES)}"
@@ -56,6 +56,7 @@ class Facts(NamedTuple):
         bits: Storage bits of a weight.
         group_size: Inputs that share a scale, or `None`.
         offset: `w = scale * (code + offset)`.
+        layout: `"tiles"` or `"trits"`.
         quantizer: The `ActivationQuantizer`.
     """
 
@@ -64,6 +65,7 @@ class Facts(NamedTuple):
     bits: int
     group_size: int | None
     offset: float
+    layout: str
     quantizer: Any
 
     @classmethod
@@ -75,6 +77,7 @@ class Facts(NamedTuple):
             packed.bits,
             packed.group_size,
             packed.offset,
+            packed.layout,
             quantizer,
         )
 
@@ -88,6 +91,7 @@ class Facts(NamedTuple):
             self.in_features,
             self.out_features,
             self.group_size,
+            self.layout,
         )
 
     @property

@@ -38,29 +38,31 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
     bias = None if bias is None else ops.convert_to_tensor(bias)
     facts = cpu.Facts.of(packed, activation_quantizer)
-    return _matmul(x, packed.tiles, packed.scale, bias, facts)
+    return _matmul(x, packed.tiles, packed.scale, bias, activation_scale, facts)
 
 
 @functools.partial(jax.jit, static_argnames="facts", inline=True)
-def _matmul(x, tiles, scale, bias, facts):
+def _matmul(x, tiles, scale, bias, x_scale, facts):
     bias = None if bias is None else bias.astype("float32")
-    return _differentiable(x, tiles, scale, bias, facts)
+    return _differentiable(x, tiles, scale, bias, x_scale, facts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _differentiable(x, tiles, scale, bias, facts):
-    return _batched(facts)(x, tiles, scale, bias)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _differentiable(x, tiles, scale, bias, x_scale, facts):
+    return _batched(facts)(x, tiles, scale, bias, x_scale)
 
 
-def _forward(x, tiles, scale, bias, facts):
-    return _differentiable(x, tiles, scale, bias, facts), (tiles, scale, bias)
+def _forward(x, tiles, scale, bias, x_scale, facts):
+    operands = (tiles, scale, bias, x_scale)
+    return _differentiable(x, *operands, facts), operands
 
 
 def _backward(facts, operands, dy):
-    tiles, scale, bias = operands
+    tiles, scale, bias, x_scale = operands
     dx, dbias = cpu.gradients(dy, facts.packed(tiles, scale))
     no_gradient = np.zeros(tiles.shape, jax.dtypes.float0)
-    return dx, no_gradient, jnp.zeros_like(scale), None if bias is None else dbias
+    zero = jnp.zeros_like(scale), None if x_scale is None else jnp.zeros_like(x_scale)
+    return dx, no_gradient, zero[0], None if bias is None else dbias, zero[1]
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -71,13 +73,10 @@ def _batched(facts):
     """The call for one set of facts, with its rule for `vmap`."""
 
     @jax.custom_batching.custom_vmap
-    def call(x, tiles, scale, bias):
+    def call(*operands):
         # The platform is not known while tracing.
         return jax.lax.platform_dependent(
-            x,
-            tiles,
-            scale,
-            bias,
+            *operands,
             cpu=functools.partial(_ffi_call, facts),
             default=functools.partial(_reference, facts),
         )
@@ -98,15 +97,18 @@ def _batched(facts):
     return call
 
 
-def _ffi_call(facts, x, tiles, scale, bias):
+def _ffi_call(facts, x, tiles, scale, bias, x_scale):
+    none = np.zeros(0, np.float32)
     result = jax.ShapeDtypeStruct((*x.shape[:-1], facts.out_features), x.dtype)
     return jax.ffi.ffi_call(TARGET, result)(
         x,
         tiles,
         scale,
-        np.zeros(0, np.float32) if bias is None else bias,
+        none if bias is None else bias,
+        none if x_scale is None else jnp.reshape(x_scale, 1),
         out_features=np.int64(facts.out_features),
         bits=np.int64(facts.bits),
+        trits=np.int64(facts.layout == "trits"),
         group_size=np.int64(facts.group_size or 0),
         activation_bits=np.int64(facts.quantizer.bits),
         per_tensor=np.int64(facts.per_tensor),
@@ -115,8 +117,8 @@ def _ffi_call(facts, x, tiles, scale, bias):
     )
 
 
-def _reference(facts, x, tiles, scale, bias):
-    return reference_matmul(x, facts.packed(tiles, scale), facts.quantizer, bias)
+def _reference(facts, x, tiles, scale, bias, x_scale):
+    return reference_matmul(x, facts.packed(tiles, scale), facts.quantizer, bias, x_scale)
 
 
 NATIVE = Kernel(cpu.NAME, refuse, run)

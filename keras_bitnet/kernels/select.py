@@ -34,6 +34,7 @@ class Problem:
         activation_granularity: `"token"`, `"tensor"`, `"static"` or `None`.
         activation_formula: `"absmax"`, another name for a quantizer of the user's, or `None`.
         device: Where the activations are ("cpu", "cuda:0", ...), or `None` when not known.
+        layout: Layout of the packed codes, `"tiles"` or `"trits"`.
     """
 
     rows: int | None
@@ -46,6 +47,7 @@ class Problem:
     activation_granularity: str | None
     activation_formula: str | None
     device: str | None
+    layout: str = "tiles"
 
     @classmethod
     def of(cls, x, packed, activation_quantizer):
@@ -70,6 +72,7 @@ class Problem:
             activation_granularity=getattr(activation_quantizer, "granularity", None),
             activation_formula=getattr(activation_quantizer, "formula", None),
             device=_device(x),
+            layout=packed.layout,
         )
 
 

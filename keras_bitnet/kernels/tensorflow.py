@@ -34,13 +34,16 @@ def refuse(problem):
 
 def run(x, packed, activation_quantizer, bias, activation_scale=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
-    bias = _no_bias(packed.out_features) if bias is None else ops.cast(bias, "float32")
+    bias = _zeros(packed.out_features) if bias is None else ops.cast(bias, "float32")
+    x_scale = _zeros(0) if activation_scale is None else tf.reshape(activation_scale, (1,))
     return _module.keras_bitnet_matmul(
         x=x,
         tiles=tf.convert_to_tensor(packed.tiles),  # a Variable would take TensorFlow's slow path
         scale=tf.convert_to_tensor(packed.scale),
         bias=bias,
+        x_scale=x_scale,
         bits=packed.bits,
+        trits=int(packed.layout == "trits"),
         group_size=packed.group_size or 0,
         activation_bits=activation_quantizer.bits,
         per_tensor=int(activation_quantizer.granularity == "tensor"),
@@ -49,11 +52,11 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None):
     )
 
 
-def _no_bias(out_features):
-    """Zeros: the op reads the number of outputs off its bias, so there always is one."""
+def _zeros(size):
+    """What stands for a missing operand; the op reads the number of outputs off its bias."""
     if tf.executing_eagerly():
-        return _eager_zeros(out_features)
-    return tf.zeros((out_features,))
+        return _eager_zeros(size)
+    return tf.zeros((size,))
 
 
 @functools.cache
@@ -62,7 +65,7 @@ def _eager_zeros(size):
 
 
 def _gradient(op, dy):
-    x, tiles, scale, bias = op.inputs
+    x, tiles, scale, bias, _ = op.inputs
     group_size = op.get_attr("group_size") or None
     packed = PackedTensor(
         tiles,
@@ -72,9 +75,10 @@ def _gradient(op, dy):
         x.shape[-1],
         bias.shape[0],
         group_size,
+        "trits" if op.get_attr("trits") else "tiles",
     )
     dx, dbias = cpu.gradients(dy, packed)
-    return dx, None, None, dbias
+    return dx, None, None, dbias, None
 
 
 def _load():

@@ -12,8 +12,9 @@ from keras_bitnet.ops.packed_tensor import PackedTensor
 
 _OPERATOR = "keras_bitnet::bit_matmul"
 _SCHEMA = (
-    "bit_matmul(Tensor x, Tensor tiles, Tensor scale, Tensor bias, int out_features, int bits, "
-    "int group_size, int activation_bits, bool per_tensor, float offset, float epsilon) -> Tensor"
+    "bit_matmul(Tensor x, Tensor tiles, Tensor scale, Tensor bias, Tensor x_scale, "
+    "int out_features, int bits, int trits, int group_size, int activation_bits, "
+    "bool per_tensor, float offset, float epsilon) -> Tensor"
 )
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # What a `torch.library.Library` defines goes away with it.
@@ -22,14 +23,18 @@ _fragments: list[torch.library.Library] = []
 
 def run(x, packed, activation_quantizer, bias, activation_scale=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
-    bias = torch.empty(0, device=x.device) if bias is None else ops.cast(bias, "float32")
+    none = torch.empty(0, device=x.device)
+    x_scale = none if activation_scale is None else ops.reshape(activation_scale, (1,))
+    bias = none if bias is None else ops.cast(bias, "float32")
     return torch.ops.keras_bitnet.bit_matmul(
         x.contiguous(),
         ops.convert_to_tensor(packed.tiles).contiguous(),
         ops.convert_to_tensor(packed.scale).contiguous(),
         bias.contiguous(),
+        x_scale,
         packed.out_features,
         packed.bits,
+        int(packed.layout == "trits"),
         packed.group_size or 0,
         activation_quantizer.bits,
         activation_quantizer.granularity == "tensor",
@@ -38,15 +43,16 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None):
     )
 
 
-def _fake(x, tiles, scale, bias, out_features, *attributes):
+def _fake(x, tiles, scale, bias, x_scale, out_features, *attributes):
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _setup_context(ctx, inputs, output):
-    x, tiles, scale, bias, out_features, bits, group_size, _, _, offset, _ = inputs
+    x, tiles, scale, bias, _, out_features, bits, trits, group_size, _, _, offset, _ = inputs
     ctx.save_for_backward(tiles, scale)
     ctx.has_bias = bias.shape[0] > 0
-    ctx.facts = (offset, bits, x.shape[-1], out_features, group_size or None)
+    layout = "trits" if trits else "tiles"
+    ctx.facts = (offset, bits, x.shape[-1], out_features, group_size or None, layout)
 
 
 def _backward(ctx, dy):
@@ -54,12 +60,12 @@ def _backward(ctx, dy):
         dx, dbias = cpu.gradients(dy, PackedTensor(*ctx.saved_tensors, *ctx.facts))
     if not ctx.has_bias:
         dbias = dbias.new_zeros(0)
-    return dx, None, None, dbias, *[None] * 7
+    return dx, None, None, dbias, *[None] * 9
 
 
 def _run_through_ctypes(
-    x, tiles, scale, bias, out_features, bits, group_size, activation_bits, per_tensor, offset,
-    epsilon,
+    x, tiles, scale, bias, x_scale, out_features, bits, trits, group_size, activation_bits,
+    per_tensor, offset, epsilon,
 ):  # fmt: skip
     """The operator for a PyTorch without the stable C functions that the library registers with."""
     y = x.new_empty((*x.shape[:-1], out_features))
@@ -69,6 +75,7 @@ def _run_through_ctypes(
         out_features=out_features,
         group_size=group_size,
         bits=bits,
+        layout=trits,
         dtype=_DTYPES[x.dtype],
         activation_bits=activation_bits,
         per_tensor=per_tensor,
@@ -79,6 +86,7 @@ def _run_through_ctypes(
         tiles=tiles.data_ptr(),
         scale=scale.data_ptr(),
         bias=bias.data_ptr() if bias.numel() else None,
+        x_scale=x_scale.data_ptr() if x_scale.numel() else None,
         y=y.data_ptr(),
     )
     library = native.library()

@@ -6,13 +6,14 @@ back. No other layer code knows what "packed" means.
 """
 
 import zlib
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
 from keras import activations, constraints, initializers, ops, regularizers
 
 from keras_bitnet import quantizers
+from keras_bitnet.checks import check_choice, check_own_names
 from keras_bitnet.layers.lora import LowRankAdaptation, check_rank
 from keras_bitnet.layers.named_weights import NamedWeights
 from keras_bitnet.ops import layout
@@ -38,6 +39,8 @@ class BitLayer(LowRankAdaptation, NamedWeights):
             float layer, 1 the quantized one, between them a blend. It can change during `fit`.
         packed: Whether the kernel is stored as packed codes, not trainable. Made by
             `keras_bitnet.pack_model`; no reason to set it by hand.
+        packed_layout: `"tiles"`, or for ternary weights without groups `"trits"`: how the packed
+            codes lie in memory, see `keras_bitnet.ops.layout`.
         lora_rank: Rank of a trained low-rank addition to the kernel, or `None`. The kernel
             itself is then frozen. See `enable_lora`.
         lora_alpha: The addition is scaled by `lora_alpha / lora_rank`; `lora_rank` by default.
@@ -46,6 +49,9 @@ class BitLayer(LowRankAdaptation, NamedWeights):
             kernel.
         bias_initializer, bias_regularizer, bias_constraint: As in Keras.
     """
+
+    # Arguments of this class that a subclass has under another name, or not at all (`None`).
+    own_names: ClassVar[dict[str, str | None]] = {}
 
     def __init__(
         self,
@@ -57,6 +63,7 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         norm_epsilon=1e-5,
         quantization_strength=1.0,
         packed=False,
+        packed_layout="tiles",
         lora_rank=None,
         lora_alpha=None,
         activation=None,
@@ -74,6 +81,7 @@ class BitLayer(LowRankAdaptation, NamedWeights):
                 "place of Keras's `quantization_config`."
             )
         super().__init__(**kwargs)
+        check_own_names(self, norm=norm, activation=activation)
         _check_arguments(type(self).__name__, norm, norm_position, quantization_strength, lora_rank)
         if self.quantization_mode is not None:
             raise ValueError(
@@ -89,6 +97,8 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         self.norm_epsilon = float(norm_epsilon)
         self._initial_strength = float(quantization_strength)
         self.packed = bool(packed)
+        self.packed_layout = packed_layout
+        _check_layout(packed_layout, self.weight_quantizer)
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha if lora_alpha is not None else lora_rank
         self.activation = activations.get(activation)
@@ -161,7 +171,7 @@ class BitLayer(LowRankAdaptation, NamedWeights):
     def _build_packed(self):
         quantizer, size = self.weight_quantizer, (self.in_features, self.out_features)
         fixed = {"initializer": "zeros", "trainable": False, "autocast": False}
-        tiles = layout.tiles_shape(*size, quantizer.bits)
+        tiles = layout.tiles_shape(*size, quantizer.bits, self.packed_layout)
         scale = quantizer.scale_shape(*size)
         self.kernel_tiles = self.add_weight(
             name="kernel_tiles", shape=tiles, dtype="uint8", **fixed
@@ -269,11 +279,20 @@ class BitLayer(LowRankAdaptation, NamedWeights):
             in_features=self.in_features,
             out_features=self.out_features,
             group_size=self.weight_quantizer.group_size,
+            layout=self.packed_layout,
         )
 
     def compute_mask(self, inputs, previous_mask):
         """The mask of the inputs, unchanged."""
         return previous_mask
+
+    def take_weights(self, layer):
+        """Copies the weights of the float Keras layer that this one replaces, LoRA merged."""
+        assign_copy(self.kernel, layer.kernel)
+        if layer.bias is not None:
+            assign_copy(self.bias, layer.bias)
+        self.reset_scale()
+        self.mark_untrained()
 
     # -- packing ---------------------------------------------------------------------------
 
@@ -290,7 +309,9 @@ class BitLayer(LowRankAdaptation, NamedWeights):
             )
         quantizer = self.weight_quantizer
         codes, scale, offset = layer.quantized_matrix()
-        packed = PackedTensor.from_codes(codes, scale, offset, quantizer.bits, quantizer.group_size)
+        packed = PackedTensor.from_codes(
+            codes, scale, offset, quantizer.bits, quantizer.group_size, self.packed_layout
+        )
         self.kernel_tiles.assign(packed.tiles)
         self.kernel_scale.assign(packed.scale)
 
@@ -327,6 +348,7 @@ class BitLayer(LowRankAdaptation, NamedWeights):
             "norm_epsilon": self.norm_epsilon,
             "quantization_strength": self._initial_strength,
             "packed": self.packed,
+            "packed_layout": self.packed_layout,
             "activation": activations.serialize(self.activation),
             "kernel_initializer": initializers.serialize(self.kernel_initializer),
             "bias_initializer": initializers.serialize(self.bias_initializer),
@@ -338,12 +360,23 @@ class BitLayer(LowRankAdaptation, NamedWeights):
         if self.lora_rank:
             config["lora_rank"] = self.lora_rank
             config["lora_alpha"] = self.lora_alpha
-        return {**super().get_config(), **config}
+        own = {self.own_names.get(name, name): value for name, value in config.items()}
+        return {**super().get_config(), **{k: v for k, v in own.items() if k is not None}}
 
 
 def assign_copy(target, source):
     """Assigns a variable a copy of another: on JAX, `fit` would delete a shared array."""
     target.assign(ops.copy(source))
+
+
+def smallest_layout(quantizer):
+    """The layout that holds the codes of a `WeightQuantizer` in the fewest bytes."""
+    fits = quantizer.level_count == 3 and quantizer.group_size is None
+    return "trits" if fits else "tiles"
+
+
+def _check_layout(packed_layout, quantizer):
+    check_choice("packed_layout", packed_layout, ("tiles", smallest_layout(quantizer)))
 
 
 def _check_arguments(layer, norm, norm_position, quantization_strength, lora_rank):

@@ -74,7 +74,7 @@ class NamedWeights(keras.Layer):
                 f"The packed kernel of layer '{self.name}' has {self.out_features} outputs. "
                 f"Received: data of {codes.shape[1]}"
             )
-        return layout.pack(codes, self.weight_quantizer.bits)
+        return layout.pack(codes, self.weight_quantizer.bits, self.packed_layout)
 
     @property
     def _saves_trits(self):

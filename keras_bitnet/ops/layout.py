@@ -10,6 +10,14 @@ little-endian word, `(word >> bits * i) & mask` is four consecutive codes, one t
 the operand of an 8-bit dot product. A 64-byte load is `8 / bits` such operands of 16 columns.
 Padding takes code 0.
 
+Ternary codes have a second layout in memory, `"trits"`, 1.6 bits a weight: five codes to a byte,
+
+    uint8 [ceil(out / 16), ceil(in / 20), 16, 4]
+
+Byte `j` of a column's four again holds input `4 * i + j`, as digit `i` of a fraction to the base
+3: `byte / 256 = 0.c0 c1 c2 c3 c4`, rounded up. So the whole part of `3 * byte / 256` is `c0`, and
+`3 * byte` modulo 256 is the byte with the next digit first: decoded without a division.
+
 **On disk** a ternary matrix is written five trits to a byte (1.6 bits a weight):
 `uint8 [ceil(in / 5), out]`, byte = `c0 + 3 c1 + 9 c2 + 27 c3 + 81 c4` over five consecutive
 inputs, padded with code 1 (the value zero). These are the bytes of `pack_ternary(axis=0)`
@@ -19,7 +27,10 @@ in Keras 3.16.
 import numpy as np
 from keras import ops
 
+from keras_bitnet.checks import check_choice
+
 BITS = (1, 2, 4, 8)
+LAYOUTS = ("tiles", "trits")
 TILE_OUTPUTS = 16
 WORD_BYTES = 4
 
@@ -28,70 +39,136 @@ _PLACES = 3 ** np.arange(_TRITS)  # (5,)
 _MAX_TRIT_BYTE = 3**_TRITS - 1
 
 
-def tile_inputs(bits):
-    """Inputs that one tile spans: 32, 16, 8 or 4 for 1, 2, 4 or 8 bits."""
+def check_layout(layout, bits, group_size=None):
+    """Raises a `ValueError` unless codes of so many bits, in such groups, have that layout."""
+    check_choice("layout", layout, LAYOUTS)
     if bits not in BITS:
         raise ValueError(f"`bits` must be one of {BITS}. Received: bits={bits}")
-    return 32 // bits
+    if layout == "trits" and (bits != 2 or group_size is not None):
+        raise ValueError(
+            "Layout 'trits' is for ternary codes, of 2 bits, without groups. "
+            f"Received: bits={bits}, group_size={group_size}"
+        )
 
 
-def tiles_shape(in_features, out_features, bits):
+def codes_in_byte(bits, layout="tiles"):
+    """Codes that one byte holds: 8, 4, 2 or 1 for 1, 2, 4 or 8 bits; 5 trits."""
+    check_layout(layout, bits)
+    return _TRITS if layout == "trits" else 8 // bits
+
+
+def tile_inputs(bits, layout="tiles"):
+    """Inputs that one tile spans: 32, 16, 8 or 4 for 1, 2, 4 or 8 bits; 20 for trits."""
+    return WORD_BYTES * codes_in_byte(bits, layout)
+
+
+def tiles_shape(in_features, out_features, bits, layout="tiles"):
     """Shape of the packed bytes of an `(in_features, out_features)` matrix of codes."""
     return (
         -(-out_features // TILE_OUTPUTS),
-        -(-in_features // tile_inputs(bits)),
+        -(-in_features // tile_inputs(bits, layout)),
         TILE_OUTPUTS,
         WORD_BYTES,
     )
 
 
-def pack(codes, bits):
+def pack(codes, bits, layout="tiles"):
     """Packs unsigned codes into tiles; it never rounds and never clips.
 
     Args:
-        codes: Integer array `(in, out)` with values in `[0, 2**bits)`.
+        codes: Integer array `(in, out)` with values in `[0, 2**bits)`; 0, 1, 2 for trits.
         bits: 1, 2, 4 or 8.
+        layout: `"tiles"` or `"trits"`.
 
     Returns:
-        NumPy `uint8` array of shape `tiles_shape(in, out, bits)`.
+        NumPy `uint8` array of shape `tiles_shape(in, out, bits, layout)`.
 
     Raises:
-        ValueError: `codes` is not an integer matrix, or a code does not fit in `bits`.
+        ValueError: `codes` is not an integer matrix, or a code does not fit.
     """
-    codes = _as_codes(codes, 2**bits - 1)
-    shape = tiles_shape(codes.shape[0], codes.shape[1], bits)
+    codes = _as_codes(codes, 2 if layout == "trits" else 2**bits - 1)
+    shape = tiles_shape(codes.shape[0], codes.shape[1], bits, layout)
     tiles_out, tiles_in = shape[:2]
-    padded = _pad(codes, tiles_in * tile_inputs(bits), tiles_out * TILE_OUTPUTS, value=0)
+    inputs = tile_inputs(bits, layout)
+    padded = _pad(codes, tiles_in * inputs, tiles_out * TILE_OUTPUTS, value=0)
     # (tile_in, i, j, tile_out, column) -> (tile_out, tile_in, column, j, i)
-    digits = padded.reshape(tiles_in, 8 // bits, WORD_BYTES, tiles_out, TILE_OUTPUTS)
+    digits = padded.reshape(tiles_in, inputs // WORD_BYTES, WORD_BYTES, tiles_out, TILE_OUTPUTS)
     digits = digits.transpose(3, 0, 4, 2, 1)
+    if layout == "trits":
+        numbers = digits.astype(np.uint16) @ _PLACES[::-1].astype(np.uint16)
+        return (numbers * 256 // 3**_TRITS + 1).astype(np.uint8)
     packed = np.zeros(shape, np.uint8)
     for i in range(8 // bits):
         packed |= digits[..., i] << np.uint8(bits * i)
     return packed
 
 
-def unpack(tiles, bits, in_features, out_features):
+def unpack(tiles, bits, in_features, out_features, layout="tiles"):
     """Unpacks tiles into unsigned codes; traceable on every backend.
 
     Args:
-        tiles: `uint8` tensor of shape `tiles_shape(in_features, out_features, bits)`.
+        tiles: `uint8` tensor of shape `tiles_shape(in_features, out_features, bits, layout)`.
         bits: 1, 2, 4 or 8.
         in_features: Number of inputs (rows of the result).
         out_features: Number of outputs (columns of the result).
+        layout: `"tiles"` or `"trits"`.
 
     Returns:
         `uint8` tensor `(in_features, out_features)`.
     """
-    tiles_out, tiles_in = tiles_shape(in_features, out_features, bits)[:2]
-    mask = np.uint8(2**bits - 1)  # a Python int would turn uint8 into int32 on TensorFlow
-    digits = [
-        ops.bitwise_and(ops.right_shift(tiles, np.uint8(bits * i)), mask) for i in range(8 // bits)
-    ]
-    codes = ops.stack(digits, axis=-1) if bits < 8 else ops.expand_dims(tiles, -1)
+    tiles_out, tiles_in = tiles_shape(in_features, out_features, bits, layout)[:2]
+    codes = _digits(tiles, bits, layout, axis=-1)
     codes = ops.transpose(codes, (1, 4, 3, 0, 2))  # (tile_in, i, j, tile_out, column)
-    codes = ops.reshape(codes, (tiles_in * tile_inputs(bits), tiles_out * TILE_OUTPUTS))
+    codes = ops.reshape(codes, (tiles_in * tile_inputs(bits, layout), tiles_out * TILE_OUTPUTS))
     return codes[:in_features, :out_features]
+
+
+def gather(tiles, columns, bits, in_features, out_features, layout="tiles"):
+    """Unpacks chosen columns only: reads `in_features * bits / 8` bytes a column.
+
+    Args:
+        tiles: `uint8` tensor of shape `tiles_shape(in_features, out_features, bits, layout)`.
+        columns: Integer tensor `(...)` of outputs, counted modulo `out_features`.
+        bits: 1, 2, 4 or 8.
+        in_features: Number of inputs.
+        out_features: Number of outputs.
+        layout: `"tiles"` or `"trits"`.
+
+    Returns:
+        `uint8` tensor `(..., in_features)`.
+    """
+    tiles_out, tiles_in = tiles_shape(in_features, out_features, bits, layout)[:2]
+    columns = ops.mod(ops.cast(columns, "int32"), out_features)[..., None]
+    tile = columns // TILE_OUTPUTS * tiles_in + ops.arange(tiles_in, dtype="int32")
+    words = ops.reshape(tiles, (tiles_out * tiles_in * TILE_OUTPUTS, WORD_BYTES))
+    words = ops.take(words, tile * TILE_OUTPUTS + columns % TILE_OUTPUTS, axis=0)
+    codes = _digits(words, bits, layout, axis=-2)  # (..., tile_in, i, j)
+    leading = ops.shape(codes)[:-3]
+    codes = ops.reshape(codes, (*leading, tiles_in * tile_inputs(bits, layout)))
+    return codes[..., :in_features]
+
+
+def _digits(packed, bits, layout, axis):
+    """The codes of every byte, along a new axis."""
+    if bits == 8:
+        return ops.expand_dims(packed, axis)
+    if layout == "trits":
+        return ops.stack(_trits(packed), axis=axis)
+    mask = np.uint8(2**bits - 1)  # a Python int would turn uint8 into int32 on TensorFlow
+    shifts = [np.uint8(bits * i) for i in range(8 // bits)]
+    fields = [ops.bitwise_and(ops.right_shift(packed, shift), mask) for shift in shifts]
+    return ops.stack(fields, axis=axis)
+
+
+def _trits(packed):
+    """Whole parts of `3 * byte / 256`, one after another; the rest is the next byte."""
+    digits = []
+    for _ in range(_TRITS):
+        first = ops.cast(ops.greater_equal(packed, np.uint8(86)), "uint8")  # 3 * 86 = 258
+        second = ops.cast(ops.greater_equal(packed, np.uint8(171)), "uint8")  # 3 * 171 = 513
+        digits.append(ops.add(first, second))
+        packed = ops.multiply(packed, np.uint8(3))  # modulo 256
+    return digits
 
 
 def pack_trits(codes):

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import layers
 
-from keras_bitnet.layers import BitLayer
+from keras_bitnet.layers import BitEmbedding, BitLayer, ReversibleBitEmbedding
 
 
 def format_bits(bits):
@@ -128,6 +128,15 @@ def _reversible_embedding(layer, call):
     return math.prod(call.output) * call.input[-1] if call.arguments.get("reverse") else {}
 
 
+def _reversible_bit_embedding(layer, call):
+    table = layer.embedding if layer.tie_weights else layer.reverse_projection
+    return _bit_layer(table, call) if call.arguments.get("reverse") else {}
+
+
+def _no_product(layer, call):
+    return {}
+
+
 def _attention(layer, call):
     query, value = call.input[:2]
     return query[0] * query[1] * value[1] * (query[-1] + value[-1])
@@ -148,6 +157,8 @@ def _grouped_query_attention(layer, call):
 
 MACS: dict[Any, Any] = {
     BitLayer: _bit_layer,
+    BitEmbedding: _no_product,
+    ReversibleBitEmbedding: _reversible_bit_embedding,
     layers.Dense: _dense,
     layers.EinsumDense: _einsum_dense,
     layers.Conv1D: _conv,
@@ -161,5 +172,5 @@ MACS: dict[Any, Any] = {
     layers.MultiHeadAttention: _multi_head_attention,
     layers.GroupQueryAttention: _grouped_query_attention,
     layers.ReversibleEmbedding: _reversible_embedding,
-    layers.Embedding: lambda layer, call: {},
+    layers.Embedding: _no_product,
 }

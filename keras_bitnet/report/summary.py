@@ -248,7 +248,7 @@ def _count_kernel(row, layer, variables):
     if not layer.packed:
         row.strength = float(layer.quantization_strength)
     scale = 4 * math.prod(quantizer.scale_shape(k, n))
-    codes = math.prod(layout.tiles_shape(k, n, quantizer.bits))
+    codes = math.prod(layout.tiles_shape(k, n, quantizer.bits, layer.packed_layout))
     row.bytes_packed = codes + scale
     if quantizer.level_count == 3:
         codes = layout.pack_trits(np.zeros((k, 1), np.uint8)).size * n

@@ -5,14 +5,18 @@ from typing import Any
 
 import keras
 
+from keras_bitnet import layers as bit_layers
 from keras_bitnet import quantizers
 from keras_bitnet.filters import layer_filter
-from keras_bitnet.layers import BitEinsumDense, BitLinear
-from keras_bitnet.layers.base import assign_copy
 from keras_bitnet.transforms.precision_plan import PrecisionPlan, layer_arguments
 from keras_bitnet.transforms.rewrite import Rule, rewrite
 
-TWINS: dict[type, Any] = {keras.layers.Dense: BitLinear, keras.layers.EinsumDense: BitEinsumDense}
+TWINS: dict[type, Any] = {
+    keras.layers.Dense: bit_layers.BitLinear,
+    keras.layers.EinsumDense: bit_layers.BitEinsumDense,
+    keras.layers.Embedding: bit_layers.BitEmbedding,
+    keras.layers.ReversibleEmbedding: bit_layers.ReversibleBitEmbedding,
+}
 _NOT_KEPT = {"quantization_config", "gptq_unpacked_column_size", "lora_rank", "lora_alpha"}
 
 
@@ -46,7 +50,7 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
     matches = layer_filter(filters)
 
     def replace(layer, path):
-        if type(layer) not in TWINS:
+        if _twin(type(layer)) is None:
             return f"{type(layer).__name__} has no quantized twin"
         if not matches(layer, path):
             return "left out by `filters`"
@@ -60,7 +64,9 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
 
     paths: list[str] = []
     _check_spec(spec)
-    new_model, changes = rewrite(model, Rule("quantized", replace, _transfer), verbose)
+    new_model, changes = rewrite(
+        model, Rule("quantized", replace, lambda old, new: new.take_weights(old)), verbose
+    )
     if not any(change.replaced_by for change in changes):
         warnings.warn(
             "`quantize_model` found no layer to quantize. It looks for "
@@ -73,19 +79,25 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
 
 def twin_of(layer, arguments=None):
     """The unbuilt quantized twin of a float layer with arguments of `BitLayer`, or `None`."""
-    twin = TWINS.get(type(layer))
+    twin = _twin(type(layer))
     if twin is None:
         return None
     config = {k: v for k, v in layer.get_config().items() if k not in _NOT_KEPT}
-    return twin.from_config({**config, **(arguments or {})})
+    arguments = arguments or {}
+    own = {k: v for k, v in arguments.items() if twin.own_names.get(k, k) is not None}
+    return twin.from_config({**config, **own})
 
 
-def _transfer(old, new):
-    assign_copy(new.kernel, old.kernel)  # with LoRA merged, if there was any
-    if old.bias is not None:
-        assign_copy(new.bias, old.bias)
-    new.reset_scale()
-    new.mark_untrained()
+def _twin(cls):
+    """The twin of a class, or of the nearest ancestor that it adds nothing to."""
+    for ancestor in cls.__mro__:
+        if ancestor in TWINS:
+            same = all(getattr(cls, name) is getattr(ancestor, name) for name in _BEHAVIOUR)
+            return TWINS[ancestor] if same else None
+    return None
+
+
+_BEHAVIOUR = ("__init__", "build", "call", "get_config")
 
 
 def _is_function(spec):

@@ -38,19 +38,25 @@ struct Example {
   std::vector<float> x, y, scale, bias;
   std::vector<int8_t> x_codes;
 
-  Example(int64_t m, int64_t k, int64_t n, int bits, float offset, int64_t group, uint32_t seed) {
+  Example(int64_t m, int64_t k, int64_t n, int bits, float offset, int64_t group, uint32_t seed,
+          bool trits = false) {
     std::mt19937 random(seed);
-    const int64_t inputs = 32 / bits, tiles_in = ceil_div(k, inputs);
+    const int64_t inputs = trits ? 20 : 32 / bits, tiles_in = ceil_div(k, inputs);
     codes.resize(k * n);
     tiles.resize(ceil_div(n, 16) * tiles_in * 64);
     for (int64_t row = 0; row < k; ++row) {
       for (int64_t column = 0; column < n; ++column) {
-        const uint8_t code = random() % (1 << bits);
+        const uint8_t code = random() % (trits ? 3 : 1 << bits);
         codes[row * n + column] = code;
         const int64_t tile = column / 16 * tiles_in + row / inputs;
         const int64_t i = row % inputs / 4, j = row % 4;
-        tiles[tile * 64 + column % 16 * 4 + j] |= uint8_t(code << (bits * i));
+        uint8_t& byte = tiles[tile * 64 + column % 16 * 4 + j];
+        const int places[] = {81, 27, 9, 3, 1};
+        byte = uint8_t(trits ? byte + code * places[i] : byte | code << (bits * i));
       }
+    }
+    if (trits) {
+      for (uint8_t& byte : tiles) byte = uint8_t(byte * 256 / 243 + 1);
     }
     std::uniform_real_distribution<float> uniform(-1, 1);
     for (int64_t i = 0; i < m * k; ++i) x.push_back(uniform(random));
@@ -60,6 +66,7 @@ struct Example {
     y.assign(m * n, std::numeric_limits<float>::quiet_NaN());
     problem.rows = m, problem.in_features = k, problem.out_features = n;
     problem.group_size = group, problem.bits = bits, problem.offset = offset;
+    problem.layout = trits ? KBN_TRITS : KBN_TILES;
     problem.activation_bits = 8, problem.epsilon = 1e-5f, problem.scale_columns = int32_t(n);
     problem.x = x.data(), problem.tiles = tiles.data(), problem.scale = scale.data();
     problem.bias = bias.data(), problem.y = y.data();
@@ -69,7 +76,8 @@ struct Example {
     std::ostringstream out;
     out << kbn_isa() << " m=" << problem.rows << " k=" << problem.in_features
         << " n=" << problem.out_features << " bits=" << problem.bits
-        << " offset=" << problem.offset << " group=" << problem.group_size;
+        << " offset=" << problem.offset << " group=" << problem.group_size
+        << " layout=" << problem.layout;
     return out.str();
   }
 
@@ -141,15 +149,19 @@ void check_isa() {
   const struct {
     int bits;
     float offset;
-  } widths[] = {{1, -0.5f}, {2, -1}, {2, -1.5f}, {4, -8}, {8, -128}};
+    bool trits;
+  } widths[] = {{1, -0.5f, false}, {2, -1, false}, {2, -1.5f, false},
+                {4, -8, false},    {8, -128, false}, {2, -1, true}};
   int count = 0;
   uint32_t seed = 0;
   for (const auto& width : widths) {
     for (int64_t group : {0, 32, 64}) {
+      if (width.trits && group) continue;
       for (int64_t m : {1, 2, 3, 5, 13}) {
         for (int64_t k : {1, 33, 100, 257}) {
           for (int64_t n : {1, 31, 100}) {
-            Example example(m, k, n, width.bits, width.offset, group, ++seed);
+            Example example(m, k, n, width.bits, width.offset, group, ++seed,
+                            width.trits);
             check_sums(example);
             check_output(example);
             ++count;

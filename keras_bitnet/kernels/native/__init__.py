@@ -12,7 +12,7 @@ import threading
 
 import numpy as np
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _lock = threading.Lock()
@@ -33,7 +33,7 @@ class MatmulStruct(ctypes.Structure):
         ("offset", ctypes.c_float),
         ("epsilon", ctypes.c_float),
         ("scale_columns", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("layout", ctypes.c_int32),
         ("x", ctypes.c_void_p),
         ("tiles", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
@@ -60,7 +60,8 @@ def reason():
 
 
 def isa():
-    """Name of the instruction set in use: "avx512vnni", "avx2", "neon" or "generic".
+    """Name of the instruction set in use: "avx512vnni", "avxvnni", "avx2", "neon" or
+    "generic".
 
     Raises:
         RuntimeError: The library is missing.
@@ -200,6 +201,7 @@ class _Problem:
         scale = np.ascontiguousarray(packed.scale, np.float32)
         self.struct.out_features = packed.out_features
         self.struct.bits = packed.bits
+        self.struct.layout = packed.layout == "trits"
         self.struct.offset = packed.offset
         self.struct.group_size = packed.group_size or 0
         self.struct.scale_columns = scale.shape[1]

@@ -9,6 +9,7 @@
 #endif
 
 enum kbn_dtype { KBN_F32 = 0, KBN_BF16 = 1, KBN_F16 = 2 };
+enum kbn_layout { KBN_TILES = 0, KBN_TRITS = 1 };
 
 // One packed matmul, y = dequantize(quantize(x)) @ dequantize(tiles) + bias.
 //
@@ -29,9 +30,9 @@ typedef struct kbn_matmul {
   float offset;            // w = scale * (code + offset), a multiple of 1/2
   float epsilon;           // lower bound of the absolute maximum of a token
   int32_t scale_columns;   // 1: one scale for all outputs, else out_features
-  int32_t reserved;        // 0
+  int32_t layout;          // kbn_layout; trits: bits = 2, codes 0 to 2, no groups
   const void* x;           // (m, k), rows contiguous
-  const uint8_t* tiles;    // [ceil(n / 16), ceil(k * bits / 32), 16, 4]
+  const uint8_t* tiles;    // [ceil(n / 16), ceil(k * bits / 32), 16, 4]; trits: ceil(k / 20)
   const float* scale;      // (1 or groups, scale_columns)
   const float* x_scale;    // static activation scale (1), or null: dynamic absmax
   const float* bias;       // (n) or null

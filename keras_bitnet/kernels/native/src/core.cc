@@ -43,6 +43,11 @@ int check_weights(const kbn_matmul& p) {
   if (p.bits != 1 && p.bits != 2 && p.bits != 4 && p.bits != 8) {
     return fail(kInvalid, "bits must be 1, 2, 4 or 8. Received: bits=%d", p.bits);
   }
+  if (p.layout != KBN_TILES && !(p.layout == KBN_TRITS && p.bits == 2 && p.group_size == 0)) {
+    return fail(kInvalid, "layout must be 0 (tiles), or 1 (trits) with bits=2 and group_size=0. "
+                "Received: layout=%d, bits=%d, group_size=%lld",
+                p.layout, p.bits, printable(p.group_size));
+  }
   if (p.group_size < 0 || p.group_size % 32 != 0) {
     return fail(kInvalid, "group_size must be a multiple of 32, or 0. Received: group_size=%lld",
                 printable(p.group_size));
@@ -114,7 +119,7 @@ int run_checked(const kbn_matmul& problem, const kbn_parallel* parallel, const P
 }  // namespace
 }  // namespace kbn
 
-int kbn_abi_version(void) { return 1; }
+int kbn_abi_version(void) { return 2; }
 
 int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel) {
   int error = kbn::check_weights(*problem);
@@ -127,6 +132,7 @@ int kbn_quantize(const kbn_matmul* problem, int8_t* x_codes, float* x_scales) {
   kbn_matmul p = *problem;
   const uint8_t no_tiles = 0;  // only the activations count
   p.bits = 8, p.offset = 0, p.out_features = 1, p.group_size = 0, p.tiles = &no_tiles;
+  p.layout = KBN_TILES;
   int error = kbn::check_weights(p);
   if (!error) error = kbn::check_activations(p);
   kbn::Probe probe;

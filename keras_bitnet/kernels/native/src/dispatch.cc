@@ -26,14 +26,14 @@ struct Registers {
   uint32_t eax, ebx, ecx, edx;
 };
 
-Registers cpuid(uint32_t leaf) {
+Registers cpuid(uint32_t leaf, uint32_t subleaf = 0) {
   Registers r{};
 #if defined(_MSC_VER)
   int out[4];
-  __cpuidex(out, static_cast<int>(leaf), 0);
+  __cpuidex(out, static_cast<int>(leaf), static_cast<int>(subleaf));
   r = {uint32_t(out[0]), uint32_t(out[1]), uint32_t(out[2]), uint32_t(out[3])};
 #else
-  if (!__get_cpuid_count(leaf, 0, &r.eax, &r.ebx, &r.ecx, &r.edx)) return {};
+  if (!__get_cpuid_count(leaf, subleaf, &r.eax, &r.ebx, &r.ecx, &r.edx)) return {};
 #endif
   return r;
 }
@@ -57,6 +57,11 @@ bool has_all(uint32_t value, uint32_t bits) { return (value & bits) == bits; }
   constexpr uint32_t kFma = 1u << 12, kF16c = 1u << 29, kAvx2 = 1u << 5;
   return has_all(static_cast<uint32_t>(saved_states()), 0x06) &&  // xmm, ymm
          has_all(cpuid(1).ecx, kFma | kF16c) && has_all(cpuid(7).ebx, kAvx2);
+}
+
+[[maybe_unused]] bool has_avxvnni() {
+  constexpr uint32_t kAvxVnni = 1u << 4;
+  return has_avx2() && has_all(cpuid(7, 1).eax, kAvxVnni);
 }
 
 [[maybe_unused]] bool has_avx512vnni() {
@@ -87,6 +92,9 @@ struct Row {
 constexpr Row kRows[] = {
 #if defined(KBN_HAVE_AVX512VNNI)
     {&kAvx512Vnni, has_avx512vnni},
+#endif
+#if defined(KBN_HAVE_AVXVNNI)
+    {&kAvxVnni, has_avxvnni},
 #endif
 #if defined(KBN_HAVE_AVX2)
     {&kAvx2, has_avx2},

@@ -13,8 +13,8 @@ namespace {
 constexpr int64_t kSmall = 2 << 20;              // multiply-adds not worth waking a thread for
 constexpr int64_t kActivationBytes = 384 << 10;  // activations kept in the L2 cache for a pass
 constexpr int kSumsPerBlock = 4096;              // numbers in the buffer that a block fills
-// Kernels may sum codes that are still shifted left, so int32 bounds the length of a segment.
-constexpr int64_t kLongestSegment = 65536;
+// Kernels may sum codes that are still shifted left, so int32 bounds the inputs of a segment.
+constexpr int64_t kLongestSegment = 16384;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -27,8 +27,8 @@ class Matmul {
         kernels_(kernels),
         parallel_(parallel),
         probe_(probe),
-        bits_index_(problem.bits == 1 ? 0 : problem.bits == 2 ? 1 : problem.bits == 4 ? 2 : 3),
-        tile_inputs_(32 / problem.bits),
+        format_(format_of(problem)),
+        tile_inputs_(4 * operands(format_)),
         tiles_in_(ceil_div(problem.in_features, tile_inputs_)),
         tiles_out_(ceil_div(problem.out_features, kTileOutputs)),
         groups_(problem.group_size ? ceil_div(problem.in_features, problem.group_size) : 1),
@@ -72,6 +72,11 @@ class Matmul {
   }
 
  private:
+  static Format format_of(const kbn_matmul& p) {
+    if (p.layout == KBN_TRITS) return kTrits;
+    return p.bits == 1 ? kBits1 : p.bits == 2 ? kBits2 : p.bits == 4 ? kBits4 : kBits8;
+  }
+
   void for_each(bool inline_, int64_t count, Task task) {
     if (inline_ || count < 2) {
       for (int64_t i = 0; i < count; ++i) task(this, i);
@@ -175,7 +180,7 @@ class Matmul {
       block.segment_steps = whole > 0 ? segment_tiles_ : tiles_in_ - step;
       block.tiles = p_.tiles + tile * block.tile_stride + step * kTileBytes;
       block.x_codes = x_codes_ + row * packed_inputs_ + step * tile_inputs_ * block.rows;
-      kernels_.multiply[bits_index_](block);
+      kernels_.multiply[format_](block);
       step += block.segments * block.segment_steps;
       if (p_.group_size) {
         emit(block, row, tile, segment, y);
@@ -256,7 +261,7 @@ class Matmul {
   const Kernels& kernels_;
   const kbn_parallel* parallel_;
   const Probe& probe_;
-  const int bits_index_;
+  const Format format_;
   const int64_t tile_inputs_;
   const int64_t tiles_in_, tiles_out_;
   const int64_t groups_;

@@ -1,61 +1,24 @@
 // AVX2: `vpmaddubsw` multiplies unsigned weight codes by signed activation codes and adds pairs in
 // int16, where it saturates. Codes of up to 4 bits keep clear of that: eight such pairs reach at
 // most 8 * 2 * 15 * 128 = 30720. Codes of 8 bits are widened to 16 bits first.
-#include <immintrin.h>
-
-#include "portable.h"
+#include "ymm.h"
 
 namespace kbn {
 namespace {
 
-constexpr int kHalves = 2;  // a tile is two vectors of eight columns
-constexpr int kAhead = 4096;
-
-inline __m256i broadcast(const int8_t* x) {
-  int32_t word;
-  memcpy(&word, x, 4);
-  return _mm256_set1_epi32(word);
-}
-
-inline __m256i load_half(const uint8_t* tile, int half) {
-  _mm_prefetch(reinterpret_cast<const char*>(tile) + kAhead, _MM_HINT_T0);
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile) + half);
-}
-
-template <int Rows>
-struct Sums {
-  __m256i value[Rows][kHalves];
-
-  void clear() {
-    KBN_UNROLL for (int r = 0; r < Rows; ++r) {
-      KBN_UNROLL for (int h = 0; h < kHalves; ++h) value[r][h] = _mm256_setzero_si256();
-    }
-  }
-  void store(int32_t* to) const {
-    KBN_UNROLL for (int r = 0; r < Rows; ++r) {
-      KBN_UNROLL for (int h = 0; h < kHalves; ++h) {
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + r * kTileOutputs) + h, value[r][h]);
-      }
-    }
-  }
-};
-
-// 1, 2 and 4 bits: sums += `Tiles` tiles, of at most 32 inputs so that int16 holds them.
-template <int Bits, int Rows, int Tiles>
+// Codes of up to 4 bits: sums += `Tiles` tiles, of so few inputs that int16 holds them.
+template <Format F, int Rows, int Tiles>
 inline void add_tiles(const uint8_t* tile, const int8_t* x, Sums<Rows>& sums) {
-  constexpr int kOperands = 8 / Bits;
-  static_assert(Tiles * kOperands <= 8, "more would saturate int16");
-  const __m256i mask = _mm256_set1_epi8(static_cast<char>((1 << Bits) - 1));
+  constexpr int kOperands = operands(F), kMostCode = F == kTrits ? 2 : (1 << 8 / kOperands) - 1;
+  static_assert(Tiles * kOperands * 2 * kMostCode * 128 <= 32767, "int16 would saturate");
   Sums<Rows> pairs;
   pairs.clear();
   KBN_UNROLL for (int u = 0; u < Tiles; ++u) {
-    __m256i raw[kHalves];
-    KBN_UNROLL for (int h = 0; h < kHalves; ++h) raw[h] = load_half(tile + u * kTileBytes, h);
+    Operands<F> from[kHalves];
+    KBN_UNROLL for (int h = 0; h < kHalves; ++h) from[h].load(tile + u * kTileBytes, h);
     KBN_UNROLL for (int i = 0; i < kOperands; ++i) {
       __m256i codes[kHalves];
-      KBN_UNROLL for (int h = 0; h < kHalves; ++h) {
-        codes[h] = _mm256_and_si256(_mm256_srli_epi16(raw[h], Bits * i), mask);
-      }
+      KBN_UNROLL for (int h = 0; h < kHalves; ++h) codes[h] = from[h].take(i);
       KBN_UNROLL for (int r = 0; r < Rows; ++r) {
         const __m256i word = broadcast(x + ((u * kOperands + i) * Rows + r) * 4);
         KBN_UNROLL for (int h = 0; h < kHalves; ++h) {
@@ -95,9 +58,10 @@ inline void add_tile_of_bytes(const uint8_t* tile, const int8_t* x, Sums<Rows>& 
   }
 }
 
-template <int Bits, int Rows>
+template <Format F, int Rows>
 void multiply_rows(const Block& block) {
-  constexpr int kOperands = 8 / Bits;
+  constexpr int kOperands = operands(F);
+  constexpr int kAtOnce = F == kTrits ? 2 : 8 / kOperands;  // tiles
   const uint8_t* tile = block.tiles;
   const int8_t* x = block.x_codes;
   int32_t* to = block.sums;
@@ -105,16 +69,16 @@ void multiply_rows(const Block& block) {
     Sums<Rows> sums;
     sums.clear();
     int64_t left = block.segment_steps;
-    if constexpr (Bits < 8) {
-      for (; left >= Bits; left -= Bits) {
-        add_tiles<Bits, Rows, Bits>(tile, x, sums);
-        tile += Bits * kTileBytes;
-        x += 32 * Rows;
+    if constexpr (F != kBits8) {
+      for (; left >= kAtOnce; left -= kAtOnce) {
+        add_tiles<F, Rows, kAtOnce>(tile, x, sums);
+        tile += kAtOnce * kTileBytes;
+        x += kAtOnce * kOperands * 4 * Rows;
       }
     }
     for (; left > 0; --left) {
-      if constexpr (Bits < 8) {
-        add_tiles<Bits, Rows, 1>(tile, x, sums);
+      if constexpr (F != kBits8) {
+        add_tiles<F, Rows, 1>(tile, x, sums);
       } else {
         add_tile_of_bytes<Rows>(tile, x, sums);
       }
@@ -126,20 +90,21 @@ void multiply_rows(const Block& block) {
   }
 }
 
-template <int Bits>
+template <Format F>
 void multiply(const Block& block) {
   switch (block.rows) {
-    case 1: return multiply_rows<Bits, 1>(block);
-    case 2: return multiply_rows<Bits, 2>(block);
-    case 3: return multiply_rows<Bits, 3>(block);
-    default: return multiply_rows<Bits, 4>(block);
+    case 1: return multiply_rows<F, 1>(block);
+    case 2: return multiply_rows<F, 2>(block);
+    case 3: return multiply_rows<F, 3>(block);
+    default: return multiply_rows<F, 4>(block);
   }
 }
 
 }  // namespace
 
 extern const Kernels kAvx2 = {
-    "avx2", 4, 1, absmax, quantize, {multiply<1>, multiply<2>, multiply<4>, multiply<8>},
+    "avx2", 4, 1, absmax, quantize,
+    {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
     add_scaled, store,
 };
 

@@ -35,10 +35,10 @@ inline __m512i operand(__m512i raw, int i) {
 // One row, one column of tiles: bound by memory. An iteration takes 32 inputs, that is `Bits`
 // tiles and eight operands. Codes are masked where they stand; as operand i of every tile has its
 // own sums, these are shifted only once, at the end of the segment.
-template <int Bits>
+template <Format F>
 void multiply_row(const uint8_t* tile, const int8_t* x, const Block& block, int32_t* sums,
                   int sums_stride) {
-  constexpr int kOperands = 8 / Bits;
+  constexpr int kOperands = operands(F), Bits = 8 / kOperands;
   for (int64_t segment = 0; segment < block.segments; ++segment) {
     __m512i acc[Bits][kOperands];
     KBN_UNROLL for (int u = 0; u < Bits; ++u) {
@@ -74,11 +74,77 @@ void multiply_row(const uint8_t* tile, const int8_t* x, const Block& block, int3
   }
 }
 
-// Several rows: codes are shifted into place once, in registers, and used for every row.
-template <int Bits, int Rows, int Columns>
+inline __m512i times_3(__m512i v) { return _mm512_add_epi8(_mm512_add_epi8(v, v), v); }
+
+// One row of trits, which are never taken out of their bytes: with v_i for what a byte is when its
+// digit i comes first, 256 * digit_i = 3 * v_i - v_(i+1), so that
+//     256 * sum digit_i * x_i = 3 * (sum v_i * x_i) - (sum v_(i+1) * x_i).
+template <>
+void multiply_row<kTrits>(const uint8_t* tile, const int8_t* x, const Block& block, int32_t* sums,
+                          int sums_stride) {
+  constexpr int kOperands = operands(kTrits);
+  for (int64_t segment = 0; segment < block.segments; ++segment) {
+    __m512i here[kOperands], next[kOperands];
+    KBN_UNROLL for (int i = 0; i < kOperands; ++i) here[i] = next[i] = _mm512_setzero_si512();
+    for (int64_t step = 0; step < block.segment_steps; ++step) {
+      __m512i v = _mm512_loadu_si512(tile);
+      _mm_prefetch(reinterpret_cast<const char*>(tile) + kAhead, _MM_HINT_T0);
+      KBN_UNROLL for (int i = 0; i < kOperands; ++i) {
+        const __m512i word = broadcast(x + i * 4);
+        dot(here[i], v, word);
+        v = times_3(v);
+        dot(next[i], v, word);
+      }
+      tile += kTileBytes;
+      x += kOperands * 4;
+    }
+    KBN_UNROLL for (int i = 1; i < kOperands; ++i) {
+      here[0] = _mm512_add_epi32(here[0], here[i]);
+      next[0] = _mm512_add_epi32(next[0], next[i]);
+    }
+    const __m512i thrice = _mm512_add_epi32(_mm512_slli_epi32(here[0], 1), here[0]);
+    const __m512i total = _mm512_srai_epi32(_mm512_sub_epi32(thrice, next[0]), 8);
+    _mm512_storeu_si512(sums + segment * sums_stride, total);
+  }
+}
+
+// What several rows share: the operands of a tile, taken out of it one after another. Sums of
+// their codes are to be divided by 2^kShift.
+template <Format F>
+struct Operands {
+  static constexpr int kShift = 0;
+  __m512i raw;
+
+  void load(const uint8_t* tile) { raw = _mm512_loadu_si512(tile); }
+  __m512i take(int i) const {
+    constexpr int kBits = 8 / operands(F);
+    if (F == kBits8) return raw;
+    const __m512i shifted = i == 0 ? raw : _mm512_srli_epi16(raw, kBits * i);
+    return _mm512_and_si512(shifted, _mm512_set1_epi8((1 << kBits) - 1));
+  }
+};
+
+// With u = v - 1, averages that round up give (v + v / 2) / 2, rounded down: the digit, the whole
+// part of 3 * v / 256, is in its two highest bits.
+template <>
+struct Operands<kTrits> {
+  static constexpr int kShift = 6;
+  __m512i u;
+
+  void load(const uint8_t* tile) {
+    u = _mm512_sub_epi8(_mm512_loadu_si512(tile), _mm512_set1_epi8(1));
+  }
+  __m512i take(int) {
+    const __m512i half = _mm512_avg_epu8(u, _mm512_setzero_si512());
+    const __m512i digit = _mm512_and_si512(_mm512_avg_epu8(u, half), _mm512_set1_epi8(char(0xc0)));
+    u = _mm512_add_epi8(times_3(u), _mm512_set1_epi8(2));
+    return digit;
+  }
+};
+
+template <Format F, int Rows, int Columns>
 void multiply_rows(const Block& block) {
-  constexpr int kOperands = 8 / Bits;
-  const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1));
+  constexpr int kOperands = operands(F);
   const uint8_t* tile = block.tiles;
   const int8_t* x = block.x_codes;
   int32_t* sums = block.sums;
@@ -88,19 +154,16 @@ void multiply_rows(const Block& block) {
       KBN_UNROLL for (int c = 0; c < Columns; ++c) acc[r][c] = _mm512_setzero_si512();
     }
     for (int64_t step = 0; step < block.segment_steps; ++step) {
-      __m512i raw[Columns];
+      Operands<F> from[Columns];
       KBN_UNROLL for (int c = 0; c < Columns; ++c) {
-        raw[c] = _mm512_loadu_si512(tile + c * block.tile_stride);
+        from[c].load(tile + c * block.tile_stride);
         // The columns that come next: two streams at once, so a fixed distance would miss heads.
         _mm_prefetch(reinterpret_cast<const char*>(tile) + (Columns + c) * block.tile_stride,
                      _MM_HINT_T1);
       }
       KBN_UNROLL for (int i = 0; i < kOperands; ++i) {
         __m512i codes[Columns];
-        KBN_UNROLL for (int c = 0; c < Columns; ++c) {
-          const __m512i shifted = i == 0 ? raw[c] : _mm512_srli_epi16(raw[c], Bits * i);
-          codes[c] = Bits == 8 ? raw[c] : _mm512_and_si512(shifted, mask);
-        }
+        KBN_UNROLL for (int c = 0; c < Columns; ++c) codes[c] = from[c].take(i);
         KBN_UNROLL for (int r = 0; r < Rows; ++r) {
           const __m512i word = broadcast(x + (i * Rows + r) * 4);
           KBN_UNROLL for (int c = 0; c < Columns; ++c) dot(acc[r][c], codes[c], word);
@@ -111,45 +174,47 @@ void multiply_rows(const Block& block) {
     }
     KBN_UNROLL for (int r = 0; r < Rows; ++r) {
       KBN_UNROLL for (int c = 0; c < Columns; ++c) {
-        _mm512_storeu_si512(sums + (r * Columns + c) * kTileOutputs, acc[r][c]);
+        _mm512_storeu_si512(sums + (r * Columns + c) * kTileOutputs,
+                            _mm512_srai_epi32(acc[r][c], Operands<F>::kShift));
       }
     }
     sums += Rows * Columns * kTileOutputs;
   }
 }
 
-template <int Bits, int Columns>
+template <Format F, int Columns>
 void multiply_columns(const Block& block) {
   switch (block.rows) {
     case 1:
       for (int c = 0; c < Columns; ++c) {
-        multiply_row<Bits>(block.tiles + c * block.tile_stride, block.x_codes, block,
+        multiply_row<F>(block.tiles + c * block.tile_stride, block.x_codes, block,
                            block.sums + c * kTileOutputs, Columns * kTileOutputs);
       }
       return;
-    case 2: return multiply_rows<Bits, 2, Columns>(block);
-    case 3: return multiply_rows<Bits, 3, Columns>(block);
-    case 4: return multiply_rows<Bits, 4, Columns>(block);
-    case 5: return multiply_rows<Bits, 5, Columns>(block);
-    case 6: return multiply_rows<Bits, 6, Columns>(block);
-    case 7: return multiply_rows<Bits, 7, Columns>(block);
-    case 8: return multiply_rows<Bits, 8, Columns>(block);
-    case 9: return multiply_rows<Bits, 9, Columns>(block);
-    case 10: return multiply_rows<Bits, 10, Columns>(block);
-    case 11: return multiply_rows<Bits, 11, Columns>(block);
-    default: return multiply_rows<Bits, 12, Columns>(block);
+    case 2: return multiply_rows<F, 2, Columns>(block);
+    case 3: return multiply_rows<F, 3, Columns>(block);
+    case 4: return multiply_rows<F, 4, Columns>(block);
+    case 5: return multiply_rows<F, 5, Columns>(block);
+    case 6: return multiply_rows<F, 6, Columns>(block);
+    case 7: return multiply_rows<F, 7, Columns>(block);
+    case 8: return multiply_rows<F, 8, Columns>(block);
+    case 9: return multiply_rows<F, 9, Columns>(block);
+    case 10: return multiply_rows<F, 10, Columns>(block);
+    case 11: return multiply_rows<F, 11, Columns>(block);
+    default: return multiply_rows<F, 12, Columns>(block);
   }
 }
 
-template <int Bits>
+template <Format F>
 void multiply(const Block& block) {
-  block.columns == 1 ? multiply_columns<Bits, 1>(block) : multiply_columns<Bits, 2>(block);
+  block.columns == 1 ? multiply_columns<F, 1>(block) : multiply_columns<F, 2>(block);
 }
 
 }  // namespace
 
 extern const Kernels kAvx512Vnni = {
-    "avx512vnni", 12, 2, absmax, quantize, {multiply<1>, multiply<2>, multiply<4>, multiply<8>},
+    "avx512vnni", 12, 2, absmax, quantize,
+    {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
     add_scaled, store,
 };
 

@@ -4,10 +4,18 @@
 namespace kbn {
 namespace {
 
-template <int Bits>
+// Takes the code of the next operand out of a byte.
+template <Format F>
+int take(unsigned& byte) {
+  constexpr int kBits = 8 / operands(F);
+  const unsigned whole = F == kTrits ? byte * 3 : byte;
+  byte = F == kTrits ? whole & 255 : byte >> kBits;
+  return static_cast<int>(F == kTrits ? whole >> 8 : whole & ((1u << kBits) - 1));
+}
+
+template <Format F>
 void multiply(const Block& block) {
-  constexpr int kOperands = 8 / Bits;
-  constexpr int kMask = (1 << Bits) - 1;
+  constexpr int kOperands = operands(F);
   const int columns = block.columns * kTileOutputs;
   int32_t* sums = block.sums;
   int64_t step = 0;
@@ -18,11 +26,16 @@ void multiply(const Block& block) {
       for (int column = 0; column < columns; ++column) {
         const uint8_t* word = block.tiles + column / kTileOutputs * block.tile_stride +
                               step * kTileBytes + column % kTileOutputs * 4;
+        int codes[kOperands][4];
+        for (int j = 0; j < 4; ++j) {
+          unsigned byte = word[j];
+          for (int i = 0; i < kOperands; ++i) codes[i][j] = take<F>(byte);
+        }
         for (int row = 0; row < block.rows; ++row) {
           int32_t sum = 0;
           for (int i = 0; i < kOperands; ++i) {
             const int8_t* x = x_step + (i * block.rows + row) * 4;
-            for (int j = 0; j < 4; ++j) sum += ((word[j] >> (Bits * i)) & kMask) * x[j];
+            for (int j = 0; j < 4; ++j) sum += codes[i][j] * x[j];
           }
           int32_t& to = sums[row * columns + column];
           to = static_cast<int32_t>(static_cast<uint32_t>(to) + static_cast<uint32_t>(sum));
@@ -36,7 +49,8 @@ void multiply(const Block& block) {
 }  // namespace
 
 extern const Kernels kGeneric = {
-    "generic", 4, 1, absmax, quantize, {multiply<1>, multiply<2>, multiply<4>, multiply<8>},
+    "generic", 4, 1, absmax, quantize,
+    {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
     add_scaled, store,
 };
 

@@ -8,15 +8,21 @@ namespace {
 
 constexpr int kQuarters = 4;  // a tile is four vectors of four columns
 
-// Codes of operand i as signed bytes. Codes of 8 bits, 0 to 255, come out less 128.
-template <int Bits>
-inline int8x16_t operand(uint8x16_t raw, int i) {
-  if constexpr (Bits == 8) {
+// Codes of operand i as signed bytes, taken in order. Codes of 8 bits come out less 128.
+template <Format F>
+inline int8x16_t take(uint8x16_t& raw, int i) {
+  if constexpr (F == kBits8) {
     return vreinterpretq_s8_u8(veorq_u8(raw, vdupq_n_u8(0x80)));
+  } else if constexpr (F == kTrits) {
+    // The whole part of 3 * v / 256: of (v + v / 2) / 2, the two highest bits.
+    const uint8x16_t digit = vshrq_n_u8(vhaddq_u8(raw, vshrq_n_u8(raw, 1)), 6);
+    raw = vmulq_u8(raw, vdupq_n_u8(3));
+    return vreinterpretq_s8_u8(digit);
   } else {
+    constexpr int kBits = 8 / operands(F);
     // The operator, as the intrinsic wants a literal of 1 or more: it becomes `ushr`, or nothing.
-    const uint8x16_t shifted = raw >> static_cast<uint8_t>(Bits * i);
-    return vreinterpretq_s8_u8(vandq_u8(shifted, vdupq_n_u8((1 << Bits) - 1)));
+    const uint8x16_t shifted = raw >> static_cast<uint8_t>(kBits * i);
+    return vreinterpretq_s8_u8(vandq_u8(shifted, vdupq_n_u8((1 << kBits) - 1)));
   }
 }
 
@@ -26,9 +32,9 @@ inline int8x16_t broadcast(const int8_t* x) {
   return vreinterpretq_s8_s32(vdupq_n_s32(word));
 }
 
-template <int Bits, int Rows>
+template <Format F, int Rows>
 void multiply_rows(const Block& block) {
-  constexpr int kOperands = 8 / Bits;
+  constexpr int kOperands = operands(F);
   const uint8_t* tile = block.tiles;
   const int8_t* x = block.x_codes;
   int32_t* to = block.sums;
@@ -44,11 +50,11 @@ void multiply_rows(const Block& block) {
       KBN_UNROLL for (int q = 0; q < kQuarters; ++q) raw[q] = vld1q_u8(tile + 16 * q);
       KBN_UNROLL for (int i = 0; i < kOperands; ++i) {
         int8x16_t codes[kQuarters];
-        KBN_UNROLL for (int q = 0; q < kQuarters; ++q) codes[q] = operand<Bits>(raw[q], i);
+        KBN_UNROLL for (int q = 0; q < kQuarters; ++q) codes[q] = take<F>(raw[q], i);
         KBN_UNROLL for (int r = 0; r < Rows; ++r) {
           const int8x16_t word = broadcast(x + (i * Rows + r) * 4);
           // The 128 that were taken from each code are put back below.
-          if (Bits == 8) x_sums[r] = vdotq_s32(x_sums[r], word, vdupq_n_s8(1));
+          if (F == kBits8) x_sums[r] = vdotq_s32(x_sums[r], word, vdupq_n_s8(1));
           KBN_UNROLL for (int q = 0; q < kQuarters; ++q) {
             sums[r][q] = vdotq_s32(sums[r][q], codes[q], word);
           }
@@ -67,20 +73,21 @@ void multiply_rows(const Block& block) {
   }
 }
 
-template <int Bits>
+template <Format F>
 void multiply(const Block& block) {
   switch (block.rows) {
-    case 1: return multiply_rows<Bits, 1>(block);
-    case 2: return multiply_rows<Bits, 2>(block);
-    case 3: return multiply_rows<Bits, 3>(block);
-    default: return multiply_rows<Bits, 4>(block);
+    case 1: return multiply_rows<F, 1>(block);
+    case 2: return multiply_rows<F, 2>(block);
+    case 3: return multiply_rows<F, 3>(block);
+    default: return multiply_rows<F, 4>(block);
   }
 }
 
 }  // namespace
 
 extern const Kernels kNeon = {
-    "neon", 4, 1, absmax, quantize, {multiply<1>, multiply<2>, multiply<4>, multiply<8>},
+    "neon", 4, 1, absmax, quantize,
+    {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
     add_scaled, store,
 };
 

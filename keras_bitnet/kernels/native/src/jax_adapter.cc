@@ -1,4 +1,4 @@
-// The packed matmul as an XLA FFI handler, for JAX. Operands x, tiles, scale, bias; result y.
+// The packed matmul as an XLA FFI handler, for JAX. Operands x, tiles, scale, bias, x_scale; result y.
 #include <string.h>
 
 #include <atomic>
@@ -94,8 +94,8 @@ const void* scalar(const xla_ffi::Attributes& attributes, const char* name, int3
 bool read(const xla_ffi::Attributes& attributes, kbn_adapter::Attributes* out) {
   const struct { const char* name; int64_t* value; } integers[] = {
       {"out_features", &out->out_features}, {"bits", &out->bits},
-      {"group_size", &out->group_size},     {"activation_bits", &out->activation_bits},
-      {"per_tensor", &out->per_tensor},
+      {"trits", &out->trits},               {"group_size", &out->group_size},
+      {"activation_bits", &out->activation_bits}, {"per_tensor", &out->per_tensor},
   };
   const struct { const char* name; double* value; } floats[] = {
       {"offset", &out->offset}, {"epsilon", &out->epsilon},
@@ -140,24 +140,25 @@ bool answer_metadata(const CallFrame* frame) {
 KBN_API void* kbn_xla_matmul(xla_ffi::CallFrame* frame) {
   if (answer_metadata(frame) || frame->stage != kExecuteStage) return nullptr;
   kbn_adapter::Attributes attributes;
-  if (frame->arguments.size != 4 || frame->results.size != 1 ||
+  if (frame->arguments.size != 5 || frame->results.size != 1 ||
       !read(frame->attributes, &attributes))
     return error(frame, kInvalidArgument, "wrong number of operands or attributes");
   Buffer **in = frame->arguments.buffers, *y = frame->results.buffers[0];
-  Buffer *x = in[0], *tiles = in[1], *scale = in[2], *bias = in[3];
+  Buffer *x = in[0], *tiles = in[1], *scale = in[2], *bias = in[3], *x_scale = in[4];
   kbn_matmul problem;
   const char* wrong = kbn_adapter::describe(attributes, shape(x), shape(tiles), shape(scale),
-                                            shape(bias), &problem);
+                                            shape(bias), shape(x_scale), &problem);
   if (wrong) return error(frame, kInvalidArgument, wrong);
   problem.dtype = dtype_of(x->dtype);
   if (problem.dtype < 0 || y->dtype != x->dtype || tiles->dtype != kU8 || scale->dtype != kF32 ||
-      bias->dtype != kF32 || shape(y).rows() != problem.rows ||
+      bias->dtype != kF32 || x_scale->dtype != kF32 || shape(y).rows() != problem.rows ||
       shape(y)[-1] != problem.out_features)
     return error(frame, kInvalidArgument, "wrong dtype of an operand, or shape of the result");
   problem.x = x->data;
   problem.tiles = static_cast<const uint8_t*>(tiles->data);
   problem.scale = static_cast<const float*>(scale->data);
   problem.bias = bias->dims[0] ? static_cast<const float*>(bias->data) : nullptr;
+  problem.x_scale = x_scale->dims[0] ? static_cast<const float*>(x_scale->data) : nullptr;
   problem.y = y->data;
   Pool pool{frame, pool_threads(frame)};
   kbn_parallel parallel{run_on_pool, &pool, static_cast<int32_t>(pool.threads)};

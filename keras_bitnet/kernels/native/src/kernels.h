@@ -17,6 +17,14 @@
 
 namespace kbn {
 
+// How codes lie in a tile of 64 bytes (keras_bitnet/ops/layout.py). A byte holds `operands(format)`
+// codes, one for each operand of a dot product: fields of bits, or the digits of a number to the
+// base 3. That one is a fraction v of 256: digit i is the whole part of 3 * v / 256, and the rest,
+// 3 * v modulo 256, holds the digits after it.
+enum Format { kBits1, kBits2, kBits4, kBits8, kTrits, kFormats };
+
+constexpr int operands(int format) { return format == kTrits ? 5 : 8 >> format; }
+
 constexpr int kTileOutputs = 16;
 constexpr int kTileBytes = 64;
 constexpr int kMaxRows = 12;   // most rows of a block in any table
@@ -64,8 +72,8 @@ struct Kernels {
   void (*quantize)(const void* x, int dtype, int64_t count, float inverse, float highest,
                    int8_t* codes);
 
-  // Computes a block, one function for each of 1, 2, 4 and 8 bits.
-  void (*multiply[4])(const Block& block);
+  // Computes a block. A segment may be 16384 inputs long.
+  void (*multiply[kFormats])(const Block& block);
 
   // Adds the sums of every segment of a block, scaled, to y.
   void (*add_scaled)(const Block& block, const Scaling& scaling, float* y);
@@ -76,6 +84,7 @@ struct Kernels {
 
 extern const Kernels kGeneric;
 extern const Kernels kAvx2;
+extern const Kernels kAvxVnni;
 extern const Kernels kAvx512Vnni;
 extern const Kernels kNeon;
 

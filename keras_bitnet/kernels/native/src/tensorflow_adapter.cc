@@ -89,7 +89,7 @@ KBN_TF_FUNCTIONS(X)
 #undef X
 
 constexpr char kOp[] = "KerasBitnetMatmul";
-constexpr int kInputs = 4;  // x, tiles, scale, bias
+constexpr int kInputs = 5;  // x, tiles, scale, bias, x_scale
 std::atomic<int32_t> max_threads{0};
 
 struct StatusDeleter {
@@ -105,10 +105,10 @@ using Status = std::unique_ptr<TF_Status, StatusDeleter>;
 using ShapeOwner = std::unique_ptr<TF_ShapeHandle, ShapeDeleter>;
 using TensorOwner = std::unique_ptr<TF_Tensor, TensorDeleter>;
 
-// (..., in), tiles, scale, (out,) -> (..., out). The stable API shows a shape function no
+// (..., in), tiles, scale, (out,), x_scale -> (..., out). The stable API shows a shape function no
 // integer attribute, so `out` is read off the bias, which is therefore always there.
 void infer_shape(TF_ShapeInferenceContext* context, TF_Status* status) {
-  const int64_t ranks[kInputs] = {1, 4, 2, 1};
+  const int64_t ranks[kInputs] = {1, 4, 2, 1, 1};
   ShapeOwner in[kInputs], out(TF_NewShapeHandle());
   for (int i = 0; i < kInputs; ++i) {
     in[i].reset(TF_NewShapeHandle());
@@ -136,6 +136,7 @@ void* create(TF_OpKernelConstruction* context) {
   float offset = 0, epsilon = 0;
   const struct { const char* name; int64_t* value; } integers[] = {
       {"bits", &attributes->bits},
+      {"trits", &attributes->trits},
       {"group_size", &attributes->group_size},
       {"activation_bits", &attributes->activation_bits},
       {"per_tensor", &attributes->per_tensor},
@@ -182,7 +183,7 @@ void run(Attributes attributes, TF_OpKernelContext* context, TF_Status* status) 
   attributes.out_features = sizes[3].size() == 1 ? sizes[3][0] : 0;
   kbn_matmul problem;
   const char* wrong = kbn_adapter::describe(attributes, shape(0), shape(1), shape(2), shape(3),
-                                            &problem);
+                                            shape(4), &problem);
   if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
   const int dtype = TF_TensorType(in[0].get());
   problem.dtype = kbn_dtype_of(dtype);
@@ -197,6 +198,7 @@ void run(Attributes attributes, TF_OpKernelContext* context, TF_Status* status) 
   problem.tiles = static_cast<const uint8_t*>(TF_TensorData(in[1].get()));
   problem.scale = static_cast<const float*>(TF_TensorData(in[2].get()));
   problem.bias = static_cast<const float*>(TF_TensorData(in[3].get()));
+  if (sizes[4][0]) problem.x_scale = static_cast<const float*>(TF_TensorData(in[4].get()));
   problem.y = TF_TensorData(y.get());
   wrong = kbn_run_limited(&problem, max_threads.load(std::memory_order_relaxed));
   if (wrong) TF_SetStatus(status, kInternal, wrong);
@@ -224,11 +226,11 @@ std::string register_op() {
   if (const char* missing = resolve()) return std::string("TensorFlow lacks ") + missing;
   Status status(TF_NewStatus());
   TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(kOp);
-  for (const char* attribute : {"T: {float, bfloat16, half}", "bits: int", "group_size: int",
+  for (const char* attribute : {"T: {float, bfloat16, half}", "bits: int", "trits: int", "group_size: int",
                                 "activation_bits: int", "per_tensor: int", "offset: float",
                                 "epsilon: float"})
     TF_OpDefinitionBuilderAddAttr(op, attribute);
-  for (const char* input : {"x: T", "tiles: uint8", "scale: float", "bias: float"})
+  for (const char* input : {"x: T", "tiles: uint8", "scale: float", "bias: float", "x_scale: float"})
     TF_OpDefinitionBuilderAddInput(op, input);
   TF_OpDefinitionBuilderAddOutput(op, "y: T");
   TF_OpDefinitionBuilderSetShapeInferenceFunction(op, infer_shape);

@@ -43,9 +43,10 @@ KBN_TORCH_FUNCTIONS(X)
 int (*get_num_threads)();
 
 constexpr char kSchema[] =
-    "bit_matmul(Tensor x, Tensor tiles, Tensor scale, Tensor bias, int out_features, int bits, "
-    "int group_size, int activation_bits, bool per_tensor, float offset, float epsilon) -> Tensor";
-constexpr int kTensors = 4;
+    "bit_matmul(Tensor x, Tensor tiles, Tensor scale, Tensor bias, Tensor x_scale, "
+    "int out_features, int bits, int trits, int group_size, int activation_bits, "
+    "bool per_tensor, float offset, float epsilon) -> Tensor";
+constexpr int kTensors = 5;
 constexpr int64_t kMaxRank = 32;
 
 // A tensor of the stack; the kernel owns it.
@@ -97,25 +98,28 @@ bool allocate(const Tensor& x, int64_t columns, Tensor* y) {
 }
 
 const char* compute(Slot* stack, Tensor* tensors, Tensor* y) {
-  Tensor &x = tensors[0], &tiles = tensors[1], &scale = tensors[2], &bias = tensors[3];
+  Tensor &x = tensors[0], &tiles = tensors[1], &scale = tensors[2], &bias = tensors[3],
+         &x_scale = tensors[4];
   for (int i = 0; i < kTensors; ++i) {
     if (!tensors[i].read()) return "an operand cannot be read";
     if (!tensors[i].contiguous) return "the operands must be contiguous";
   }
   kbn_adapter::Attributes attributes;
-  int64_t* integers[] = {&attributes.out_features, &attributes.bits, &attributes.group_size,
-                         &attributes.activation_bits, &attributes.per_tensor};
-  for (int i = 0; i < 5; ++i) *integers[i] = static_cast<int64_t>(stack[kTensors + i]);
+  int64_t* integers[] = {&attributes.out_features, &attributes.bits, &attributes.trits,
+                         &attributes.group_size, &attributes.activation_bits,
+                         &attributes.per_tensor};
+  for (int i = 0; i < 6; ++i) *integers[i] = static_cast<int64_t>(stack[kTensors + i]);
   attributes.per_tensor &= 1;  // of a bool only the lowest byte is defined
-  attributes.offset = float_of(stack[kTensors + 5]);
-  attributes.epsilon = float_of(stack[kTensors + 6]);
+  attributes.offset = float_of(stack[kTensors + 6]);
+  attributes.epsilon = float_of(stack[kTensors + 7]);
   kbn_matmul problem;
   const char* wrong = kbn_adapter::describe(attributes, x.shape(), tiles.shape(), scale.shape(),
-                                            bias.shape(), &problem);
+                                            bias.shape(), x_scale.shape(), &problem);
   if (wrong) return wrong;
   problem.dtype = kbn_dtype_of(x.dtype);
   if (problem.dtype < 0 || tiles.dtype != aoti_torch_dtype_uint8() ||
-      scale.dtype != aoti_torch_dtype_float32() || bias.dtype != scale.dtype)
+      scale.dtype != aoti_torch_dtype_float32() || bias.dtype != scale.dtype ||
+      x_scale.dtype != scale.dtype)
     return "wrong dtype of an operand";
   if (x.rank > kMaxRank) return "x has too many axes";
   if (!allocate(x, attributes.out_features, y)) return "no memory for the result";
@@ -123,6 +127,7 @@ const char* compute(Slot* stack, Tensor* tensors, Tensor* y) {
   problem.tiles = static_cast<const uint8_t*>(tiles.data);
   problem.scale = static_cast<const float*>(scale.data);
   problem.bias = bias.dims[0] ? static_cast<const float*>(bias.data) : nullptr;
+  problem.x_scale = x_scale.dims[0] ? static_cast<const float*>(x_scale.data) : nullptr;
   problem.y = y->data;
   return kbn_run_limited(&problem, get_num_threads ? get_num_threads() : 0);
 }

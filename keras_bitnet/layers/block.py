@@ -1,0 +1,127 @@
+"""What the blocks of transformers share: arguments handed down, and packing as a whole."""
+
+from typing import Any
+
+import keras
+from keras import constraints, initializers, regularizers
+
+from keras_bitnet import quantizers
+from keras_bitnet.checks import check_choice
+from keras_bitnet.layers.base import NORMS
+
+
+class PacksAsWhole(keras.Layer):
+    """Mixin of a layer whose arguments say whether the quantized layers inside are packed.
+
+    `keras_bitnet.pack_model` makes it again with `packed=True` in place of replacing what is
+    in it, so it stays of its class, and built so it never allocates a float kernel.
+    """
+
+    packed: bool = False
+
+    def remade(self, **changes):
+        """A copy made from the config with some arguments changed, weights not copied."""
+        return type(self).from_config({**self.get_config(), **changes})
+
+
+class BitBlock(PacksAsWhole):
+    """Base of the blocks made of quantized layers: takes their arguments and hands them on.
+
+    Args:
+        weight_quantizer, activation_quantizer, quantization_strength, packed, packed_layout: Of
+            every quantized layer inside, see `keras_bitnet.layers.BitLayer`.
+        projection_norm: `None`, `"rms"` or `"layer"`: a norm of the inputs of each quantized
+            layer inside.
+        norm_epsilon: Added to the variance in every norm inside.
+        kernel_initializer, kernel_regularizer, kernel_constraint: Of every kernel inside.
+        bias_initializer, bias_regularizer, bias_constraint: Of every bias inside.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight_quantizer="ternary",
+        activation_quantizer="int8",
+        projection_norm=None,
+        norm_epsilon=1e-5,
+        quantization_strength=1.0,
+        packed=False,
+        packed_layout="tiles",
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        check_choice("projection_norm", projection_norm, (None, *NORMS))
+        self.weight_quantizer = quantizers.get(weight_quantizer)
+        self.activation_quantizer = quantizers.get_activation(activation_quantizer)
+        self.projection_norm = projection_norm
+        self.norm_epsilon = float(norm_epsilon)
+        self._initial_strength = float(quantization_strength)
+        self.packed = bool(packed)
+        self.packed_layout = packed_layout
+        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.bias_initializer = initializers.get(bias_initializer)
+        self.kernel_regularizer = regularizers.get(kernel_regularizer)
+        self.bias_regularizer = regularizers.get(bias_regularizer)
+        self.kernel_constraint = constraints.get(kernel_constraint)
+        self.bias_constraint = constraints.get(bias_constraint)
+
+    def block_arguments(self):
+        """Arguments of a block inside this one."""
+        return {
+            "weight_quantizer": self.weight_quantizer,
+            "activation_quantizer": self.activation_quantizer,
+            "projection_norm": self.projection_norm,
+            "norm_epsilon": self.norm_epsilon,
+            "quantization_strength": self._initial_strength,
+            "packed": self.packed,
+            "packed_layout": self.packed_layout,
+            "kernel_initializer": _clone(self.kernel_initializer),
+            "bias_initializer": _clone(self.bias_initializer),
+            "kernel_regularizer": self.kernel_regularizer,
+            "bias_regularizer": self.bias_regularizer,
+            "kernel_constraint": self.kernel_constraint,
+            "bias_constraint": self.bias_constraint,
+            "dtype": self.dtype_policy,
+        }
+
+    def layer_arguments(self, norm=None):
+        """Arguments of a `BitLayer` inside; `norm` takes the place of `projection_norm`."""
+        arguments = self.block_arguments()
+        projection_norm = arguments.pop("projection_norm")
+        return {**arguments, "norm": norm or projection_norm}
+
+    def make_norm(self, kind, name):
+        """A norm layer `"rms"` or `"layer"`."""
+        return NORMS[kind](epsilon=self.norm_epsilon, dtype=self.dtype_policy, name=name)
+
+    def get_config(self):
+        """The arguments of the constructor."""
+        return {
+            **super().get_config(),
+            "weight_quantizer": quantizers.serialize(self.weight_quantizer),
+            "activation_quantizer": quantizers.serialize(self.activation_quantizer),
+            "projection_norm": self.projection_norm,
+            "norm_epsilon": self.norm_epsilon,
+            "quantization_strength": self._initial_strength,
+            "packed": self.packed,
+            "packed_layout": self.packed_layout,
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "bias_initializer": initializers.serialize(self.bias_initializer),
+            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
+            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
+            "kernel_constraint": constraints.serialize(self.kernel_constraint),
+            "bias_constraint": constraints.serialize(self.bias_constraint),
+        }
+
+
+def _clone(initializer) -> Any:
+    """A copy: one instance would give every kernel of one shape the same values."""
+    if isinstance(initializer, keras.initializers.Initializer):
+        return type(initializer).from_config(initializer.get_config())
+    return initializer

@@ -1,0 +1,114 @@
+"""The keys and values of earlier tokens, kept for decoding: float, or int8 per token and head.
+
+A cache is a dictionary of tensors of fixed shapes, so a compiled step takes and gives it back
+with no retrace. `write` puts new rows in place where the backend can: PyTorch and TensorFlow
+write into the buffer that was passed, JAX where the caller donates it.
+"""
+
+import keras
+from keras import ops
+
+from keras_bitnet import quantizers
+
+BACKEND = keras.backend.backend()
+
+
+def make_cache(batch, length, heads, head_dim, dtype="float32"):
+    """An empty cache.
+
+    Args:
+        batch: Sequences.
+        length: Tokens that it can hold.
+        heads: Heads of keys and values.
+        head_dim: Size of a head.
+        dtype: A float dtype, or `"int8"`: a quarter of the memory of float32, each token of each
+            head with a scale of its own.
+
+    Returns:
+        `{"key", "value"}`, tensors `(batch, heads, length, head_dim)`; with `"int8"` also
+        `{"key_scale", "value_scale"}`, `float32 (batch, heads, length, 1)`.
+    """
+    shape = (batch, heads, length, head_dim)
+    cache = {name: ops.zeros(shape, dtype) for name in ("key", "value")}
+    if dtype == "int8":
+        for name in ("key_scale", "value_scale"):
+            cache[name] = ops.zeros((*shape[:-1], 1), "float32")
+    return cache
+
+
+def write(cache, key, value, start):
+    """Writes new keys and values.
+
+    Args:
+        cache: A cache, not to be used again after.
+        key, value: Tensors `(batch, length, heads, head_dim)`.
+        start: Where the first one goes: a Python integer or an integer scalar tensor.
+
+    Returns:
+        The cache that holds them.
+    """
+    written = {}
+    for name, rows in (("key", key), ("value", value)):
+        rows = ops.transpose(rows, (0, 2, 1, 3))
+        if f"{name}_scale" in cache:
+            rows, scale = quantizers.ActivationInt8().quantize(rows)
+            written[f"{name}_scale"] = _put(cache[f"{name}_scale"], scale, start)
+        written[name] = _put(cache[name], ops.cast(rows, cache[name].dtype), start)
+    return written
+
+
+def attend(cache, query, mask, scale):
+    """Attention of a few queries to the whole cache, heads grouped, nothing repeated.
+
+    Args:
+        cache: A cache.
+        query: Tensor `(batch, length, query_heads, head_dim)`.
+        mask: Boolean tensor `(batch or 1, length, cache length)`: what each query may see.
+        scale: Factor of the scores.
+
+    Returns:
+        Tensor of the shape and dtype of `query`. Scores and softmax are `float32`.
+    """
+    batch, length, heads, head_dim = query.shape
+    key_heads, groups = cache["key"].shape[1], heads // cache["key"].shape[1]
+    rows = ops.reshape(query, (batch, length, key_heads, groups, head_dim))
+    rows = ops.reshape(ops.transpose(rows, (0, 2, 3, 1, 4)), (batch, key_heads, -1, head_dim))
+    rows = ops.cast(rows, "float32") * scale
+    scores = ops.matmul(rows, ops.transpose(ops.cast(cache["key"], "float32"), (0, 1, 3, 2)))
+    if "key_scale" in cache:
+        scores = scores * ops.transpose(cache["key_scale"], (0, 1, 3, 2))
+    total = scores.shape[-1]
+    scores = ops.reshape(scores, (batch, key_heads, groups, length, total))
+    scores = ops.where(mask[:, None, None], scores, -1e30)
+    weights = ops.reshape(ops.softmax(scores), (batch, key_heads, groups * length, total))
+    if "value_scale" in cache:
+        weights = weights * ops.transpose(cache["value_scale"], (0, 1, 3, 2))
+    y = ops.matmul(weights, ops.cast(cache["value"], "float32"))
+    y = ops.reshape(y, (batch, key_heads, groups, length, head_dim))
+    y = ops.reshape(ops.transpose(y, (0, 3, 1, 2, 4)), (batch, length, heads, head_dim))
+    return ops.cast(y, query.dtype)
+
+
+def _put(buffer, rows, start):
+    """Writes rows `(batch, heads, n, size)` into `(batch, heads, length, size)` at `start`."""
+    if BACKEND == "torch":
+        import torch
+
+        at = torch.arange(rows.shape[2], device=buffer.device) + start
+        return buffer.index_copy_(2, at, rows)
+    if BACKEND == "tensorflow":
+        return _put_tensorflow(buffer, rows, start)
+    return ops.slice_update(buffer, (0, 0, start, 0), rows)
+
+
+def _put_tensorflow(buffer, rows, start):
+    """In place through an alias: as a matrix of tokens, which shares the memory of the buffer."""
+    import tensorflow as tf
+
+    batch, heads, length, size = buffer.shape
+    new = rows.shape[2]
+    first = tf.range(batch * heads, dtype="int32") * length
+    at = tf.reshape(first[:, None] + tf.range(new) + tf.cast(start, "int32"), (-1,))
+    matrix = tf.reshape(buffer, (-1, size))
+    matrix = tf.raw_ops.InplaceUpdate(x=matrix, i=at, v=tf.reshape(rows, (-1, size)))
+    return tf.reshape(matrix, (batch, heads, length, size))
