@@ -19,10 +19,13 @@ def _command_line_starts():
 if not _command_line_starts():
     from keras_bitnet import callbacks, interop, layers, models, ops, quantizers
     from keras_bitnet.kernels.select import explain
-    from keras_bitnet.report import summary
+    from keras_bitnet.precision import PrecisionPlan, suggest_precision
+    from keras_bitnet.report import benchmark_layers, quantization_report, summary
     from keras_bitnet.transforms import calibrate, pack_model, quantize_model, unpack_model
 
 __all__ = [
+    "PrecisionPlan",
+    "benchmark_layers",
     "calibrate",
     "callbacks",
     "explain",
@@ -31,8 +34,10 @@ __all__ = [
     "models",
     "ops",
     "pack_model",
+    "quantization_report",
     "quantize_model",
     "quantizers",
+    "suggest_precision",
     "summary",
     "unpack_model",
 ]

@@ -118,21 +118,31 @@ class _Run(keras.Operation):
 
 
 @contextlib.contextmanager
-def _recording(calls):
+def intercepted(handle):
+    """Calls `handle(stock, layer, args, kwargs)` in place of every call of a layer in the block.
+
+    `stock(layer, *args, **kwargs)` is the call that it stands for.
+    """
     stock = keras.Layer.__call__
 
     @functools.wraps(stock)
     def call(layer, *args, **kwargs):
-        outputs = stock(layer, *args, **kwargs)
-        arguments = _bind(layer, args, kwargs)
-        calls.append(Call(layer, _shapes(arguments), _shapes(outputs)))
-        return outputs
+        return handle(stock, layer, args, kwargs)
 
     keras.Layer.__call__ = call
     try:
         yield
     finally:
         keras.Layer.__call__ = stock
+
+
+def _recording(calls):
+    def record(stock, layer, args, kwargs):
+        outputs = stock(layer, *args, **kwargs)
+        calls.append(Call(layer, _shapes(_bind(layer, args, kwargs)), _shapes(outputs)))
+        return outputs
+
+    return intercepted(record)
 
 
 def _bind(layer, args, kwargs):

@@ -148,6 +148,14 @@ def format_bytes(number):
     return _scaled(number, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
 
 
+def format_seconds(seconds):
+    """Seconds for people: 12.3 us, 1.20 ms."""
+    for factor, unit in ((1.0, "s"), (1e-3, "ms")):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
 def _scaled(number, base, units):
     if number < base:
         return f"{number}{units[0]}"

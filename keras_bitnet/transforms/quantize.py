@@ -1,7 +1,6 @@
 """From a float Keras model to one that trains with quantization."""
 
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -10,6 +9,7 @@ from keras_bitnet import layers as bit_layers
 from keras_bitnet import quantizers
 from keras_bitnet.filters import layer_filter
 from keras_bitnet.layers.base import under_own_names
+from keras_bitnet.transforms.precision_plan import PrecisionPlan, layer_arguments
 from keras_bitnet.transforms.rewrite import Rule, rewrite
 
 TWINS: dict[type, Any] = {
@@ -42,7 +42,8 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
         spec: What the layers become: the name of a weight quantizer (`"ternary"`, ...), a
             `WeightQuantizer`, a dictionary of arguments of `keras_bitnet.layers.BitLayer` (those
             that a twin does not have, such as the norm of an embedding, are left out), or a
-            callable `spec(layer)` that gives one of these, or `None`: keep the layer.
+            callable `spec(layer)` that gives one of these, or `None`: keep the layer. Or a
+            `keras_bitnet.PrecisionPlan`, which has one for each path.
         filters: Which layers: a regex or a list of them, searched in the path of the layer
             (such as `"encoder/attention/query"`), or a callable `filters(layer) -> bool`.
             All by default.
@@ -58,20 +59,19 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
     matches = layer_filter(filters)
 
     def replace(layer, path):
-        twin = _twin(type(layer))
-        if twin is None:
+        if _twin(type(layer)) is None:
             return f"{type(layer).__name__} has no quantized twin"
         if not matches(layer, path):
             return "left out by `filters`"
         if layer.quantization_mode is not None:
             return f"quantized by Keras already ({layer.quantization_mode})"
-        arguments = _arguments(spec(layer) if _is_function(spec) else spec)
+        paths.append(path)
+        arguments = _arguments_for(spec, layer, path)
         if arguments is None:
             return "left out by `spec`"
-        config = {k: v for k, v in layer.get_config().items() if k not in _NOT_KEPT}
-        arguments = {k: v for k, v in arguments.items() if k not in twin.not_in_spec}
-        return twin.from_config({**config, **under_own_names(twin, arguments)})
+        return twin_of(layer, arguments)
 
+    paths: list[str] = []
     _check_spec(spec)
     new_model, changes = rewrite(
         model, Rule("quantized", replace, lambda old, new: new.take_weights(old)), verbose
@@ -82,7 +82,18 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
             f"{', '.join(sorted(cls.__name__ for cls in TWINS))} that `filters` lets through.",
             stacklevel=2,
         )
+    _warn_of_unused_rules(spec, paths)
     return (new_model, changes) if return_changes else new_model
+
+
+def twin_of(layer, arguments=None):
+    """The unbuilt quantized twin of a float layer with arguments of `BitLayer`, or `None`."""
+    twin = _twin(type(layer))
+    if twin is None:
+        return None
+    config = {k: v for k, v in layer.get_config().items() if k not in _NOT_KEPT}
+    arguments = {k: v for k, v in (arguments or {}).items() if k not in twin.not_in_spec}
+    return twin.from_config({**config, **under_own_names(twin, arguments)})
 
 
 def _twin(cls):
@@ -102,15 +113,19 @@ def _is_function(spec):
 
 
 def _check_spec(spec):
-    if not _is_function(spec):
-        _arguments(spec)
+    if not isinstance(spec, PrecisionPlan) and not _is_function(spec):
+        layer_arguments(spec)
 
 
-def _arguments(spec):
-    if spec is None:
-        return None
-    arguments = dict(spec) if isinstance(spec, Mapping) else {"weight_quantizer": spec}
-    arguments["weight_quantizer"] = quantizers.serialize(
-        quantizers.get(arguments.get("weight_quantizer", "ternary"))
-    )
-    return arguments
+def _arguments_for(spec, layer, path):
+    if isinstance(spec, PrecisionPlan):
+        return spec.spec_for(path)
+    return layer_arguments(spec(layer) if _is_function(spec) else spec)
+
+
+def _warn_of_unused_rules(spec, paths):
+    unused = spec.unused_rules(paths) if isinstance(spec, PrecisionPlan) else []
+    if unused:
+        warnings.warn(
+            f"Rules of the plan match no layer: {unused}. The layers are: {paths}", stacklevel=3
+        )

@@ -125,6 +125,18 @@ def is_graph(layer):
     return isinstance(layer, (keras.Sequential, keras.Function))
 
 
+def named_layers(layer, path="", seen=None):
+    """Yields `(path, layer)` of every layer in a model, once, under the paths of `Change`."""
+    seen = set() if seen is None else seen
+    children = layer.layers if is_graph(layer) else child_layers(layer).values()
+    for child in children:
+        if id(child) not in seen:
+            seen.add(id(child))
+            inner = _join(path, child.name)
+            yield inner, child
+            yield from named_layers(child, inner, seen)
+
+
 def _remake(layer, twins):
     """An unbuilt copy of a layer, with these inner layers replaced."""
     try:

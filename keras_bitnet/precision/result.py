@@ -1,0 +1,168 @@
+"""What a search for a plan measured and found: table, JSON and Pareto plot."""
+
+import dataclasses
+import json
+import math
+
+from keras_bitnet.files import replacing
+from keras_bitnet.precision.budget import format_cost
+from keras_bitnet.report import svg
+from keras_bitnet.report.table import print_table, text_table
+
+
+@dataclasses.dataclass
+class Choice:
+    """One layer and its candidates.
+
+    Attributes:
+        path: The layer.
+        weights: Numbers in its kernel.
+        labels: Precisions of the candidates: `"W1.58A8"`, `"float32"`.
+        errors: What each candidate does to the outputs or the loss of the model.
+        costs: What each costs, in the unit of the budget.
+        refused: Why the fast kernels refuse a candidate, by label.
+        chosen: The label of the one that was chosen.
+    """
+
+    path: str
+    weights: int
+    labels: list[str]
+    errors: list[float] = dataclasses.field(default_factory=list)
+    costs: list[float] = dataclasses.field(default_factory=list)
+    refused: dict[str, str] = dataclasses.field(default_factory=dict)
+    chosen: str = ""
+
+
+@dataclasses.dataclass
+class Point:
+    """One plan of the Pareto curve: its cost, its sum of errors, the label for every layer."""
+
+    cost: float
+    error: float
+    labels: list[str]
+
+
+@dataclasses.dataclass
+class PrecisionSearch:
+    """What `suggest_precision` measured and found.
+
+    Attributes:
+        objective: `"output"` or `"loss"`, what the errors are.
+        kind: `"bytes"`, `"bits"` or `"seconds"`, what the costs are.
+        limit: The budget.
+        cost: Of the plan.
+        error: Sum of the errors of its layers.
+        smallest, largest: Costs of the cheapest and the dearest plan.
+        choices: A `Choice` for each layer.
+        curve: The best plans at other budgets, a list of `Point` by rising cost.
+        measured: Of the plan as a whole: `output_error`, `output_sqnr` in dB, and with targets
+            `loss` and `loss_float`.
+    """
+
+    objective: str
+    kind: str
+    limit: float
+    cost: float
+    error: float
+    smallest: float
+    largest: float
+    choices: list[Choice]
+    curve: list[Point]
+    measured: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self):
+        """The content as dictionaries and lists."""
+        return dataclasses.asdict(self)
+
+    def to_json(self, **kwargs):
+        """The content as JSON; arguments go to `json.dumps`."""
+        return json.dumps(self.to_dict(), **kwargs)
+
+    def show(self):
+        """Prints the table, by `rich` where that is installed."""
+        print_table(**self._table())
+
+    def __str__(self):
+        return text_table(**self._table())
+
+    def to_svg(self):
+        """The Pareto curve as a self-contained SVG picture, a text."""
+        return svg.standalone(self.chart())
+
+    def plot(self, path, overwrite=True):
+        """Writes the Pareto curve to an SVG file."""
+        with replacing(path, overwrite) as temporary:
+            temporary.write_text(self.to_svg(), encoding="utf-8")
+
+    def chart(self):
+        """The Pareto curve as a chart of a page, see `report.svg`."""
+        factor, unit = self._axis()
+        points = [(point.cost / factor, point.error) for point in self.curve]
+        titles = [
+            f"{format_cost(point.cost, self.kind)}: error {point.error:.3g}" for point in self.curve
+        ]
+        errors = {"loss": "growth of the loss, summed", "output": "error of the outputs, summed"}
+        return svg.line_chart(
+            points,
+            titles,
+            xlabel=unit,
+            ylabel=errors[self.objective],
+            marked=next(i for i, p in enumerate(self.curve) if math.isclose(p.cost, self.cost)),
+            limit=self.limit / factor if self.limit <= 1.5 * self.largest else None,
+            log_y=True,
+        )
+
+    def _axis(self):
+        if self.kind == "bits":
+            return 1.0, "average bits of a weight"
+        if self.kind == "bytes":
+            factor, unit = (1e6, "MB") if self.largest >= 1e6 else (1e3, "kB")
+            return factor, f"{unit} in memory, packed"
+        factor, unit = (1e-3, "ms") if self.largest >= 1e-3 else (1e-6, "µs")
+        return factor, f"latency of the layers, {unit}"
+
+    def _table(self):
+        labels = list(dict.fromkeys(label for choice in self.choices for label in choice.labels))
+        lines = []
+        for choice in self.choices:
+            errors = dict(zip(choice.labels, choice.errors, strict=True))
+            cells = [_error(choice, label, errors) for label in labels]
+            cost = choice.costs[choice.labels.index(choice.chosen)]
+            lines.append(
+                [choice.path, choice.chosen, f"{choice.weights:,}", *cells,
+                 format_cost(cost, self.kind)]
+            )  # fmt: skip
+        name = {"loss": "growth of the loss", "output": "relative error of the outputs"}
+        title = f"Precision of each layer; {name[self.objective]} when only it is quantized"
+        headers = ["Layer", "Chosen", "Weights", *labels, "Cost"]
+        footer = self._footer()
+        return {"headers": headers, "lines": lines, "title": title, "left": 2, "footer": footer}
+
+    def _footer(self):
+        lines = [
+            f"Cost: {format_cost(self.cost, self.kind)} of "
+            f"{format_cost(self.limit, self.kind)} allowed; these candidates reach "
+            f"{format_cost(self.smallest, self.kind)} to {format_cost(self.largest, self.kind)}"
+        ]
+        if self.measured:
+            lines.append(
+                f"All layers together: SQNR of the outputs {self.measured['output_sqnr']:.1f} dB"
+                + (
+                    f", loss {self.measured['loss']:.4g} (float {self.measured['loss_float']:.4g})"
+                    if "loss" in self.measured
+                    else ""
+                )
+            )
+        reasons = {
+            f"{label} of {choice.path} was passed over: {reason}"
+            for choice in self.choices
+            for label, reason in choice.refused.items()
+            if len(choice.refused) < len(choice.labels)
+        }
+        return lines + sorted(reasons)
+
+
+def _error(choice, label, errors):
+    if label not in errors:
+        return "-"
+    return f"{errors[label]:.3g}" + ("*" if label == choice.chosen else "")
