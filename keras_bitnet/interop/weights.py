@@ -125,8 +125,16 @@ def check_exportable(layer, name):
     """Refuses what no outside format holds.
 
     Raises:
-        ValueError: The layer has LoRA weights or a bias.
+        ValueError: The layer has LoRA weights, a bias, a static activation scale, or inputs that
+            are rotated, smoothed or kept apart.
     """
+    treatments = ("smoothing", "rotation", "kept_channels", "static")
+    treated = [what for what in treatments if getattr(layer, what, None)]
+    if treated:
+        raise ValueError(
+            f"'{name}' treats its inputs in a way that these formats do not hold. "
+            f"Received: a layer with {', '.join(treated)}"
+        )
     if layer.lora_enabled:
         raise ValueError(f"'{name}' has LoRA weights, which these formats do not hold.")
     if layer.bias is not None:

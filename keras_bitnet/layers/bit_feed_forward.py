@@ -1,5 +1,7 @@
 """BitFeedForward: the feed-forward block of low-bit transformers."""
 
+from typing import Any
+
 import keras
 from keras import activations, ops
 
@@ -77,7 +79,7 @@ class BitFeedForward(BitBlock):
         self.seed = seed
         self.gate_dense = self._projection(intermediate_dim, "gate") if gated else None
         self.up_dense = self._projection(intermediate_dim, "up")
-        self.down_dense = None  # its size is that of the inputs
+        self.down_dense: Any = None  # its size is that of the inputs
         self.dropout_layer = keras.layers.Dropout(dropout, seed=seed, dtype=self.dtype_policy)
 
     def _projection(self, units, name, norm=None):

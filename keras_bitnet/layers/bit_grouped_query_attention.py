@@ -1,5 +1,7 @@
 """BitGroupedQueryAttention: attention with low-bit projections, rotary positions and a cache."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -113,7 +115,7 @@ class BitGroupedQueryAttention(BitBlock):
         self.gate_dense = (
             self._projection(num_query_heads, "gate", activation="sigmoid") if use_gate else None
         )
-        self.output_dense = None  # its size is that of the queries
+        self.output_dense: Any = None  # its size is that of the queries
         self.dropout_layer = keras.layers.Dropout(dropout, seed=seed, dtype=self.dtype_policy)
 
     def _projection(self, heads, name, activation=None):

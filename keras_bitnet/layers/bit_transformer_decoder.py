@@ -1,5 +1,7 @@
 """BitTransformerDecoder: one block of a decoder-only low-bit transformer."""
 
+from typing import Any
+
 import keras
 
 from keras_bitnet.checks import check_choice
@@ -96,7 +98,7 @@ class BitTransformerDecoder(BitBlock):
             name="feed_forward",
             **self.block_arguments(),
         )
-        self.attention = None  # the size of its heads may be that of the inputs
+        self.attention: Any = None  # the size of its heads may be that of the inputs
         self.attention_norm = self.make_norm(norm, "attention_norm")
         self.feed_forward_norm = self.make_norm(norm, "feed_forward_norm")
 

@@ -183,7 +183,7 @@ class BitNetBackbone(BitBlock, keras.Model):
 
     def build(self, input_shape=None):
         """Creates the weights; the shape of the inputs does not matter."""
-        if self.built:
+        if self.built:  # type: ignore[has-type]
             return
         shape = (None, None, self.hidden_dim)
         self.token_embedding.build((None, None))

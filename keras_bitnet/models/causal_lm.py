@@ -44,7 +44,7 @@ class BitNetCausalLM(PacksAsWhole, Generation):
         """Nothing to do: the weights are those of the backbone."""
 
     @property
-    def packed(self):
+    def packed(self):  # type: ignore[override]
         """Whether the kernels are packed."""
         return self.backbone.packed
 

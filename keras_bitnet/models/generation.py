@@ -66,7 +66,7 @@ class Generation(keras.Model):
             yield row[0] if request.is_single else row
 
     def _sample(self, request):
-        rows = [[] for _ in request.prompts]
+        rows: list[list[int]] = [[] for _ in request.prompts]
         for tokens in self._tokens(request):
             for row, token in zip(rows, tokens, strict=True):
                 if token is not None:
