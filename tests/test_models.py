@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import mean_error, relative_error, to_numpy
+from helpers import mean_error, to_numpy
 
 import keras_bitnet
 from keras_bitnet.models import BitNetBackbone, BitNetCausalLM
