@@ -11,9 +11,20 @@ import importlib
 import os
 import sys
 
-from keras_bitnet.cli import devices, export, import_model, output, pack, quantize, summary, unpack
+from keras_bitnet.cli import (
+    chat,
+    devices,
+    export,
+    generate,
+    import_model,
+    output,
+    pack,
+    quantize,
+    summary,
+    unpack,
+)
 
-COMMANDS = (summary, quantize, pack, unpack, import_model, export, devices)
+COMMANDS = (summary, quantize, pack, unpack, import_model, export, generate, chat, devices)
 BACKENDS = ("jax", "torch", "tensorflow")
 
 

@@ -70,6 +70,39 @@ def load_model(path):
         raise ValueError(f"'{path}' cannot be loaded: {type(error).__name__}: {error}") from error
 
 
+def load_any(path, **arguments):
+    """The model of a `.keras` file, a checkpoint folder or a `.gguf` file.
+
+    Args:
+        path: The file or folder.
+        **arguments: Of `interop.from_hugging_face` or `interop.from_gguf`.
+    """
+    from keras_bitnet import interop
+
+    if pathlib.Path(path).is_dir():
+        return interop.from_hugging_face(path, **arguments)
+    if pathlib.Path(path).suffix in (".keras", ".h5"):
+        return load_model(path)
+    return interop.from_gguf(path, **arguments)
+
+
+def add_tokenizer(parser):
+    """Adds `--tokenizer`; see `load_tokenizer`."""
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="checkpoint folder, tokenizer.json or .gguf file"
+    )
+
+
+def load_tokenizer(path):
+    """The tokenizer of a checkpoint folder, a `tokenizer.json` or a `.gguf` file; else `None`."""
+    from keras_bitnet import interop
+
+    if not path:
+        return None
+    is_gguf = pathlib.Path(path).suffix == ".gguf"
+    return (interop.Tokenizer.from_gguf if is_gguf else interop.Tokenizer.from_folder)(path)
+
+
 def save_model(model, path, force):
     """Writes a `.keras` file, whole or not at all.
 

@@ -166,7 +166,7 @@ def use_kernel(name):
     `model.predict_function`, before it is traced again.
 
     Args:
-        name: `"auto"` or the name of a row, see `explain`.
+        name: `"auto"` or the name of a row, see `explain`; or a `Kernel` that is in no table.
 
     Raises:
         ValueError: No row of this backend has that name.
@@ -220,6 +220,8 @@ def _table():
 def _named(name):
     if name == "auto":
         return None
+    if isinstance(name, Kernel):
+        return name
     for row in _table():
         if row.name == name:
             return row
