@@ -43,8 +43,8 @@ def load(arguments):
     model.tokenizer = tokenizer or model.tokenizer
     if model.tokenizer is None:
         raise ValueError(
-            f"'{arguments.file}' comes without a tokenizer: give --tokenizer, the checkpoint folder "
-            "or .gguf file that the model was imported from."
+            f"'{arguments.file}' comes without a tokenizer: give --tokenizer, the checkpoint "
+            "folder or .gguf file that the model was imported from."
         )
     return model
 

@@ -203,7 +203,16 @@ def _shift_right(x, count):
     return opset18.BitShift(x, opset18.CastLike(count, x), direction="RIGHT")
 
 
+def _squeeze(x, dim):
+    """Nothing where the axis is free: traced with another size than 1, it stays."""
+    if x.shape[dim] != 1:
+        return opset18.Identity(x)
+    return opset18.Squeeze(x, opset18.Constant(value_ints=[dim]))
+
+
+# Operators that the exporter translates wrongly.
 TRANSLATIONS = {
+    torch.ops.aten.squeeze.dim: _squeeze,
     torch.ops.aten.bitwise_right_shift.Tensor: _shift_right,
     torch.ops.aten.bitwise_right_shift.Tensor_Scalar: _shift_right,
 }

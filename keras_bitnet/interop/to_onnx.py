@@ -72,7 +72,7 @@ def to_onnx(model, path, *, input_signature=None, accuracy_level=0):
     with use_kernel(onnx_product.kernel(accuracy_level)):
         program = _trace(model, signature, onnx_product.TRANSLATIONS)
     onnx_product.lower_products(program.model)
-    _name_outputs(program.model)
+    _tidy(program.model)
     path = pathlib.Path(path)
     inline = sum(w.const_value.nbytes for w in program.model.graph.initializers.values())
     if inline <= INLINE_BYTES:
@@ -96,16 +96,15 @@ def _signature(model):
     if isinstance(model, BitNetCausalLM):
         tokens = {"shape": (None, None), "dtype": "int32"}
         return {name: keras.InputSpec(**tokens) for name in ("token_ids", "padding_mask")}
-    inputs = getattr(model, "_inputs_struct", None) or getattr(model, "inputs", None)
-    if not inputs:
-        raise ValueError(
-            "The inputs of a subclassed model must be given as `input_signature`, for example "
-            "`keras.InputSpec(shape=(None, 32), dtype='float32')`. Received: "
-            f"input_signature=None for {type(model).__name__}"
-        )
-    if isinstance(model, keras.Sequential):
+    if isinstance(model, keras.Sequential) and model.built:
         return model.inputs[0]
-    return inputs
+    if isinstance(model, keras.Model) and hasattr(model, "_inputs_struct"):
+        return model._inputs_struct
+    raise ValueError(
+        "The inputs of a subclassed model must be given as `input_signature`, for example "
+        "`keras.InputSpec(shape=(None, 32), dtype='float32')`. Received: "
+        f"input_signature=None for {type(model).__name__} '{model.name}'"
+    )
 
 
 def _trace(model, signature, translations):
@@ -149,7 +148,16 @@ def _name(spec, i, signature):
     return getattr(spec, "name", None) or f"input_{i}"
 
 
-def _name_outputs(graph_model):
+def _tidy(graph_model):
+    """Names the outputs, and drops the notes of the exporter: file paths and lines of source."""
     outputs = graph_model.graph.outputs
     for i, output in enumerate(outputs):
         output.name = "output" if len(outputs) == 1 else f"output_{i}"
+    graph_model.metadata_props.clear()
+    graph_model.graph.metadata_props.clear()
+    for node in graph_model.graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*graph_model.graph.inputs, *graph_model.graph.initializers.values()):
+        value.metadata_props.clear()

@@ -250,7 +250,9 @@ class BitGroupedQueryAttention(BitBlock):
         for name in ("value", "key"):
             if masks[name] is not None:
                 parts.append(ops.cast(masks[name], "bool")[:, None, None, :])
-        apart = ops.arange(targets)[:, None] - ops.arange(sources)[None]
+        # With a dtype, as a size that is free in an export has none that Keras knows.
+        at, to = (ops.arange(size, dtype="int32") for size in (targets, sources))
+        apart = at[:, None] - to[None]
         if causal:
             parts.append((apart >= 0)[None, None])
         if self.sliding_window:
