@@ -1,6 +1,6 @@
 """How large the files of a packed model are, and how far their outputs are from it.
 
-One model, every format of the present backend; the results of all backends are kept in one file.
+One model, every format of the present backend, and the time of one row on one thread.
 Outputs are checked before a size is written; a format that fails is written with its reason.
 
     KERAS_BACKEND=torch python benchmarks/export_sizes.py
@@ -134,8 +134,8 @@ def main():
         floats = 4 * sum(layer.in_features * layer.out_features for layer in model.layers)
         with tempfile.TemporaryDirectory() as folder:
             model.save(pathlib.Path(folder, "model.keras"))
-            rows.append({"weights": weights, "format": ".keras", "bytes": size(pathlib.Path(folder)),
-                         "float_bytes": floats})  # fmt: skip
+            row = {"weights": weights, "format": ".keras", "bytes": size(pathlib.Path(folder))}
+        rows.append({**row, "float_bytes": floats})
         for name, (_, _, backends) in FORMATS.items():
             if backend in backends:
                 found = measure(name, model, x, arguments.repeats)
