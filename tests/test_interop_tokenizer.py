@@ -93,11 +93,23 @@ def test_transformers_reads_the_folder_alike(tmp_path):
         "{{ raise_exception('no') }}",
         "{% for i in range(10**9) %}{% endfor %}",
         "{{ unclosed",
+        "{{ 'a' * 10**10 }}",
+        "{{ [0] * 10**9 }}",
+        "{{ 10 ** 10 ** 9 }}",
+        "{{ 2.0 ** 10 ** 6 }}",
+        "{{ 1 // 0 }}",
+        "{{ none * 3 }}",
+        "{{ messages[0].role.x }}",
+        ["no text"],
     ],
 )
 def test_templates_stay_in_their_sandbox(template):
-    with pytest.raises(ValueError, match="template cannot take"):
+    with pytest.raises(ValueError, match="template cannot take|template is a text"):
         render_chat(template, messages=[])
+
+
+def test_templates_may_multiply_a_little():
+    assert render_chat("{{ '-' * 3 }}{{ 2 ** 10 * 1000 }}") == "---1024000"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +121,9 @@ def test_templates_stay_in_their_sandbox(template):
         ({"tokenizer.ggml.tokens": ["a", "a"]}, "inconsistent"),
         ({"tokenizer.ggml.merges": ["zzz qqq"]}, "inconsistent"),
         ({"tokenizer.ggml.merges": ["a b c"]}, "inconsistent"),
+        ({"tokenizer.ggml.token_type": 7}, "inconsistent"),
+        ({"tokenizer.ggml.pre": ["gpt-2"]}, "Received: 'gpt2' and"),
+        ({"tokenizer.chat_template": 5}, "template must be a text"),
     ],
 )
 def test_bad_metadata(changes, message):
@@ -122,6 +137,18 @@ def test_what_does_not_fit_is_refused(tmp_path):
         tokenizer_metadata(tokenizer, 5)
     with pytest.raises(ValueError, match="no chat template"):
         tokenizer.apply_chat_template([])
+    for name, content in tokenizer.files().items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    for template in (5, {"default": "a"}, [{"name": "default", "template": []}]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+        with pytest.raises(ValueError, match="template of .* must be a text"):
+            Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": ["no object"]}')
+    assert Tokenizer.from_folder(tmp_path).chat_template is None
+    (tmp_path / "tokenizer.json").write_text("[" * 10**5)
+    with pytest.raises(ValueError, match="no valid tokenizer"):
+        Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer.json").write_text(string.ascii_letters)
     with pytest.raises(ValueError, match="no valid tokenizer"):
         Tokenizer.from_folder(tmp_path)

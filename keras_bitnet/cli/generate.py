@@ -27,9 +27,7 @@ def run(arguments):
     if not prompt:
         raise ValueError("There is no text to continue. Received: an empty one")
     model = text.load(arguments)
-    if not arguments.json:
-        sys.stdout.write(prompt)
-    continuation, facts = text.stream(model, prompt, arguments)
+    continuation, facts = text.stream(model, prompt, arguments, before=prompt)
     return {"prompt": prompt, "text": continuation, **facts}
 
 

@@ -49,8 +49,8 @@ def load(arguments):
     return model
 
 
-def stream(model, prompt, arguments):
-    """Continues a text, shown as it comes unless the result is to be JSON.
+def stream(model, prompt, arguments, before=""):
+    """Continues a text, shown as it comes, after `before`, unless the result is to be JSON.
 
     Returns:
         `(text, facts)`: the continuation, and a dictionary of tokens and seconds.
@@ -67,7 +67,7 @@ def stream(model, prompt, arguments):
         first = first or time.perf_counter()
         pieces.append(piece)
         if not arguments.json:
-            sys.stdout.write(piece)
+            sys.stdout.write(piece if len(pieces) > 1 else before + piece)
             sys.stdout.flush()
     end = time.perf_counter()
     later = len(pieces) - 1  # the first token includes reading the prompt and compiling

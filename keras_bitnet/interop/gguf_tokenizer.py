@@ -57,12 +57,15 @@ def read_tokenizer(metadata):
     """
     kind = metadata.get("tokenizer.ggml.model")
     pre = metadata.get("tokenizer.ggml.pre", "default")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
+    if kind != "gpt2" or not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise ValueError(
             "Tokenizers of GGUF files are supported where `tokenizer.ggml.model` is 'gpt2' and "
             f"`tokenizer.ggml.pre` one of {sorted(PRE_TOKENIZERS)}. Received: {kind!r} and "
             f"{pre!r}. Take the model's `tokenizer.json` with `Tokenizer.from_folder`."
         )
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, (str, type(None))):
+        raise ValueError(f"The chat template must be a text. Received: {type(template).__name__}")
     rule = PRE_TOKENIZERS[pre]
     tokens, merges, types = _vocabulary(metadata)
     tokenizer = _build(tokens, merges, types, rule)
@@ -78,7 +81,7 @@ def read_tokenizer(metadata):
         bos_token_id=bos,
         eos_token_ids=dict.fromkeys(i for i in eos if i is not None),
         pad_token_id=pad,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=template,
     )
 
 
@@ -90,7 +93,11 @@ def _vocabulary(metadata):
             raise ValueError(f"`tokenizer.ggml.{name}` of the file must be a list of strings.")
     types = metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     pairs = [tuple(merge.split(" ")) for merge in merges]
-    if len(types) != len(tokens) or any(len(pair) != 2 for pair in pairs):
+    if (
+        not isinstance(types, list)
+        or len(types) != len(tokens)
+        or any(len(pair) != 2 for pair in pairs)
+    ):
         raise ValueError("The tokenizer of the file is inconsistent: its types or merges.")
     return tokens, pairs, types
 

@@ -1,6 +1,7 @@
 """`config.json` of a Hugging Face checkpoint and the arguments of `BitNetBackbone`."""
 
 import dataclasses
+import math
 
 from keras import activations
 
@@ -57,6 +58,8 @@ def read_variant(config):
     quantization = config.get(QUANTIZATION)
     if quantization is None:
         return VARIANTS["float"]
+    if not isinstance(quantization, dict):
+        raise ValueError(f"`{QUANTIZATION}` must be an object. Received: {quantization!r}")
     method = quantization.get("quant_method")
     linear_class = quantization.get("linear_class") or "bitlinear"
     mode = quantization.get("quantization_mode") or "offline"
@@ -146,7 +149,7 @@ def _size(config, name, default=None):
 def _number(config, name, default):
     value = config.get(name, default)
     value = default if value is None else value
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}")
     return float(value)
 

@@ -66,9 +66,15 @@ class Tokenizer:
         )
         template = settings.get("chat_template")
         if isinstance(template, list):  # named templates; the one for chat is "default"
-            template = next((t["template"] for t in template if t.get("name") == "default"), None)
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
         if (folder / TEMPLATE).is_file():
             template = read_text(folder / TEMPLATE)
+        if not isinstance(template, (str, type(None))):
+            raise ValueError(
+                f"The chat template of '{folder}' must be a text. "
+                f"Received: {type(template).__name__}"
+            )
         first_bos, first_pad = (ids[0] if ids else None for ids in (bos, pad))
         return cls(tokenizer, first_bos, eos, first_pad, template)
 
