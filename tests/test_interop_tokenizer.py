@@ -96,7 +96,7 @@ def test_transformers_reads_the_folder_alike(tmp_path):
         "{{ 'a' * 10**10 }}",
         "{{ [0] * 10**9 }}",
         "{{ 10 ** 10 ** 9 }}",
-        "{{ 2.0 ** 10 ** 6 }}",
+        "{{ 2.0 ** 1000000 }}",
         "{{ 1 // 0 }}",
         "{{ none * 3 }}",
         "{{ messages[0].role.x }}",
@@ -104,7 +104,7 @@ def test_transformers_reads_the_folder_alike(tmp_path):
     ],
 )
 def test_templates_stay_in_their_sandbox(template):
-    with pytest.raises(ValueError, match="template cannot take|template is a text"):
+    with pytest.raises(ValueError, match=r"template cannot take|template is a text"):
         render_chat(template, messages=[])
 
 
@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         (tmp_path / name).write_text(text, encoding="utf-8")
     for template in (5, {"default": "a"}, [{"name": "default", "template": []}]):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-        with pytest.raises(ValueError, match="template of .* must be a text"):
+        with pytest.raises(ValueError, match="must be a text"):
             Tokenizer.from_folder(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": ["no object"]}')
     assert Tokenizer.from_folder(tmp_path).chat_template is None
