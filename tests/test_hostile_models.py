@@ -1,4 +1,4 @@
-"""Whole models from files of strangers: a value that is absurd, a tensor that is missing, damage."""
+"""Whole models from files of strangers: absurd values, missing tensors, damage."""
 
 import json
 import math

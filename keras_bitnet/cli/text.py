@@ -55,7 +55,8 @@ def stream(model, prompt, arguments, before=""):
     Returns:
         `(text, facts)`: the continuation, and a dictionary of tokens and seconds.
     """
-    start, first, pieces = time.perf_counter(), None, []
+    pieces: list[str] = []
+    start = first = time.perf_counter()
     for piece in model.stream(
         prompt,
         max_new_tokens=arguments.max_new_tokens,
@@ -64,7 +65,8 @@ def stream(model, prompt, arguments, before=""):
         top_p=arguments.top_p,
         seed=arguments.seed,
     ):
-        first = first or time.perf_counter()
+        if not pieces:
+            first = time.perf_counter()
         pieces.append(piece)
         if not arguments.json:
             sys.stdout.write(piece if len(pieces) > 1 else before + piece)

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+from typing import Any
 
 from keras_bitnet.interop.files import require
 
@@ -50,7 +51,7 @@ def render_chat(template, **variables):
         raise ValueError(f"The chat template cannot take these messages: {error}") from error
 
 
-def _bounded(environment):
+def _bounded(environment: Any):
     """An environment whose products and powers are of bounded size."""
 
     class Bounded(environment):

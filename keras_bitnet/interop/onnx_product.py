@@ -4,6 +4,7 @@ Imported where PyTorch and onnxscript are there.
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import onnx_ir
@@ -207,7 +208,8 @@ def _squeeze(x, dim):
     """Nothing where the axis is free: traced with another size than 1, it stays."""
     if x.shape[dim] != 1:
         return opset18.Identity(x)
-    return opset18.Squeeze(x, opset18.Constant(value_ints=[dim]))
+    axes: Any = opset18.Constant(value_ints=[dim])
+    return opset18.Squeeze(x, axes)
 
 
 # Operators that the exporter translates wrongly.
