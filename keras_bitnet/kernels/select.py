@@ -71,7 +71,7 @@ class Problem:
             activation_bits=getattr(activation_quantizer, "bits", None),
             activation_granularity=getattr(activation_quantizer, "granularity", None),
             activation_formula=getattr(activation_quantizer, "formula", None),
-            device=_device(x),
+            device=device_of(x),
             layout=packed.layout,
         )
 
@@ -131,22 +131,22 @@ def _tensorflow():
     return tensorflow.NATIVE
 
 
-def _later(name, row):
-    """The row that `row()` gives, under its name."""
+def later(name, row):
+    """The row that `row()` gives, under its name; it is imported with its first question."""
     return Kernel(name, lambda problem: row().refuse(problem), lambda *args: row().run(*args))
 
 
 REFERENCE = Kernel("reference", refuse=lambda problem: None, run=reference_matmul)
 
 TABLES: dict[str, tuple[Kernel, ...]] = {
-    "jax": (_later("cuda", _jax_cuda), _later("native", _jax), REFERENCE),
+    "jax": (later("cuda", _jax_cuda), later("native", _jax), REFERENCE),
     "torch": (
-        _later("cuda", _torch_cuda),
-        _later("metal", _metal),
-        _later("native", _torch),
+        later("cuda", _torch_cuda),
+        later("metal", _metal),
+        later("native", _torch),
         REFERENCE,
     ),
-    "tensorflow": (_later("native", _tensorflow), REFERENCE),
+    "tensorflow": (later("native", _tensorflow), REFERENCE),
 }
 
 _scope = threading.local()  # `torch.compile` traces through this, not through a ContextVar
@@ -180,13 +180,18 @@ def use_kernel(name):
         _scope.forced = outer
 
 
+def forced_name():
+    """The name that is forced here, or `"auto"`."""
+    return getattr(_scope, "forced", None) or os.environ.get(VARIABLE) or "auto"
+
+
 def choose(problem):
     """The first row that does not refuse, or the forced one.
 
     Raises:
         ValueError: The forced kernel is unknown or cannot run the problem.
     """
-    name = getattr(_scope, "forced", None) or os.environ.get(VARIABLE) or "auto"
+    name = forced_name()
     forced = _named(name)
     if forced is None:
         return next(row for row in _table() if row.refuse(problem) is None)
@@ -229,6 +234,7 @@ def _named(name):
     )
 
 
-def _device(x):
+def device_of(x):
+    """Name of the device of a tensor, or `None` when not known."""
     device = getattr(x, "device", None)
     return None if device is None else str(device)

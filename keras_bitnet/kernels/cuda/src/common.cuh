@@ -121,7 +121,7 @@ struct Ratio {
 };
 
 // `largest`: bits of the largest |x| that shares the scale, `of_row`: of the row.
-DEVICE Ratio ratio_of(const Matmul& p, u32 largest, u32 of_row) {
+template <class P> DEVICE Ratio ratio_of(const P& p, u32 largest, u32 of_row) {
   if (p.x_scale) {
     const float scale = of_row < 0x7f800000u ? __ldg(p.x_scale) : __uint_as_float(of_row);
     return {__fdiv_rn(1.f, scale), scale};
@@ -201,8 +201,18 @@ DEVICE uint4 load_stream(const uint4* p) {
 
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Programmatic dependent launch. Before `wait_for_previous` a kernel may only prefetch: the
-// kernel before may still be writing what this one reads, weights included.
+// Copies 16 bytes of weights to shared memory, or zeros. Every call is a group of its own.
+DEVICE void copy_stream(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\ncp.async.commit_group;" ::
+               "r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+// Waits for all but the last LEFT groups of this thread.
+template <int LEFT> DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+// Programmatic dependent launch. Before `wait_for_previous` a kernel may only prefetch: the kernel
+// before may still be writing what this one reads, weights included, but for `weights_ready`.
 DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -115,61 +115,76 @@ template <> struct Sums<true> {
   using Number = float;
 };
 
-// WARPS: of the block. AHEAD: loads of a lane in flight. KS: warps that share a row of tiles.
-template <class T, int WARPS, int AHEAD, int KS, bool GROUPED>
+// Where a lane stands in its tiles: KS * 8 tiles at a time, then the next row of tiles of its team.
+template <int KS> struct Place {
+  int tile_row, base;  // `base`: the first tile of the warp
+
+  DEVICE void advance(const Matmul& p, int row_step, int member) {
+    base += KS * 8;
+    if (base >= p.k_tiles) base = member * 8, tile_row += row_step;
+  }
+};
+
+// WARPS: of the block. KS: warps that share a row of tiles. STAGES: loads of a lane on their way, to
+// a place in shared memory that is its own, so that they need no registers and no barrier.
+template <class T, int WARPS, int STAGES, int KS, bool GROUPED>
 DEVICE void gemv(const Matmul& p) {
-  u32* x_codes = reinterpret_cast<u32*>(block_memory);
   using Number = typename Sums<GROUPED>::Number;
   __shared__ Number partial[2][WARPS][32];
-  constexpr int TEAMS = WARPS / KS;
+  constexpr int TEAMS = WARPS / KS, THREADS = WARPS * 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int team = warp / KS, member = warp % KS, quarter = lane % 4;
   const int tile_rows = (p.n + 15) / 16;
   const int first_row = blockIdx.x * TEAMS + team, row_step = gridDim.x * TEAMS;
-  const int first_tile = member * 8 + lane / 4;  // then every KS * 8th
-  auto source = [&](int tile_row, int tile) {
-    return static_cast<const uint4*>(p.tiles) + ((long long)tile_row * p.k_tiles + tile) * 4 + quarter;
+  uint4* ring = reinterpret_cast<uint4*>(block_memory) + threadIdx.x;
+  u32* x_codes = reinterpret_cast<u32*>(block_memory + STAGES * THREADS * 16);
+  const uint4* tiles = static_cast<const uint4*>(p.tiles) + lane;
+  auto source = [&](const Place<KS>& at) {
+    return tiles + ((long long)at.tile_row * p.k_tiles + at.base) * 4;
   };
-  if (first_row < tile_rows)
+  auto exists = [&](const Place<KS>& at) {
+    return at.tile_row < tile_rows && at.base + lane / 4 < p.k_tiles;
+  };
+  const Place<KS> first = {member * 8 < p.k_tiles ? first_row : tile_rows, member * 8};
+  Place<KS> ahead = first;
+  int filled = 0;
+  auto fill = [&] {
+    const bool there = exists(ahead);
+    copy_stream(ring + filled * THREADS, there ? source(ahead) : tiles, there);
+    ahead.advance(p, row_step, member);
+    filled = filled + 1 == STAGES ? 0 : filled + 1;
+  };
+  if (p.weights_ready) {
 #pragma unroll
-    for (int j = 0; j < AHEAD; ++j) {
-      const int tile = first_tile + j * KS * 8;
-      if (tile < p.k_tiles) prefetch(source(first_row, tile));
-    }
+    for (int i = 0; i < STAGES; ++i) fill();
+  } else {
+    Place<KS> at = first;
+#pragma unroll
+    for (int i = 0; i < STAGES; ++i, at.advance(p, row_step, member))
+      if (exists(at)) prefetch(source(at));
+  }
   let_next_start();
   wait_for_previous();
-
-  uint4 ahead[AHEAD];
-  auto load = [&](int j, int tile_row, int tile) {
-    ahead[j] = make_uint4(0, 0, 0, 0);
-    if (tile_row < tile_rows && tile < p.k_tiles) ahead[j] = load_stream(source(tile_row, tile));
-  };
+  if (!p.weights_ready)
 #pragma unroll
-  for (int j = 0; j < AHEAD; ++j) load(j, first_row, first_tile + j * KS * 8);
+    for (int i = 0; i < STAGES; ++i) fill();
   int row_sum;
   const float x_scale = quantize_row<T, WARPS>(p, blockIdx.y, x_codes, &row_sum);
 
-  int buffer = 0;
+  int buffer = 0, taken = 0;
   for (int tile_row = first_row; tile_row < tile_rows; tile_row += row_step) {
     Sums<GROUPED> sums;
     const int column = tile_row * 16 + 4 * quarter;
     // All lanes of a warp make the same number of turns.
-    for (int base = member * 8; base < p.k_tiles; base += AHEAD * KS * 8) {
-#pragma unroll
-      for (int j = 0; j < AHEAD; ++j) {
-        const int start = base + j * KS * 8;
-        if (start < p.k_tiles) {
-          const int tile = start + lane / 4;
-          u32 x[GROUPS];
-          load_tile_inputs(x_codes, min(tile, p.k_tiles - 1), x);  // past the end: codes are 0
-          if (!GROUPED || tile < p.k_tiles) sums.add(p, ahead[j], x, tile, column);
-          const int next = start + AHEAD * KS * 8;
-          if (next < p.k_tiles)
-            load(j, tile_row, next + lane / 4);
-          else
-            load(j, tile_row + row_step, first_tile + j * KS * 8);
-        }
-      }
+    for (int base = member * 8; base < p.k_tiles; base += KS * 8) {
+      const int tile = base + lane / 4;
+      u32 x[GROUPS];
+      load_tile_inputs(x_codes, min(tile, p.k_tiles - 1), x);
+      copy_wait<STAGES - 1>();
+      const uint4 w = ring[taken * THREADS];  // past the end it is 0
+      taken = taken + 1 == STAGES ? 0 : taken + 1;
+      fill();
+      if (!GROUPED || tile < p.k_tiles) sums.add(p, w, x, tile, column);
     }
     Number total = sums.total();
     if (KS > 1) {

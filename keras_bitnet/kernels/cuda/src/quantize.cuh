@@ -14,7 +14,7 @@ DEVICE int image_rows(const Matmul& p) { return (p.rows + 7) & ~7; }
 DEVICE int slices(const Matmul& p) { return (p.k + SLICE - 1) / SLICE; }
 
 // The largest |x| of all rows, for activations that share one scale. `p.largest` starts as 0.
-template <class T> DEVICE void largest_of_all(const Matmul& p) {
+template <class T, class P> DEVICE void largest_of_all(const P& p) {
   __shared__ u32 maxima[QUANTIZE_WARPS];
   wait_for_previous();
   const char* x = static_cast<const char*>(p.x) + (long long)blockIdx.x * p.k * T::SIZE;
