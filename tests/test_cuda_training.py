@@ -123,7 +123,7 @@ def test_layer_trains_as_with_the_reference(compiled, policy, rng):
         return y.detach(), layer.kernel.value.grad
 
     torch._dynamo.reset()
-    call = torch.compile(layer, fullgraph=True) if compiled else layer
+    call = torch.compile(layer, fullgraph=True) if compiled else layer  # then the reference runs
     found = step(call)
     with kernels.use_kernel("reference"):
         wanted = step(layer)

@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_bitnet.checks import check_choice
 from keras_bitnet.kernels import training
+from keras_bitnet.ops.constants import constant_like
 from keras_bitnet.ops.ste import blend, straight_through
 
 
@@ -110,10 +111,10 @@ class ActivationQuantizer(keras.Quantizer):
         axis = -1 if self.granularity == "token" else None
         # `amax`: `torch.compile` does not trace through `ops.max`.
         largest = ops.amax(ops.abs(ops.stop_gradient(x)), axis=axis, keepdims=True)
-        largest = ops.maximum(largest, self.epsilon)
+        largest = ops.maximum(largest, constant_like(largest, self.epsilon))
         # A tensor is divided, as `number / tensor` is a rounded reciprocal times the number on
         # torch. The constant is multiplied: XLA turns a division by it into that, others do not.
-        inverse = ops.full_like(largest, self.highest) / largest
+        inverse = constant_like(largest, self.highest) / largest
         return x * inverse, largest * float(np.float32(1 / self.highest))
 
     def _static_ratio(self, x, scale):

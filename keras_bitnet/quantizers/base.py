@@ -8,6 +8,7 @@ from keras import ops
 
 from keras_bitnet.checks import check_choice
 from keras_bitnet.kernels import training
+from keras_bitnet.ops.constants import constant_like
 from keras_bitnet.ops.packed_tensor import expand_scale
 from keras_bitnet.ops.ste import blend, scale_gradient, straight_through
 
@@ -174,7 +175,7 @@ class WeightQuantizer(keras.Quantizer):
                 if block.shape[0]
             ]
             value = ops.concatenate(parts, axis=0)
-        return ops.maximum(value, self.epsilon) * self.factor
+        return ops.maximum(value, constant_like(value, self.epsilon)) * self.factor
 
     def round_levels(self, ratio):
         """The level nearest to `ratio = weight / scale`; halves go to the even neighbour."""

@@ -25,6 +25,8 @@ def refuse(problem):
     reason = device_reason(problem.device)
     if reason is not None:
         return reason
+    if torch.compiler.is_compiling():
+        return "`torch.compile` fuses the reference with what is around it, which is faster"
     if problem.dtype not in cuda.DTYPES:
         return f"values of dtype {problem.dtype}; accepted: {', '.join(cuda.DTYPES)}"
     if problem.formula not in ("absmax", "nearest", "sign"):

@@ -152,7 +152,7 @@ const char* find(Device& device, int row, const std::string& name, unsigned shar
     return fail(name.c_str(), code);
   if (shared > 44 * 1024) {
     constexpr int kMaxDynamicSharedMemory = 8;
-    const int most = device.shared_memory - 4096;  // what is static lies beside it
+    const int most = device.shared_memory - 6144;  // what is static lies beside it
     if (static_cast<int>(shared) > most)
       return fail(name + " needs more shared memory than this GPU has");
     if (int code = cuda::cuKernelSetAttribute(kMaxDynamicSharedMemory, most, *kernel, device.handle))
