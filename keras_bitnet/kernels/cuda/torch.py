@@ -90,23 +90,27 @@ def _launch(
     return y
 
 
-# Of tensors by identity: a weak reference, and what a launch on a stream saw of them.
-_settled: dict[int, tuple[weakref.ref, tuple[int, ...]]] = {}
+# Of tensors by identity: a weak reference, their state, and the streams that waited for it.
+_settled: dict[int, tuple[weakref.ref, tuple[int, int], set[int]]] = {}
 
 
 def _writers(tiles, stream):
     """Whether a kernel still running on the stream may be writing a tensor, see `src/shim.h`.
 
-    PyTorch counts what changes a tensor in place. While that count, the memory and the stream are
-    those of an earlier launch, which waited for all before it, only reads were queued since.
+    PyTorch counts what changes a tensor in place. While count and memory are those of an earlier
+    launch on the stream, which waited for all before it, only reads were queued since. A graph that
+    is captured starts when all before it is done, so it need not have a launch of its own.
     """
     if tiles.is_inference():
         return library.WEIGHTS_UNKNOWN  # not counted
-    key, seen = id(tiles), (tiles._version, tiles.data_ptr(), stream)
+    key, state = id(tiles), (tiles._version, tiles.data_ptr())
     found = _settled.get(key)
-    if found is not None and found[0]() is tiles and found[1] == seen:
+    if found is None or found[0]() is not tiles or found[1] != state:
+        found = (weakref.ref(tiles, lambda _: _settled.pop(key, None)), state, set())
+        _settled[key] = found
+    elif stream in found[2] or torch.cuda.is_current_stream_capturing():
         return library.WEIGHTS_READY
-    _settled[key] = (weakref.ref(tiles, lambda _: _settled.pop(key, None)), seen)
+    found[2].add(stream)
     return library.WEIGHTS_SETTLE
 
 

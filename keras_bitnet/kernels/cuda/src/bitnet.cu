@@ -9,24 +9,16 @@
 
 #define EVERY_DTYPE(row) row(f32, F32) row(bf16, BF16) row(f16, F16)
 
+// Of the kernels of single rows every multiprocessor holds two times 16 warps: those of two launches.
 #define ROW(suffix, T)                                                        \
-  KERNEL(gemv_##suffix, 256, 4, gemv<T, 8, 6, 8, false>(p))                   \
+  KERNEL(gemv_4_##suffix, 128, 8, gemv<T, 4, 8, 4, false>(p))                 \
+  KERNEL(gemv_8_##suffix, 256, 4, gemv<T, 8, 8, 8, false>(p))                 \
+  KERNEL(gemv_16_##suffix, 512, 2, gemv<T, 16, 6, 16, false>(p))              \
   KERNEL(gemv_grouped_##suffix, 256, 2, gemv<T, 8, 6, 4, true>(p))            \
-  KERNEL(quantize_##suffix, QUANTIZE_WARPS * 32, 2, quantize<T>(p))           \
+  KERNEL(quantize_##suffix, QUANTIZE_WARPS * 32, 6, quantize<T>(p))           \
   KERNEL(largest_##suffix, QUANTIZE_WARPS * 32, 4, largest_of_all<T>(p))
 EVERY_DTYPE(ROW)
 #undef ROW
-
-#ifdef TUNE
-KERNEL(gemv_t0_bf16, 256, 4, gemv<BF16, 8, 4, 8, false>(p))
-KERNEL(gemv_t1_bf16, 256, 4, gemv<BF16, 8, 6, 8, false>(p))
-KERNEL(gemv_t2_bf16, 256, 4, gemv<BF16, 8, 8, 8, false>(p))
-KERNEL(gemv_t3_bf16, 512, 2, gemv<BF16, 16, 3, 16, false>(p))
-KERNEL(gemv_t4_bf16, 512, 2, gemv<BF16, 16, 4, 16, false>(p))
-KERNEL(gemv_t5_bf16, 512, 2, gemv<BF16, 16, 6, 16, false>(p))
-KERNEL(gemv_t6_bf16, 128, 8, gemv<BF16, 4, 8, 4, false>(p))
-KERNEL(gemv_t7_bf16, 256, 4, gemv<BF16, 8, 12, 8, false>(p))
-#endif
 
 // Slices of weights that a warp has on their way: as many as the registers hold.
 constexpr int AHEAD = BITS == 8 ? 1 : 2;

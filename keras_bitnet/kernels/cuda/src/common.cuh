@@ -75,11 +75,17 @@ template <class T> DEVICE Four<T> load_four(const char* row, int first, int k, b
   return v;
 }
 
-// Bits of the larger |element|. As integers, magnitudes sort as floats do and a NaN is largest.
-template <class T> DEVICE u32 largest_of(const Four<T>& v, u32 largest) {
+// Bits of the larger |element| as float. As integers, magnitudes sort as floats do, in 16 bits as in
+// 32, and a NaN is largest.
+DEVICE u32 largest_of(const Four<F32>& v, u32 largest) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(element(v, i)) & 0x7fffffffu);
   return largest;
+}
+template <class T> DEVICE u32 largest_of(const Four<T>& v, u32 largest) {
+  const u32 pair = __vmaxu2(v.raw.x & 0x7fff7fffu, v.raw.y & 0x7fff7fffu);
+  const Four<T> both = {make_uint2(max(pair & 0xffffu, pair >> 16), 0)};
+  return max(largest, __float_as_uint(element(both, 0)));
 }
 
 DEVICE void store(void* y, long long i, int dtype, float value) {
@@ -132,11 +138,14 @@ template <class P> DEVICE Ratio ratio_of(const P& p, u32 largest, u32 of_row) {
 
 // Four int8 codes in a word. Adding 1.5 * 2^23 rounds halves to even and leaves the integer in
 // the low byte.
-template <class T> DEVICE u32 quantize_four(const Four<T>& v, float inverse, float highest) {
+//
+// Only a static scale may clip: the largest ratio of a scale from the values rounds to `highest`.
+template <class T> DEVICE u32 quantize_four(const Matmul& p, const Four<T>& v, float inverse) {
   u32 codes[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float ratio = fminf(fmaxf(__fmul_rn(element(v, i), inverse), -highest), highest);
+    float ratio = __fmul_rn(element(v, i), inverse);
+    if (p.x_scale) ratio = fminf(fmaxf(ratio, -p.highest), p.highest);
     codes[i] = __float_as_uint(__fadd_rn(ratio, 12582912.f));
   }
   return __byte_perm(__byte_perm(codes[0], codes[1], 0x0040),

@@ -29,7 +29,7 @@ template <class T, class P> DEVICE void largest_of_all(const P& p) {
 template <class T> DEVICE void quantize(const Matmul& p) {
   __shared__ u32 maxima[QUANTIZE_WARPS];
   __shared__ int sums[QUANTIZE_WARPS];
-  constexpr int THREADS = QUANTIZE_WARPS * 32, HELD = T::SIZE == 4 ? 2 : 4;
+  constexpr int THREADS = QUANTIZE_WARPS * 32, HELD = T::SIZE == 4 ? 1 : 2;
   const int row = blockIdx.x, units = slices(p) * (SLICE / 16);
   const char* x = static_cast<const char*>(p.x) + (long long)row * p.k * T::SIZE;
   // Group `part` of one unit: inputs 4 * word .. 4 * word + 3.
@@ -59,7 +59,7 @@ template <class T> DEVICE void quantize(const Matmul& p) {
     u32 codes[4];
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
-      codes[part] = quantize_four(v[part], ratio.inverse, p.highest);
+      codes[part] = quantize_four(p, v[part], ratio.inverse);
       sum = __dp4a((int)codes[part], 0x01010101, sum);
     }
     const long long line = (long long)(unit / 8) * image_rows(p) + row;

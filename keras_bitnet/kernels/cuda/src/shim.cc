@@ -249,23 +249,27 @@ const char* check(const kbc_matmul& p) {
   return nullptr;
 }
 
+// One row of bitnet.cu that multiplies single rows of activations.
+struct RowKernel {
+  const char* name;
+  int warps, stages, teams;
+  int64_t most_tiles;  // of a row of tiles, for which it is the best
+};
+constexpr RowKernel kRowKernels[] = {
+    {"gemv_4_", 4, 8, 1, 384}, {"gemv_8_", 8, 8, 1, 704}, {"gemv_16_", 16, 6, 1, INT64_MAX}};
+constexpr RowKernel kGroupedRows = {"gemv_grouped_", 8, 6, 2, INT64_MAX};
+
 // Single rows: quantized and multiplied by one kernel.
 const char* run_rows(Device& device, const kbc_matmul& p, Matmul m, void* stream) {
-  // All warps of a block share a row of tiles, but of the grouped one, where two teams do.
-  int warps = 8, stages = 6, teams = p.group_size ? 2 : 1;
-  // Two blocks on a multiprocessor leave room for those of the next launch, which start early.
-  int resident = 2;
-  std::string kind = p.group_size ? "gemv_grouped_" : "gemv_";
-#ifdef TUNE
-  if (p.kernel && !p.group_size) {
-    const int v = p.kernel % 16;
-    const int W[] = {8, 8, 8, 16, 16, 16, 4, 8}, S[] = {4, 6, 8, 3, 4, 6, 8, 12};
-    kind = "gemv_t" + std::to_string(v) + "_", warps = W[v], stages = S[v], resident = p.kernel / 16 % 16;
-  }
-#endif
-  const unsigned ring = static_cast<unsigned>(stages * warps * 32 * 16);
-  const unsigned shared = ring + static_cast<unsigned>(round_up(p.in_features, 32));
-  const int64_t blocks = ((m.n + 15) / 16 + teams - 1) / teams, slots = device.multiprocessors * resident;
+  const RowKernel* k = p.group_size ? &kGroupedRows : kRowKernels;
+  while (k->most_tiles < m.k_tiles) ++k;
+  const unsigned shared = static_cast<unsigned>(k->stages * k->warps * 32 * 16 + round_up(m.k_tiles, 8) * 32 / p.bits);
+  // Few blocks leave room for those of the next launch, which fetch weights while these compute;
+  // with much to do it is better to have many. Measured on an H100.
+  const int64_t rows_each = (m.n + 15) / 16 / device.multiprocessors;
+  const int64_t resident = rows_each < 2 ? 1 : 16 / k->warps * (rows_each < 8 ? 1 : 2);
+  const int64_t blocks = ((m.n + 15) / 16 + k->teams - 1) / k->teams, slots = device.multiprocessors * resident;
+  const std::string kind = k->name;
   const std::string name = kind + kDtypes[p.dtype];
   constexpr int64_t kMostRows = 65535;
   const int64_t x_row = p.in_features * (p.dtype ? 2 : 4), y_row = p.out_features * (p.dtype ? 2 : 4);
@@ -274,7 +278,7 @@ const char* run_rows(Device& device, const kbc_matmul& p, Matmul m, void* stream
     m.x = static_cast<const char*>(p.x) + first * x_row;
     m.y = static_cast<char*>(p.y) + first * y_row;
     const Launch l{name.c_str(), static_cast<unsigned>(blocks < slots ? blocks : slots),
-                   static_cast<unsigned>(rows), static_cast<unsigned>(32 * warps), shared,
+                   static_cast<unsigned>(rows), static_cast<unsigned>(32 * k->warps), shared,
                    p.weights != KBC_WEIGHTS_SETTLE};
     if (const char* wrong = launch(device, p.bits, l, m, stream)) return wrong;
   }
