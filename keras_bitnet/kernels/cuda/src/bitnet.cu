@@ -15,7 +15,7 @@
   KERNEL(gemv_8_##suffix, 256, 4, gemv<T, 8, 8, 8, false>(p))                 \
   KERNEL(gemv_16_##suffix, 512, 2, gemv<T, 16, 6, 16, false>(p))              \
   KERNEL(gemv_grouped_##suffix, 256, 2, gemv<T, 8, 6, 4, true>(p))            \
-  KERNEL(quantize_##suffix, QUANTIZE_WARPS * 32, 6, quantize<T>(p))           \
+  KERNEL(quantize_##suffix, QUANTIZE_WARPS * 32, 4, quantize<T>(p))           \
   KERNEL(largest_##suffix, QUANTIZE_WARPS * 32, 4, largest_of_all<T>(p))
 EVERY_DTYPE(ROW)
 #undef ROW

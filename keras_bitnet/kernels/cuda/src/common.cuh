@@ -75,6 +75,22 @@ template <class T> DEVICE Four<T> load_four(const char* row, int first, int k, b
   return v;
 }
 
+// Several of them; `first(i)` says where. The loads are all on their way before the first is used,
+// for which there must be no branch between them: rows are aligned, or not, as a whole.
+template <class T, int N, class First>
+DEVICE void load_fours(Four<T> (&v)[N], const char* row, int k, bool aligned, First first) {
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      v[i] = {};
+      if (first(i) < k) v[i].raw = __ldg(reinterpret_cast<const decltype(v[i].raw)*>(row + first(i) * T::SIZE));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = load_four<T>(row, first(i), k, false);
+  }
+}
+
 // Bits of the larger |element| as float. As integers, magnitudes sort as floats do, in 16 bits as in
 // 32, and a NaN is largest.
 DEVICE u32 largest_of(const Four<F32>& v, u32 largest) {

@@ -46,8 +46,7 @@ template <class T> DEVICE void fake_quantize_rows(const Fake& p) {
   const float strength = strength_of(p);
   Four<T> held[HELD];
   u32 largest = 0;
-#pragma unroll
-  for (int i = 0; i < HELD; ++i) held[i] = load_four<T>(x, i * STEP + 4 * threadIdx.x, p.k, p.x_aligned);
+  load_fours<T, HELD>(held, x, p.k, p.x_aligned, [&](int i) { return i * STEP + 4 * threadIdx.x; });
 #pragma unroll
   for (int i = 0; i < HELD; ++i) largest = largest_of(held[i], largest);
   for (int first = HELD * STEP + 4 * threadIdx.x; first < p.k; first += STEP)

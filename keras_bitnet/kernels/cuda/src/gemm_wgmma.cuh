@@ -88,93 +88,67 @@ DEVICE u64 describe(u32 address) {
   return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
-// The blocks of rows and columns that a block computes one after another: rows change first, so that
-// those that run together share their weights.
-template <int MB> struct Blocks {
-  int rows, all;
-
-  DEVICE explicit Blocks(const Matmul& p) {
-    constexpr int COLUMNS = 32 * CONSUMER_WARPS;
-    rows = (p.rows + 8 * MB - 1) / (8 * MB), all = rows * ((p.n + COLUMNS - 1) / COLUMNS);
-  }
-  DEVICE int first_row(int block) const { return block % rows * (8 * MB); }
-  DEVICE int first_column(int block, int warp) const { return (block / rows * CONSUMER_WARPS + warp) * 32; }
-};
-
 // One thread copies the activations, a slice at a time. Past the end there is nothing to copy, but
 // all groups make the same number of turns, without a branch.
 template <int MB, int ROUND, int STAGES>
 DEVICE void feed(const Matmul& p, u32 shared, u32 full, u32 empty) {
   constexpr int BM = 8 * MB, STAGE = BM * SLICE;
-  const Blocks<MB> blocks(p);
-  const int all_slices = slices(p);
-  int turn = 0;
-  for (int block = blockIdx.x; block < blocks.all; block += gridDim.x) {
-    const int first_row = blocks.first_row(block);
-    const u32 bytes = min(BM, image_rows(p) - first_row) * SLICE;
-    for (int i = 0; i < (all_slices + ROUND - 1) / ROUND * ROUND; ++i, ++turn) {
-      const int stage = turn % STAGES;
-      if (turn >= STAGES) barrier_wait(empty + 8 * stage, (turn / STAGES - 1) & 1);
-      if (i >= all_slices) {
-        barrier_arrive(full + 8 * stage);
-        continue;
-      }
-      barrier_expect(full + 8 * stage, bytes);
-      const u8* from = p.image + ((long long)i * image_rows(p) + first_row) * SLICE;
-      copy_bulk(shared + stage * STAGE, from, bytes, full + 8 * stage);
+  const int first_row = blockIdx.x * BM, all_slices = slices(p);
+  const u32 bytes = min(BM, image_rows(p) - first_row) * SLICE;
+  for (int i = 0; i < (all_slices + ROUND - 1) / ROUND * ROUND; ++i) {
+    const int stage = i % STAGES;
+    if (i >= STAGES) barrier_wait(empty + 8 * stage, (i / STAGES - 1) & 1);
+    if (i >= all_slices) {
+      barrier_arrive(full + 8 * stage);
+      continue;
     }
+    barrier_expect(full + 8 * stage, bytes);
+    const u8* from = p.image + ((long long)i * image_rows(p) + first_row) * SLICE;
+    copy_bulk(shared + stage * STAGE, from, bytes, full + 8 * stage);
   }
 }
 
 template <int MB, int STAGES, int AHEAD>
 DEVICE void consume(const Matmul& p, u32 shared, u32 full, u32 empty) {
-  constexpr int STAGE = 8 * MB * SLICE;
-  const Blocks<MB> blocks(p);
+  constexpr int BM = 8 * MB, STAGE = BM * SLICE;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, all_slices = slices(p);
-  Columns columns(p, blocks.first_column(blockIdx.x, warp));
+  const int first_column = (blockIdx.y * CONSUMER_WARPS + warp) * 32;
+  const Columns columns(p, first_column);
   uint4 weights[AHEAD][QUADS];
 #pragma unroll
   for (int j = 0; j < AHEAD; ++j) columns.load(j, weights[j]);
 
-  int turn = 0;
-  for (int block = blockIdx.x; block < blocks.all; block += gridDim.x) {
-    Tile<int, MB> sums = {};
-    // Past the end the weights are zeros and the activations those of an earlier slice.
-    for (int base = 0; base < all_slices; base += AHEAD)
+  Tile<int, MB> sums = {};
+  // Past the end the weights are zeros and the activations those of an earlier slice.
+  for (int base = 0; base < all_slices; base += AHEAD)
 #pragma unroll
-      for (int j = 0; j < AHEAD; ++j, ++turn) {
-        const int stage = turn % STAGES;
-        u32 a[SLABS][2][4];
+    for (int j = 0; j < AHEAD; ++j) {
+      const int slice = base + j, stage = slice % STAGES;
+      u32 a[SLABS][2][4];
 #pragma unroll
-        for (int s = 0; s < SLABS; ++s)
+      for (int s = 0; s < SLABS; ++s)
 #pragma unroll
-          for (int set = 0; set < 2; ++set) unpack(weights[j], s, set, a[s][set]);
-        columns.load(base + j + AHEAD, weights[j]);
-        barrier_wait(full + 8 * stage, turn / STAGES & 1);
-        const u64 b = describe(shared + stage * STAGE);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        for (int set = 0; set < 2; ++set) unpack(weights[j], s, set, a[s][set]);
+      columns.load(slice + AHEAD, weights[j]);
+      barrier_wait(full + 8 * stage, slice / STAGES & 1);
+      const u64 b = describe(shared + stage * STAGE);
+      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-        for (int s = 0; s < SLABS; ++s)
+      for (int s = 0; s < SLABS; ++s)
 #pragma unroll
-          for (int set = 0; set < 2; ++set) Wgmma<MB>::multiply(sums[set], a[s][set], b + 2 * s);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        for (int set = 0; set < 2; ++set) Wgmma<MB>::multiply(sums[set], a[s][set], b + 2 * s);
+      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-        for (int s = 0; s < SLABS; ++s)  // the A registers stay in use until here
+      for (int s = 0; s < SLABS; ++s)  // the A registers stay in use until here
 #pragma unroll
-          for (int set = 0; set < 2; ++set)
+        for (int set = 0; set < 2; ++set)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[s][set][i])::"memory");
-        if (lane == 0) barrier_arrive(empty + 8 * stage);
-      }
-    // The first weights of the next block are on their way while the results are written.
-    if (block + gridDim.x < blocks.all) {
-      columns = Columns(p, blocks.first_column(block + gridDim.x, warp));
-#pragma unroll
-      for (int j = 0; j < AHEAD; ++j) columns.load(j, weights[j]);
+          for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[s][set][i])::"memory");
+      if (lane == 0) barrier_arrive(empty + 8 * stage);
     }
-    write_tile<int, MB>(p, sums, blocks.first_row(block), blocks.first_column(block, warp));
-  }
+
+  write_tile<int, MB>(p, sums, blockIdx.x * BM, first_column);
 }
 
 template <int MB, int STAGES, int AHEAD>

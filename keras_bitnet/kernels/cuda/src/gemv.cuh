@@ -17,11 +17,9 @@ DEVICE float quantize_row(const Matmul& p, int row, u32* codes, int* row_sum) {
   const int fours = p.k_tiles * TILE_INPUTS / 4;
   Four<T> held[HELD];
   u32 largest = 0;
+  load_fours<T, HELD>(held, x, p.k, p.x_aligned, [&](int i) { return 4 * (i * THREADS + threadIdx.x); });
 #pragma unroll
-  for (int i = 0; i < HELD; ++i) {
-    held[i] = load_four<T>(x, 4 * (i * THREADS + threadIdx.x), p.k, p.x_aligned);
-    largest = largest_of(held[i], largest);
-  }
+  for (int i = 0; i < HELD; ++i) largest = largest_of(held[i], largest);
   for (int i = HELD * THREADS + threadIdx.x; i < fours; i += THREADS)
     largest = largest_of(load_four<T>(x, 4 * i, p.k, p.x_aligned), largest);
   largest = block_max<WARPS>(largest, maxima);

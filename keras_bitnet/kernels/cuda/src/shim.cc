@@ -295,13 +295,9 @@ const char* run_matrix(Device& device, const kbc_matmul& p, const Matmul& m, voi
   const MatrixKernel& k = kMatrixKernels[p.kernel ? p.kernel - 1 : choose(p, device)];
   if (k.grouped != (p.group_size != 0)) return "this kernel is for other scales";
   if (k.wgmma && device.capability != 90) return "this kernel is for compute capability 9.0";
-  unsigned rows = static_cast<unsigned>((p.rows + k.rows - 1) / k.rows);
-  unsigned columns = static_cast<unsigned>((p.out_features + k.columns - 1) / k.columns);
-  if (k.wgmma) {  // its blocks compute as many as they must, one after another
-    const int64_t all = blocks(p, k);
-    rows = static_cast<unsigned>(all < device.multiprocessors ? all : device.multiprocessors), columns = 1;
-  }
-  const Launch second{k.name, rows, columns, static_cast<unsigned>(k.threads),
+  const Launch second{k.name, static_cast<unsigned>((p.rows + k.rows - 1) / k.rows),
+                      static_cast<unsigned>((p.out_features + k.columns - 1) / k.columns),
+                      static_cast<unsigned>(k.threads),
                       static_cast<unsigned>(k.stages * k.slices * k.rows * kSlice), true};
   return launch(device, p.bits, second, m, stream);
 }
