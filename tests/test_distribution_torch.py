@@ -12,7 +12,8 @@ import numpy as np
 sys.path.insert(0, {str(ROOT / "examples")!r})
 import distributed
 
-alone, together = distributed.run(1), distributed.run(2)
+device, sharded = DEVICE, SHARDED
+alone, together = distributed.run(1, device), distributed.run(2, device, sharded)
 scale = np.abs(alone[1][0]).max()
 print(json.dumps(dict(
     losses=[alone[0], together[0]],
@@ -67,11 +68,17 @@ def check(result):
     assert result["packed"] < 1e-5
 
 
+def two_processes(device, sharded):
+    """The result of the example."""
+    return run_python(TORCH.replace("DEVICE", repr(device)).replace("SHARDED", str(sharded)))
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="DistributedDataParallel is PyTorch's")
-def test_two_processes_train_as_one():
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_train_as_one(sharded):
     if sys.platform == "win32":
         pytest.skip("gloo over TCP is not tried on Windows")
-    check(run_python(TORCH))
+    check(two_processes("cpu", sharded))
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")
