@@ -23,7 +23,6 @@ class FakeQuantization:
         scale: `"token"`, `"tensor"` or `"static"` of activations; how that of a weight is found.
         gradient: `"identity"` or `"clipped"`.
         dtype: Dtype of the activations, or of the result for a weight.
-        shape: Of the values.
         device: Where they are, or `None` when not known.
     """
 
@@ -32,7 +31,6 @@ class FakeQuantization:
     scale: str
     gradient: str
     dtype: str
-    shape: tuple[int | None, ...]
     device: str | None
 
 
@@ -40,13 +38,13 @@ def of_activations(quantizer, x):
     """The facts of `quantizer.fake_quantize(x)`."""
     dtype = keras.backend.standardize_dtype(x.dtype)
     facts = (quantizer.formula, quantizer.granularity, "identity", dtype)
-    return FakeQuantization(False, *facts, tuple(x.shape), select.device_of(x))
+    return FakeQuantization(False, *facts, select.device_of(x))
 
 
 def of_weight(quantizer, weight, dtype):
     """The facts of `quantizer.fake_quantize(weight, dtype=dtype)`."""
     facts = (quantizer.formula, quantizer.scale, quantizer.gradient, dtype)
-    return FakeQuantization(True, *facts, tuple(weight.shape), select.device_of(weight))
+    return FakeQuantization(True, *facts, select.device_of(weight))
 
 
 def _torch_cuda():
