@@ -2,7 +2,7 @@
 
 import pytest
 from helpers import BACKEND, run_python
-from test_distribution_torch import check, two_processes
+from test_distribution_torch import check_two_processes
 
 from keras_bitnet.kernels.cuda import library
 
@@ -56,9 +56,8 @@ print(json.dumps([dict(
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="processes are PyTorch's way")
-@pytest.mark.parametrize("sharded", [False, True])
-def test_processes_of_torch(sharded):
-    check(two_processes("cuda", sharded))
+def test_processes_of_torch():
+    check_two_processes("cuda")
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is of the JAX backend")
