@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 BACKEND = keras.backend.backend()
-PART_BYTES = 16 << 20  # of a weight in memory at a time
+PART_BYTES = 4 << 20  # of a weight in memory at a time
 _ALIGNMENT = 64  # JAX takes memory of NumPy as it is where it lies so
 
 
@@ -92,8 +92,17 @@ def _fill_torch(variable, source, parts):
 
 
 def _fill_tensorflow(variable, source, parts):
+    import tensorflow as tf
+
     for part in parts:
-        variable.value[part].assign(source[part])
+        # `variable.value[part].assign` reads the variable first, and would copy it each time.
+        tf.raw_ops.ResourceStridedSliceAssign(
+            ref=variable.value.handle,
+            begin=[part.start],
+            end=[part.stop],
+            strides=[1],
+            value=source[part],
+        )
 
 
 def _mirrored():
