@@ -10,7 +10,8 @@ from helpers import to_numpy
 from test_models import make_model, tokens
 
 import keras_bitnet
-from keras_bitnet.layers import large_weights
+from keras_bitnet.interop import weights
+from keras_bitnet.layers import BitLinear, large_weights
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +101,23 @@ def test_links_and_chunks_are_left_to_keras(tmp_path, monkeypatch):
         assert not to_numpy(variable).any()
         large_weights.fill(variable, file["plain"])
         np.testing.assert_array_equal(to_numpy(variable), plain)
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_float_matrices_are_packed_in_blocks(group_size, rng, monkeypatch):
+    granularity = "channel" if group_size is None else "group"
+    quantizer = keras_bitnet.quantizers.Int8(granularity=granularity, group_size=group_size)
+    matrix = rng.standard_normal((50, 40)).astype("float32")
+    layer = BitLinear(50, use_bias=False, weight_quantizer=quantizer)
+    layer.build((None, 40))
+    layer.kernel.assign(matrix.T)
+    wanted = keras_bitnet.pack_model(layer, verbose=0)
+    packed = BitLinear(50, use_bias=False, weight_quantizer=quantizer, packed=True)
+    packed.build((None, 40))
+    monkeypatch.setattr(weights, "BLOCK_WEIGHTS", 16 * 40)  # blocks of 16, 16, 16 and 2 rows
+    weights.set_matrix(packed, matrix)
+    np.testing.assert_array_equal(to_numpy(packed.kernel_tiles), to_numpy(wanted.kernel_tiles))
+    np.testing.assert_array_equal(to_numpy(packed.kernel_scale), to_numpy(wanted.kernel_scale))
+    matrix[-1, -1] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        weights.set_matrix(packed, matrix)

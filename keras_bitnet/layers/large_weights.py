@@ -5,6 +5,8 @@ a new variable holds zeros that nobody needs. For an embedding of 330 MB that is
 memory that loading takes.
 """
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -47,7 +49,7 @@ def parts_of(store, name):
         return store[name]
     # Whatever Keras would refuse, links and data outside of the file, is left to it.
     own = isinstance(group.get(name, getlink=True), h5py.HardLink)
-    dataset = group.get(name) if own else None
+    dataset: Any = group.get(name) if own else None
     plain = (
         isinstance(dataset, h5py.Dataset)
         and dataset.dtype == np.uint8
