@@ -72,9 +72,10 @@ class NamedWeights(keras.Layer):
 
     def _tiles_from_trits(self, trits):
         if trits.shape[1:] != (self.out_features,):
+            found = trits.shape[1] if trits.ndim == 2 else f"shape {trits.shape}"
             raise ValueError(
                 f"The packed kernel of layer '{self.name}' has {self.out_features} outputs. "
-                f"Received: data of shape {trits.shape}"
+                f"Received: data of {found}"
             )
         return layout.tiles_from_trits(trits, self.in_features, self.packed_layout)
 
