@@ -19,6 +19,7 @@ def _command_line_starts():
 if not _command_line_starts():
     from keras_bitnet import callbacks, interop, layers, models, ops, quantizers
     from keras_bitnet.kernels.select import explain
+    from keras_bitnet.loading import load_model
     from keras_bitnet.precision import PrecisionPlan, suggest_precision
     from keras_bitnet.report import benchmark_layers, quantization_report, summary
     from keras_bitnet.transforms import calibrate, pack_model, quantize_model, unpack_model
@@ -31,6 +32,7 @@ __all__ = [
     "explain",
     "interop",
     "layers",
+    "load_model",
     "models",
     "ops",
     "pack_model",

@@ -58,7 +58,6 @@ def test_int8_cache_is_close(model):
     assert keras.backend.standardize_dtype(cache[0]["key"].dtype) == "int8"
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="PyTorch runs the steps eagerly")
 def test_no_program_is_traced_twice(model, monkeypatch):
     calls = []
     original = type(model.backbone).call_with_cache
@@ -72,7 +71,8 @@ def test_no_program_is_traced_twice(model, monkeypatch):
     first = len(calls)
     model.generate(PROMPTS[:2], max_new_tokens=20, temperature=0.9, seed=3)
     assert 0 < first <= 4
-    assert len(calls) == first
+    # PyTorch reads the prompt eagerly; the steps run from their record.
+    assert len(calls) == first + (BACKEND == "torch")
 
 
 def test_sampling_follows_the_seed_and_the_distribution(model):
@@ -170,4 +170,8 @@ def test_new_weights_are_used(model):
     other.backbone.layer_norm.scale.assign(-to_numpy(other.backbone.layer_norm.scale))
     assert other.generate(PROMPTS[0], max_new_tokens=6) != before
     assert other.generate(PROMPTS[0], max_new_tokens=6) == greedy(other, PROMPTS[0], 6)
+    if BACKEND == "torch":  # a tensor in the place of another, not a value in it
+        scale = other.backbone.layer_norm.scale
+        scale.value.data = -scale.value.data
+        assert other.generate(PROMPTS[0], max_new_tokens=6) == before
     assert compiled.is_asynchronous() == (BACKEND == "jax")

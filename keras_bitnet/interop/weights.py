@@ -7,7 +7,9 @@ from keras import ops
 
 from keras_bitnet import quantizers
 from keras_bitnet.layers.base import BitLayer
-from keras_bitnet.ops import PackedTensor
+from keras_bitnet.ops import PackedTensor, layout
+
+BLOCK_WEIGHTS = 1 << 22  # weights in float32 at a time, where a matrix can be packed in blocks
 
 
 class Codes(NamedTuple):
@@ -51,6 +53,9 @@ def set_matrix(layer, matrix):
     Raises:
         ValueError: It holds a NaN or an infinity.
     """
+    if _packs_in_blocks(layer):
+        _set_in_blocks(layer, matrix)
+        return
     matrix = np.asarray(matrix, np.float32)
     if not np.isfinite(matrix).all():
         raise ValueError(f"The weights for layer '{layer.name}' hold a NaN or an infinity.")
@@ -66,6 +71,31 @@ def set_matrix(layer, matrix):
         kernel = ops.transpose(ops.convert_to_tensor(matrix))
         layer.kernel.assign(layer.matrix_to_kernel(kernel))
         layer.reset_scale()
+
+
+def _packs_in_blocks(layer):
+    """Whether the outputs of a packed layer have scales of their own, so one needs no other."""
+    packed = isinstance(layer, BitLayer) and layer.packed
+    return packed and layer.weight_quantizer.granularity != "tensor"
+
+
+def _set_in_blocks(layer, matrix):
+    """Packs some rows of a matrix `(out, in)` at a time: a table of tokens is large in float32."""
+    out_features, in_features = matrix.shape
+    rows = max(1, BLOCK_WEIGHTS // (in_features * layout.TILE_OUTPUTS)) * layout.TILE_OUTPUTS
+    quantizer, tiles, scales = layer.weight_quantizer, [], []
+    for i in range(0, out_features, rows):
+        block = np.asarray(matrix[i : i + rows], np.float32)
+        if not np.isfinite(block).all():
+            raise ValueError(f"The weights for layer '{layer.name}' hold a NaN or an infinity.")
+        codes, scale, offset = quantizer.quantize(ops.convert_to_tensor(block.T))
+        packed = PackedTensor.from_codes(
+            codes, scale, offset, quantizer.bits, quantizer.group_size, layer.packed_layout
+        )
+        tiles.append(packed.tiles)
+        scales.append(packed.scale)
+    layer.kernel_tiles.assign(np.concatenate(tiles))
+    layer.kernel_scale.assign(np.concatenate(scales, axis=1))
 
 
 def get_matrix(layer, strength=None):

@@ -15,6 +15,7 @@ from keras import activations, constraints, initializers, ops, regularizers
 from keras_bitnet import quantizers
 from keras_bitnet.checks import check_choice, check_own_names
 from keras_bitnet.layers.inputs import InputTreatment
+from keras_bitnet.layers.large_weights import UntouchedZeros
 from keras_bitnet.layers.lora import LowRankAdaptation, check_rank
 from keras_bitnet.layers.named_weights import NamedWeights
 from keras_bitnet.ops import layout
@@ -177,7 +178,7 @@ class BitLayer(InputTreatment, LowRankAdaptation, NamedWeights):
 
     def _build_packed(self):
         quantizer, size = self.weight_quantizer, (self.in_features, self.out_features)
-        fixed = {"initializer": "zeros", "trainable": False, "autocast": False}
+        fixed = {"initializer": UntouchedZeros(), "trainable": False, "autocast": False}
         tiles = layout.tiles_shape(*size, quantizer.bits, self.packed_layout)
         scale = quantizer.scale_shape(*size)
         self.kernel_tiles = self.add_weight(

@@ -104,11 +104,13 @@ class BitEinsumDense(BitLayer):
         kept = [axes.inputs.index(a) for a in axes.kept]
         shape = ops.shape(inputs)
         leading = [shape[i] for i in kept]
-        x = ops.transpose(inputs, kept + [axes.inputs.index(a) for a in axes.summed])
-        x = ops.reshape(x, (*leading, self.in_features))
+        x = _transposed(inputs, kept + [axes.inputs.index(a) for a in axes.summed])
+        if len(self._summed_shape) > 1:
+            x = ops.reshape(x, (*leading, self.in_features))
         y = self.product(x, self._row_bias(axes))
-        y = ops.reshape(y, (*leading, *self._added_shape))
-        y = ops.transpose(y, [(axes.kept + axes.added).index(a) for a in axes.output])
+        if len(self._added_shape) > 1:
+            y = ops.reshape(y, (*leading, *self._added_shape))
+        y = _transposed(y, [(axes.kept + axes.added).index(a) for a in axes.output])
         return y if self.activation is None else self.activation(y)
 
     def kernel_to_matrix(self, kernel):
@@ -150,6 +152,10 @@ class BitEinsumDense(BitLayer):
             "output_shape": self.partial_output_shape,
             "bias_axes": self.bias_axes,
         }
+
+
+def _transposed(x, order):
+    return x if order == sorted(order) else ops.transpose(x, order)
 
 
 @dataclasses.dataclass(frozen=True)

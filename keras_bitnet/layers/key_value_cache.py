@@ -6,6 +6,7 @@ write into the buffer that was passed, JAX where the caller donates it.
 """
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_bitnet import quantizers
@@ -49,7 +50,7 @@ def write(cache, key, value, start):
     """
     written = {}
     for name, rows in (("key", key), ("value", value)):
-        rows = ops.transpose(rows, (0, 2, 1, 3))
+        rows = _heads_first(rows)
         if f"{name}_scale" in cache:
             rows, scale = quantizers.ActivationInt8().quantize(rows)
             written[f"{name}_scale"] = _put(cache[f"{name}_scale"], scale, start)
@@ -71,10 +72,9 @@ def attend(cache, query, mask, scale):
     """
     batch, length, heads, head_dim = query.shape
     key_heads, groups = cache["key"].shape[1], heads // cache["key"].shape[1]
-    rows = ops.reshape(query, (batch, length, key_heads, groups, head_dim))
-    rows = ops.reshape(ops.transpose(rows, (0, 2, 3, 1, 4)), (batch, key_heads, -1, head_dim))
+    rows = ops.reshape(_heads_first(query), (batch, key_heads, groups * length, head_dim))
     rows = ops.cast(rows, "float32") * scale
-    scores = ops.matmul(rows, ops.transpose(ops.cast(cache["key"], "float32"), (0, 1, 3, 2)))
+    scores = _inner_products(rows, ops.cast(cache["key"], "float32"))
     if "key_scale" in cache:
         scores = scores * ops.transpose(cache["key_scale"], (0, 1, 3, 2))
     total = scores.shape[-1]
@@ -84,9 +84,26 @@ def attend(cache, query, mask, scale):
     if "value_scale" in cache:
         weights = weights * ops.transpose(cache["value_scale"], (0, 1, 3, 2))
     y = ops.matmul(weights, ops.cast(cache["value"], "float32"))
-    y = ops.reshape(y, (batch, key_heads, groups, length, head_dim))
-    y = ops.reshape(ops.transpose(y, (0, 3, 1, 2, 4)), (batch, length, heads, head_dim))
-    return ops.cast(y, query.dtype)
+    if length == 1:
+        return ops.cast(ops.reshape(y, query.shape), query.dtype)
+    y = ops.reshape(y, (batch, heads, length, head_dim))
+    return ops.cast(ops.transpose(y, (0, 2, 1, 3)), query.dtype)
+
+
+def _heads_first(x):
+    """`(batch, length, heads, size)` to `(batch, heads, length, size)`; of one token no work."""
+    if x.shape[1] == 1 and x.shape[0] is not None:
+        return ops.reshape(x, (x.shape[0], x.shape[2], 1, x.shape[3]))
+    return ops.transpose(x, (0, 2, 1, 3))
+
+
+def _inner_products(rows, keys):
+    """`rows keys^T`; TensorFlow would first write down the transpose of the whole cache."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.matmul(rows, keys, transpose_b=True)
+    return ops.matmul(rows, ops.transpose(keys, (0, 1, 3, 2)))
 
 
 def _put(buffer, rows, start):
@@ -107,8 +124,8 @@ def _put_tensorflow(buffer, rows, start):
 
     batch, heads, length, size = buffer.shape
     new = rows.shape[2]
-    first = tf.range(batch * heads, dtype="int32") * length
-    at = tf.reshape(first[:, None] + tf.range(new) + tf.cast(start, "int32"), (-1,))
+    first = np.arange(batch * heads, dtype="int32")[:, None] * length + np.arange(new)
+    at = tf.constant(first.reshape(-1), "int32") + tf.cast(start, "int32")
     matrix = tf.reshape(buffer, (-1, size))
     matrix = tf.raw_ops.InplaceUpdate(x=matrix, i=at, v=tf.reshape(rows, (-1, size)))
     return tf.reshape(matrix, (batch, heads, length, size))

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_bitnet.layers.large_weights import fill, parts_of
 from keras_bitnet.ops import layout
 
 
@@ -29,7 +30,7 @@ class NamedWeights(keras.Layer):
         Raises:
             ValueError: A weight is missing, has another shape, or holds impossible values.
         """
-        found = {name: store[name] for name in store.keys()}  # noqa: SIM118 (no mapping)
+        found = {name: parts_of(store, name) for name in store.keys()}  # noqa: SIM118 (no mapping)
         if not self.packed and found.keys() and found.keys() <= {"0", "1"}:
             self._load_stock(found)
             return
@@ -67,16 +68,16 @@ class NamedWeights(keras.Layer):
                 f"Weight '{name}' of layer '{self.name}': the layer has {wanted}. "
                 f"Received: shape {tuple(value.shape)}"
             )
-        variable.assign(value)
+        fill(variable, value)
 
     def _tiles_from_trits(self, trits):
-        codes = layout.unpack_trits(trits, self.in_features)
-        if codes.shape[1] != self.out_features:
+        if trits.shape[1:] != (self.out_features,):
+            found = trits.shape[1] if trits.ndim == 2 else f"shape {trits.shape}"
             raise ValueError(
                 f"The packed kernel of layer '{self.name}' has {self.out_features} outputs. "
-                f"Received: data of {codes.shape[1]}"
+                f"Received: data of {found}"
             )
-        return layout.pack(codes, self.weight_quantizer.bits, self.packed_layout)
+        return layout.tiles_from_trits(trits, self.in_features, self.packed_layout)
 
     @property
     def _saves_trits(self):

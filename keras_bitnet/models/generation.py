@@ -77,7 +77,8 @@ class Generation(keras.Model):
         """Yields a list of one token for each sequence, `None` for those that have ended."""
         batch, start = request.tokens.shape
         uniform = request.uniform()
-        prefill, step = (self.program(f, request.sampler) for f in (first_tokens, next_tokens))
+        prefill = self.program(first_tokens, request.sampler)
+        step = self.program(next_tokens, request.sampler, repeated=True)
         cache = self.backbone.make_cache(batch, request.cache_length, request.cache_dtype)
         tokens, cache = prefill(cache, request.tokens, request.padding, uniform[0])
         active = [True] * batch
@@ -100,14 +101,15 @@ class Generation(keras.Model):
                 )
             tokens = following
 
-    def program(self, function, *arguments):
+    def program(self, function, *arguments, repeated=False):
         """`function(model, *arguments, cache, *tensors)` compiled, made once for each."""
         programs = self.__dict__.setdefault("_programs", _Programs())
         key = (function, *arguments)
         if key not in programs.made:
             programs.made[key] = compiled.compile_function(
-                lambda cache, *tensors: function(self, *arguments, cache, *tensors), self
+                lambda cache, *tensors: function(self, *arguments, cache, *tensors), self, repeated
             )
+        compiled.begin(programs.made[key])
         return programs.made[key]
 
 

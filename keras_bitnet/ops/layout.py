@@ -35,8 +35,8 @@ TILE_OUTPUTS = 16
 WORD_BYTES = 4
 
 _TRITS = 5
-_PLACES = 3 ** np.arange(_TRITS)  # (5,)
 _MAX_TRIT_BYTE = 3**_TRITS - 1
+_BLOCK_CODES = 1 << 19  # codes that are unpacked at a time: they stay in the cache
 
 
 def check_layout(layout, bits, group_size=None):
@@ -91,16 +91,24 @@ def pack(codes, bits, layout="tiles"):
     tiles_out, tiles_in = shape[:2]
     inputs = tile_inputs(bits, layout)
     padded = _pad(codes, tiles_in * inputs, tiles_out * TILE_OUTPUTS, value=0)
-    # (tile_in, i, j, tile_out, column) -> (tile_out, tile_in, column, j, i)
-    digits = padded.reshape(tiles_in, inputs // WORD_BYTES, WORD_BYTES, tiles_out, TILE_OUTPUTS)
-    digits = digits.transpose(3, 0, 4, 2, 1)
+    digits = padded.reshape(tiles_in, inputs // WORD_BYTES, WORD_BYTES, -1)
     if layout == "trits":
-        numbers = digits.astype(np.uint16) @ _PLACES[::-1].astype(np.uint16)
-        return (numbers * 256 // 3**_TRITS + 1).astype(np.uint8)
-    packed = np.zeros(shape, np.uint8)
-    for i in range(8 // bits):
-        packed |= digits[..., i] << np.uint8(bits * i)
-    return packed
+        numbers = _joined(digits[:, ::-1].astype(np.uint16), 3, 1)
+        words = (numbers * 256 // 3**_TRITS + 1).astype(np.uint8)
+    else:
+        words = _joined(digits, 2**bits, 1)
+    # (tile_in, j, tile_out, column) -> (tile_out, tile_in, column, j)
+    words = words.reshape(tiles_in, WORD_BYTES, tiles_out, TILE_OUTPUTS)
+    return np.ascontiguousarray(words.transpose(2, 0, 3, 1))
+
+
+def _joined(digits, base, axis):
+    """`sum(digits[i] * base**i)` along an axis, in the dtype of the digits."""
+    places = np.moveaxis(digits, axis, 0)
+    total = places[0].copy()
+    for i in range(1, len(places)):
+        total += places[i] * digits.dtype.type(base**i)
+    return total
 
 
 def unpack(tiles, bits, in_features, out_features, layout="tiles"):
@@ -186,7 +194,7 @@ def pack_trits(codes):
     codes = _as_codes(codes, 2)
     rows = -(-codes.shape[0] // _TRITS)
     digits = _pad(codes, rows * _TRITS, codes.shape[1], value=1).reshape(rows, _TRITS, -1)
-    return np.tensordot(_PLACES, digits, axes=(0, 1)).astype(np.uint8)
+    return _joined(digits, 3, 1)
 
 
 def unpack_trits(packed, in_features):
@@ -214,8 +222,34 @@ def unpack_trits(packed, in_features):
             f"A byte of five trits is at most {_MAX_TRIT_BYTE}. Received: {packed.max()}. "
             "The data is corrupt or in another format."
         )
-    digits = packed[:, None, :] // _PLACES[None, :, None] % 3
-    return digits.reshape(rows * _TRITS, -1)[:in_features].astype(np.uint8)
+    digits = np.empty((rows, _TRITS, packed.shape[1]), np.uint8)
+    for i in range(_TRITS):
+        rest = packed // np.uint8(3)
+        np.subtract(packed, rest * np.uint8(3), out=digits[:, i])
+        packed = rest
+    return digits.reshape(rows * _TRITS, -1)[:in_features]
+
+
+def tiles_from_trits(packed, in_features, layout="tiles"):
+    """The bytes of `pack_trits` as tiles in memory, some columns at a time.
+
+    Args:
+        packed: `uint8` array `(ceil(in_features / 5), out)`.
+        in_features: Number of inputs before padding.
+        layout: `"tiles"` or `"trits"`.
+
+    Returns:
+        NumPy `uint8` array of shape `tiles_shape(in_features, out, 2, layout)`.
+
+    Raises:
+        ValueError: As `unpack_trits`.
+    """
+    tiles = np.empty(tiles_shape(in_features, packed.shape[1], 2, layout), np.uint8)
+    step = max(1, _BLOCK_CODES // (in_features * TILE_OUTPUTS))  # columns of tiles
+    for i in range(0, len(tiles), step):
+        columns = packed[:, i * TILE_OUTPUTS : (i + step) * TILE_OUTPUTS]
+        tiles[i : i + step] = pack(unpack_trits(columns, in_features), 2, layout)
+    return tiles
 
 
 def _as_codes(codes, maximum):
@@ -230,9 +264,11 @@ def _as_codes(codes, maximum):
             f"`codes` must lie in [0, {maximum}]. "
             f"Received: values from {codes.min()} to {codes.max()}"
         )
-    return codes.astype(np.uint8)
+    return codes.astype(np.uint8, copy=False)
 
 
 def _pad(codes, rows, columns, value):
+    if codes.shape == (rows, columns):
+        return codes
     padding = ((0, rows - codes.shape[0]), (0, columns - codes.shape[1]))
     return np.pad(codes, padding, constant_values=value)

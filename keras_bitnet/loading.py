@@ -1,0 +1,39 @@
+"""Loading a `.keras` file without a copy of it in memory."""
+
+import pathlib
+import tempfile
+import zipfile
+
+import keras
+
+
+def load_model(path, custom_objects=None, compile=True, safe_mode=True):
+    """`keras.models.load_model` for large models: the weights come straight from the disk.
+
+    Keras reads the whole file into memory beside the model, so a packed model takes twice its
+    size to load. Here the file is unzipped into a folder beside it, which is removed again, and
+    each weight is read into its variable: the peak is little more than the model.
+
+    Args:
+        path: Path of a `.keras` file.
+        custom_objects, compile, safe_mode: As in Keras.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no `.keras` file.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file '{path}'.")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"Expected a file that `model.save` wrote. Received: '{path}'")
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        with zipfile.ZipFile(path) as archive:
+            # Keras stores its files as they are; what is compressed could be of any size.
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                return keras.saving.load_model(path, custom_objects, compile, safe_mode)
+            archive.extractall(folder)
+        return keras.saving.load_model(folder, custom_objects, compile, safe_mode)
