@@ -1,8 +1,16 @@
-"""Models in and out: Hugging Face and GGUF."""
+"""Models in and out: Hugging Face and GGUF, and from KerasHub."""
 
 from keras_bitnet.interop.from_gguf import from_gguf
+from keras_bitnet.interop.from_keras_hub import from_keras_hub
 from keras_bitnet.interop.hugging_face import from_hugging_face, to_hugging_face
 from keras_bitnet.interop.to_gguf import to_gguf
 from keras_bitnet.interop.tokenizer import Tokenizer
 
-__all__ = ["Tokenizer", "from_gguf", "from_hugging_face", "to_gguf", "to_hugging_face"]
+__all__ = [
+    "Tokenizer",
+    "from_gguf",
+    "from_hugging_face",
+    "from_keras_hub",
+    "to_gguf",
+    "to_hugging_face",
+]
