@@ -122,7 +122,7 @@ def relations(model, x, heads):
 
 
 def test_the_losses_are_the_formulas(teacher):
-    x, y, mask = text(6)
+    x, _, mask = text(6)
     wide = make_model(**{**FLOAT, "num_query_heads": 8, "num_key_value_heads": 4})
     student = convert_to_bitnet(wide, quantization_strength=1.0)
     tau, heads = 2.0, student.backbone.num_key_value_heads
