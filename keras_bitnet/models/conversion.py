@@ -114,7 +114,7 @@ def _sub_norm_gains(model, converted, data):
         [layer for b in m.backbone.decoder_layers for layer in _last_projections(b)]
         for m in (model, converted)
     ]
-    sums = {}
+    sums: dict[BitLayer, tuple[np.ndarray, np.ndarray]] = {}
 
     def look(layer, x):
         x = np.asarray(ops.convert_to_numpy(ops.cast(x, "float32")), "float64")
