@@ -133,3 +133,76 @@ def test_pair_of_every_layer(writer, reader, results):
 def test_packing_keeps_the_outputs_of_every_layer(backend, results):
     family = results[0][backend]["family"]
     assert_alike(family["packed"], family["qat"])
+
+
+LM_COMMON = """
+import json, sys, zlib
+import keras, numpy as np
+import keras_bitnet
+from helpers import to_numpy
+from keras_bitnet.interop.tensor_map import projections
+from keras_bitnet.models import BitNetBackbone, BitNetCausalLM
+from rounding import clear_tokens
+
+def facts(model, tokens):
+    data = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    tiles = [to_numpy(p.layer.kernel_tiles).tobytes() for p in projections(model.backbone)
+             if model.packed]
+    return {
+        "class": type(model).__name__, "packed": model.packed, "tiles": zlib.crc32(b"".join(tiles)),
+        "logits": to_numpy(model(data)).tolist(),
+        "text": model.generate(tokens, max_new_tokens=4, strip_prompt=True),
+    }
+"""
+
+LM_SAVE = """
+model = BitNetCausalLM(BitNetBackbone(
+    vocabulary_size=50, num_layers=2, num_query_heads=4, num_key_value_heads=2, hidden_dim=32,
+    intermediate_dim=48, tie_word_embeddings=False))
+rng = np.random.default_rng(0)
+for variable in sorted(model.trainable_variables, key=lambda v: v.path):
+    scale = variable.name == "scale"
+    variable.assign(rng.uniform(0.5, 1.5, variable.shape) if scale
+                    else rng.normal(0, 0.5, variable.shape))
+packed = keras_bitnet.pack_model(model, verbose=0)
+tokens = clear_tokens(model)
+saved = {}
+for name, m in {"qat": model, "packed": packed}.items():
+    m.save(f"{FOLDER}/{name}.keras")
+    saved[name] = facts(m, tokens)
+np.save(f"{FOLDER}/tokens.npy", tokens)
+print(json.dumps(saved))
+"""
+
+LM_LOAD = """
+print(json.dumps([{
+    name: facts(keras.models.load_model(f"{f}/{name}.keras"), np.load(f"{f}/tokens.npy"))
+    for name in ("qat", "packed")
+} for f in FOLDERS]))
+"""
+
+
+@pytest.fixture(scope="module")
+def language_models(tmp_path_factory):
+    folders = [str(tmp_path_factory.mktemp(f"lm_{b}")) for b in BACKENDS]
+    saved = {
+        b: run_python(f"FOLDER = {folder!r}\n{LM_COMMON}{LM_SAVE}", b)
+        for b, folder in zip(BACKENDS, folders, strict=True)
+    }
+    code = f"FOLDERS = {folders!r}\n{LM_COMMON}{LM_LOAD}"
+    return saved, {b: dict(zip(BACKENDS, run_python(code, b), strict=True)) for b in BACKENDS}
+
+
+@pytest.mark.parametrize(("writer", "reader"), itertools.product(BACKENDS, BACKENDS))
+def test_pair_of_language_models(writer, reader, language_models):
+    """The same tokens everywhere, trained and packed, and the same logits to 1e-4."""
+    saved, loaded = language_models
+    for kind in ("qat", "packed"):
+        wanted, actual = saved[writer][kind], loaded[reader][writer][kind]
+        assert (actual["class"], actual["packed"]) == ("BitNetCausalLM", kind == "packed")
+        assert actual["tiles"] == wanted["tiles"]
+        assert actual["text"] == wanted["text"]
+        np.testing.assert_allclose(actual["logits"], wanted["logits"], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(
+            actual["logits"], saved[writer]["qat"]["logits"], rtol=0, atol=1e-4
+        )

@@ -87,3 +87,86 @@ def test_data_and_model_parallel():
     assert max(result["packed"]) < 1e-5
     assert result["family"] < 2e-2  # behind a quantization one code may be the next one
     assert max(result["family_packed"]) < 2e-2
+
+
+DECODER = """
+import json
+import keras, numpy as np
+import keras_bitnet
+from keras_bitnet.models import BitNetBackbone, BitNetCausalLM
+
+SPLIT = ("kernel", "embeddings", "kernel_tiles")
+
+def split(model):
+    # The paths of the matrices, and on how many parts of the axis "model" each one is.
+    found = {}
+    for v in model.variables:
+        if v.path.endswith(SPLIT):
+            spec = getattr(v.value.sharding, "spec", ())
+            found[v.path.split("/", 1)[1]] = 4 if "model" in spec else 1
+    return found
+
+def make(distribution, **arguments):
+    keras.distribution.set_distribution(distribution)
+    keras.utils.set_random_seed(0)
+    return BitNetCausalLM(BitNetBackbone(
+        vocabulary_size=64, num_layers=1, num_query_heads=8, num_key_value_heads=4,
+        hidden_dim=64, intermediate_dim=128, head_dim=16, **arguments))
+
+def train(distribution):
+    # Float, so that no rounding makes more of small differences.
+    model = make(distribution, tie_word_embeddings=False, quantization_strength=0.0)
+    model.compile(
+        keras.optimizers.Adam(1e-2),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    tokens = (np.arange(17) + np.arange(16)[:, None]).astype("int32") % 64
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    loss = model.fit(x, y, batch_size=8, epochs=8, shuffle=False, verbose=0).history["loss"]
+    logits = model.predict(x, batch_size=8, verbose=0)
+    for layer in model._flatten_layers():
+        if getattr(layer, "quantization_strength", None) is not None:
+            layer.quantization_strength.assign(1.0)
+    packed = keras_bitnet.pack_model(model, verbose=0)
+    return {
+        "loss": loss, "logits": logits, "split": split(model), "packed_split": split(packed),
+        "qat": model.predict(x, batch_size=8, verbose=0),
+        "packed": packed.predict(x, batch_size=8, verbose=0),
+        "text": packed.generate(tokens[:8, :6], max_new_tokens=4),
+    }
+
+devices = keras.distribution.list_devices("cpu")
+mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "model"], devices)
+parallel = keras.distribution.ModelParallel(
+    layout_map=BitNetBackbone.get_layout_map(mesh), batch_dim_name="batch")
+
+one, several = train(None), train(parallel)
+llama = make(parallel, embedding_quantizer="int8", sub_norm=None, activation="silu")
+splits = [several["split"], several["packed_split"], split(llama),
+          split(keras_bitnet.pack_model(llama, verbose=0))]
+far = lambda a, b: float(np.abs(a - b).mean() / np.abs(b).mean())
+print(json.dumps({
+    "matrices": [len(s) for s in splits],
+    "whole": [path for s in splits for path, parts in s.items() if parts < 4],
+    "whole_alone": len(one["split"]) - sum(parts == 1 for parts in one["split"].values()),
+    "loss": [one["loss"], several["loss"]],
+    "logits": far(several["logits"], one["logits"]),
+    "qat": far(several["qat"], one["qat"]),
+    "packed": far(several["packed"], several["qat"]),
+    "text": [one["text"], several["text"]],
+}))
+"""
+
+
+def test_layout_map_of_the_decoder():
+    """Every matrix is split, float and packed, and nothing else changes."""
+    result = run_python(DECODER, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert result["matrices"] == [9, 9, 8, 8]
+    assert result["whole"] == []
+    assert result["whole_alone"] == 0
+    one, several = result["loss"]
+    assert one[-1] < 0.7 * one[0]
+    assert max(abs(a - b) for a, b in zip(one, several, strict=True)) < 1e-3 * one[0]
+    assert result["logits"] < 1e-3
+    assert result["qat"] < 2e-2  # behind a quantization one code may be the next one
+    assert result["packed"] < 2e-2
+    assert result["text"][0] == result["text"][1]

@@ -14,7 +14,7 @@ def find_bit_layers(model, filters=None):
     """The trainable `BitLayer`s of a model, nested ones too, each once, in order.
 
     Args:
-        model: Built `keras.Model`.
+        model: Built `keras.Model`. Of a distiller (`student` and `teacher`), the student counts.
         filters: Which ones, see `keras_bitnet.filters.layer_filter`.
 
     Returns:
@@ -23,7 +23,8 @@ def find_bit_layers(model, filters=None):
     Raises:
         ValueError: There is none, or the model is not built.
     """
-    layers = [layer for layer in _walk(model, set()) if not layer.packed]
+    student = getattr(model, "student", None) if hasattr(model, "teacher") else None
+    layers = [layer for layer in _walk(student or model, set()) if not layer.packed]
     unbuilt = [layer.name for layer in layers if layer.quantization_strength is None]
     if unbuilt:
         raise ValueError(

@@ -192,9 +192,13 @@ class BitNetBackbone(BitBlock, keras.Model):
                 layer.build(shape)
         self.built = True
 
-    def call(self, inputs, training=None):
-        """Maps tokens to hidden states; see the class."""
-        token_ids, padding_mask = _tokens_and_mask(inputs)
+    def call(self, inputs, training=None, attention_layer=None):
+        """Maps tokens to hidden states; see the class.
+
+        With the index of a block as `attention_layer`, returns `(hidden_states, attention)`: the
+        queries, keys and values of this block too, `(batch, length, heads, head_dim)` each.
+        """
+        token_ids, padding_mask = tokens_and_mask(inputs)
         if padding_mask is None:
             positions = ops.arange(ops.shape(token_ids)[1], dtype="int32")[None]
         else:
@@ -202,10 +206,14 @@ class BitNetBackbone(BitBlock, keras.Model):
             positions = ops.cumsum(ops.cast(padding_mask, "int32"), axis=1) - 1
             positions = ops.maximum(positions, 0)
         rotary = self.rotary_tables(positions)
-        x = self.token_embedding(token_ids)
+        x, attention = self.token_embedding(token_ids), None
+        watched = None if attention_layer is None else self.decoder_layers[attention_layer]
         for layer in self.decoder_layers:
+            if layer is watched:
+                y = layer.attention_norm(x)
+                attention = layer.attention.project(y, y, rotary=rotary)
             x = layer(x, padding_mask=padding_mask, rotary=rotary, training=training)
-        return self.layer_norm(x)
+        return self.layer_norm(x) if watched is None else (self.layer_norm(x), attention)
 
     def call_with_cache(self, token_ids, cache, cache_index, padding=None):
         """Runs new tokens after those in the cache.
@@ -284,16 +292,20 @@ class BitNetBackbone(BitBlock, keras.Model):
             device_mesh: `keras.distribution.DeviceMesh` with an axis `model_dim`.
             model_dim: Name of that axis.
         """
+        split_outputs = "(query|key|value|gate|up|token_embedding|output_projection)/kernel_tiles"
+        rows = {
+            "token_embedding/(embeddings|kernel)": (model_dim, None),
+            "output_projection/kernel": (None, model_dim),
+            "attention/(query|key|value|gate)/kernel": (None, model_dim, None),
+            "attention/attention_output/kernel": (model_dim, None, None),
+            "feed_forward/(gate|up)/kernel": (None, model_dim),
+            "feed_forward/down/kernel": (model_dim, None),
+            split_outputs: (model_dim, None, None, None),
+            "(attention_output|down)/kernel_tiles": (None, model_dim, None, None),
+        }
         layout = keras.distribution.LayoutMap(device_mesh)
-        layout["token_embedding/(embeddings|kernel)$"] = (model_dim, None)
-        layout["output_projection/kernel$"] = (None, model_dim)
-        layout["attention/(query|key|value|gate)/kernel$"] = (None, model_dim, None)
-        layout["attention/attention_output/kernel$"] = (model_dim, None, None)
-        layout["feed_forward/(gate|up)/kernel$"] = (None, model_dim)
-        layout["feed_forward/down/kernel$"] = (model_dim, None)
-        split_outputs = "(query|key|value|gate|up|token_embedding|output_projection)/kernel_tiles$"
-        layout[split_outputs] = (model_dim, None, None, None)
-        layout["(attention_output|down)/kernel_tiles$"] = (None, model_dim, None, None)
+        for path, axes in rows.items():
+            layout[f".*{path}$"] = axes  # Keras 3.15 matches whole paths, others search in them
         return layout
 
     def get_config(self):
@@ -329,7 +341,8 @@ def _embedding_quantizer(quantizer):
     return quantizers.get(quantizer)
 
 
-def _tokens_and_mask(inputs):
+def tokens_and_mask(inputs):
+    """Token ids, and the padding mask or `None`, of what a model is called on."""
     if isinstance(inputs, dict):
         if "token_ids" not in inputs:
             raise ValueError(
