@@ -1,5 +1,7 @@
 """Small samples of whatever data a Keras model can be fed, as checked batches of arrays."""
 
+import re
+
 import keras
 import numpy as np
 from keras import ops
@@ -95,6 +97,14 @@ def _check_lengths(x, y):
         )
 
 
+def short_message(error):
+    """The line of an error that matters: Keras writes it in bold between others."""
+    text = str(error)
+    found = re.search("\x1b\\[1m(.*?)\x1b\\[0m", text, re.DOTALL)
+    line = found.group(1) if found else next(iter(text.splitlines()), "")
+    return f"{type(error).__name__}: {line.strip().rstrip('.')}"
+
+
 def check_fit(model, examples):
     """Raises a `ValueError` unless a model can be run on an example of `batches`."""
     x = _rows(examples[0][0], slice(1))
@@ -103,7 +113,7 @@ def check_fit(model, examples):
     except Exception as error:  # whatever a layer raises on an input that it was not made for
         shapes = keras.tree.map_structure(lambda array: (array.shape, str(array.dtype)), x)
         raise ValueError(
-            f"`data` does not fit model '{model.name}': {type(error).__name__}: {error}. "
+            f"`data` does not fit model '{model.name}': {short_message(error)}. "
             f"Received: one example of (shape, dtype) {shapes}"
         ) from error
 

@@ -170,9 +170,7 @@ class Effect:
         self.examples += size
 
 
-def effects(
-    reference, quantized, batches, loss=None, progress=None, alone=True, pairs=None
-):
+def effects(reference, quantized, batches, loss=None, progress=None, alone=True, pairs=None):
     """Measures what quantizing each layer alone does to the outputs of the float model.
 
     Args:

@@ -125,7 +125,13 @@ class Measured:
                 )
             self.calls[path] += len(outputs[0])
             for pair in zip(*outputs, strict=True):
-                self.outputs[path].add(*map(pairs.array, pair))
+                first, second = map(pairs.array, pair)
+                if first.shape != second.shape:
+                    raise ValueError(
+                        f"Layer '{path}' of the model is no twin of that of the reference. "
+                        f"Received: outputs of shapes {second.shape} and {first.shape}"
+                    )
+                self.outputs[path].add(first, second)
 
 
 class InputProbe(_Probe):
@@ -162,13 +168,18 @@ class InputProbe(_Probe):
             self.high *= 2
 
     def histogram(self):
-        """A `Histogram`, or `None` where nothing was seen; of one side, if the other is empty."""
-        half = BINS // 2
-        if not self.high:
+        """A `Histogram`, or `None` where nothing was seen; without empty bins at its ends.
+
+        Zero stays in the middle, or at the left where nothing is below it.
+        """
+        filled = np.flatnonzero(self.counts)
+        if not len(filled):
             return None
-        if self.counts[:half].any():
-            return Histogram(-self.high, self.high, self.counts.tolist())
-        return Histogram(0.0, self.high, self.counts[half:].tolist())
+        margin = min(filled[0], BINS - 1 - filled[-1])
+        high = self.high * (1 - 2 * margin / BINS)
+        if filled[0] >= BINS // 2:
+            return Histogram(0.0, high, self.counts[BINS // 2 : BINS - margin].tolist())
+        return Histogram(-high, high, self.counts[margin : BINS - margin].tolist())
 
 
 def layer_quality(path, pair, measured, effect, base):

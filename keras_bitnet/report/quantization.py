@@ -173,9 +173,7 @@ def quantization_report(
     )
     if not np.isfinite(base.outputs.signal):
         raise ValueError(f"Model '{reference.name}' makes a NaN or an infinity of `data`.")
-    layers = [
-        layer_quality(path, pair, measured, alone[path], base) for path, pair in used.items()
-    ]
+    layers = [layer_quality(path, pair, measured, alone[path], base) for path, pair in used.items()]
     report = QuantizationReport(
         name=model.name,
         samples=base.examples,

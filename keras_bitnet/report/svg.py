@@ -44,7 +44,7 @@ def line_chart(points, titles, xlabel, ylabel, marked=None, limit=None, log_y=Fa
     Returns:
         The chart, a text.
     """
-    height, left, right, top, bottom = 260, 52, 14, 26, 40
+    height, left, right, top, bottom = 260, 62, 14, 26, 40
     xs = [x for x, _ in points] + ([] if limit is None else [limit])
     ys = [y for _, y in points]
     log_y = log_y and min(ys) > 0 and max(ys) / min(ys) > 3
@@ -52,7 +52,7 @@ def line_chart(points, titles, xlabel, ylabel, marked=None, limit=None, log_y=Fa
     y_ticks = log_ticks(min(ys), max(ys)) if log_y else ticks(min(min(ys), 0), max(ys))
     across = _scale(x_ticks[0], x_ticks[-1], left, WIDTH - right)
     up = _scale(y_ticks[0], y_ticks[-1], height - bottom, top, log_y)
-    body = [f'<text x="{left - 44}" y="14">{escape(ylabel)}</text>']
+    body = [f'<text x="{left - 56}" y="14">{escape(ylabel)}</text>']
     for tick in y_ticks:
         y = up(tick)
         body.append(f'<path class="grid" d="M{left} {y:.1f}H{WIDTH - right}"/>')
