@@ -1,4 +1,4 @@
-"""The page of a report: whole in itself, and right in a browser, light and dark, wide and narrow."""
+"""The page of a report: whole in itself; right in a browser, light, dark, wide and narrow."""
 
 import html.parser
 import json
@@ -101,7 +101,7 @@ def test_files_are_whole_or_not_there(report, tmp_path):
 # What the page is like to the browser, told by a script that the test puts at its end.
 _PROBE = """
 <script>
-const charts = [...document.querySelectorAll("main > * svg.chart")].filter(s => s.checkVisibility());
+const charts = [...document.querySelectorAll("section svg.chart")].filter(s => s.checkVisibility());
 const box = s => s.getBoundingClientRect();
 const out = {
   background: getComputedStyle(document.body).backgroundColor,
