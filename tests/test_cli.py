@@ -152,8 +152,7 @@ def test_bench(saved, capsys):
 
 def test_pack_as_small_as_can_be(saved, capsys):
     quantized = run_json(capsys, "quantize", saved)["output"]
-    with pytest.warns(UserWarning, match="not trained"):
-        packed = run_json(capsys, "pack", quantized, "--memory", "smallest")["output"]
+    packed = run_json(capsys, "pack", quantized, "--memory", "smallest")["output"]
     assert keras.models.load_model(packed).layers[0].packed_layout == "trits"
 
 
@@ -206,7 +205,10 @@ def test_a_failure_leaves_no_file(saved, capsys, monkeypatch):
         (["report", "{file}", "--data", "{dir}/text.npy"], "no arrays"),
         (["report", "{file}", "--data", "{dir}/x.npy", "--samples", "0"], "--samples"),
         (["plan", "{file}", "--data", "{dir}/x.npy", "--budget", "much"], "budget='much'"),
-        (["plan", "{file}", "--data", "{dir}/x.npy", "--budget", "0.5 bits"], "cannot be met"),
+        (
+            ["plan", "{file}", "--data", "{dir}/x.npy", "--budget", "0.5 bits", "--json"],
+            "cannot be met",
+        ),
         (["plan", "{file}", "--data", "{dir}/wide.npy", "--budget", "9 bits"], "(1, 9)"),
         (["bench", "{file}", "--precisions", "int3"], "'int3'"),
         (["bench", "{file}", "--repeats", "0"], "--repeats"),

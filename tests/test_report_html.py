@@ -108,7 +108,7 @@ const out = {
   color: getComputedStyle(document.body).color,
   bar: getComputedStyle(document.querySelector("details[open] rect.a")).fill,
   width: innerWidth,
-  overflow: document.documentElement.scrollWidth - innerWidth,
+  overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
   charts: charts.length,
   empty: charts.filter(s => box(s).width < 200 || box(s).height < 60).length,
   outside: charts.filter(s => [...s.querySelectorAll("rect, circle, text")].some(e =>

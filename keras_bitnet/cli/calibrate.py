@@ -41,8 +41,10 @@ def run(arguments):
 
     path = common.output_path(arguments, SUFFIX, accepted=(".keras",))
     x, _ = common.load_data(arguments.data, arguments.samples)
+    model = common.load_model(arguments.file)
+    common.check_data(model, x)
     model = calibrate(
-        common.load_model(arguments.file),
+        model,
         x,
         arguments.method,
         percentile=arguments.percentile,

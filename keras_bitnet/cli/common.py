@@ -173,6 +173,13 @@ def changed_facts(changes):
     ]
 
 
+def check_data(model, data):
+    """Raises a `ValueError` unless a model can be run on the first example of data."""
+    from keras_bitnet.report.data import batches, check_fit
+
+    check_fit(model, batches(data, samples=1))
+
+
 def load_data(path, samples=None):
     """Inputs, and targets if there are any, of a .npy or .npz file.
 

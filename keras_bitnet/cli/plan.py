@@ -50,6 +50,7 @@ def run(arguments):
         page = common.checked_path(arguments.report, arguments.force, (".html", ".json"))
     data = common.load_data(arguments.data, arguments.samples)
     model = common.load_model(arguments.file)
+    common.check_data(model, data)
     plan = suggest_precision(
         model,
         data,
