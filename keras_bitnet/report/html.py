@@ -35,7 +35,7 @@ dd small{font-size:.8rem;font-weight:400;color:var(--muted)}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;width:100%}
 th,td{padding:7px 10px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 thead th{color:var(--muted);font-weight:500;vertical-align:bottom}
-th:first-child,td:nth-child(2){text-align:left}
+th:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
 tbody th{font-weight:600;position:sticky;left:0;background:var(--card);max-width:42vw;
  overflow:hidden;text-overflow:ellipsis}
 td.worst{color:var(--bad);font-weight:600}
