@@ -129,7 +129,7 @@ def seen_by_browser(report, folder, dark, width):
         f"--user-data-dir={folder / 'profile'}", f"--window-size={width},1000",
         f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--enable-logging=stderr",
     ]  # fmt: skip
-    options = {"capture_output": True, "text": True, "timeout": 60, "check": True}
+    options = {"capture_output": True, "text": True, "timeout": 180, "check": True}
     result = subprocess.run([*command, "--dump-dom", page.as_uri()], **options)
     assert "CONSOLE" not in result.stderr, result.stderr  # what a page logs: errors of scripts too
     subprocess.run([*command, f"--screenshot={picture}", page.as_uri()], **options)
