@@ -12,6 +12,8 @@ import os
 import sys
 
 from keras_bitnet.cli import (
+    bench,
+    calibrate,
     chat,
     devices,
     export,
@@ -19,12 +21,17 @@ from keras_bitnet.cli import (
     import_model,
     output,
     pack,
+    plan,
     quantize,
+    report,
     summary,
     unpack,
 )
 
-COMMANDS = (summary, quantize, pack, unpack, import_model, export, generate, chat, devices)
+COMMANDS = (
+    summary, plan, quantize, calibrate, pack, unpack, report, bench, import_model, export,
+    generate, chat, devices,
+)  # fmt: skip
 BACKENDS = ("jax", "torch", "tensorflow")
 
 

@@ -32,7 +32,8 @@ class Comparison:
         """Takes in a pair of arrays of one shape."""
         expected = np.asarray(expected, "float64").ravel()
         actual = np.asarray(actual, "float64").ravel()
-        error = actual - expected
+        with np.errstate(invalid="ignore"):  # an infinity shows in the sums
+            error = actual - expected
         self.signal += float(expected @ expected)
         self.other += float(actual @ actual)
         self.product += float(expected @ actual)
@@ -88,13 +89,6 @@ def _copy_at_strength(model, strength):
 def bit_layers(model):
     """The quantized layers of a model by path."""
     return {path: layer for path, layer in named_layers(model) if isinstance(layer, BitLayer)}
-
-
-def quantizer_inputs(layer, x):
-    """The inputs of a layer as its activation quantizer sees them."""
-    if layer.normalization is not None and layer.norm_position == "pre":
-        return layer.normalization(x)
-    return x
 
 
 def layer_pairs(reference, quantized):
@@ -177,7 +171,7 @@ class Effect:
         self.examples += size
 
 
-def effects(reference, quantized, batches, loss=None, progress=None, alone=True):
+def effects(reference, quantized, batches, loss=None, progress=None, alone=True, pairs=None):
     """Measures what quantizing each layer alone does to the outputs of the float model.
 
     Args:
@@ -187,13 +181,15 @@ def effects(reference, quantized, batches, loss=None, progress=None, alone=True)
         loss: `loss(y, outputs) -> float`, or `None`.
         progress: Called after each run of a model, or `None`.
         alone: Whether to quantize layers alone, too.
+        pairs: `{path: (float layer, quantized layer)}` of each twin, or `None`: those of
+            `layer_pairs`.
 
     Returns:
         `(base, whole, single)`: `Effect` of the float model; lists, one entry a twin, of the
         `Effect` of the whole twin and of `{path: Effect of that layer alone}`.
     """
     twins = quantized if isinstance(quantized, list) else [quantized]
-    pairs = [layer_pairs(reference, twin) for twin in twins]
+    pairs = pairs or [layer_pairs(reference, twin) for twin in twins]
     base = Effect(Comparison())
     whole = [Effect(Comparison()) for _ in twins]
     single = [{path: Effect(Comparison()) for path in found} for found in pairs]
