@@ -1,20 +1,11 @@
 """How a result is printed: as JSON, or as text with a table for each list of dictionaries."""
 
-import json
-import math
+from keras_bitnet import valid_json
 
 
 def to_json(result):
     """The result as JSON; what JSON cannot hold, infinities and NaN, becomes `null`."""
-    return json.dumps(_finite(result), indent=1, allow_nan=False)
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return valid_json.dumps(result, indent=1)
 
 
 def show(result):

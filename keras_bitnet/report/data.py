@@ -1,5 +1,7 @@
 """Small samples of whatever data a Keras model can be fed, as checked batches of arrays."""
 
+import re
+
 import keras
 import numpy as np
 from keras import ops
@@ -20,7 +22,8 @@ def batches(data, samples=256, batch_size=32):
         List of `(x, y)` of NumPy arrays in the structure of the data; `y` may be `None`.
 
     Raises:
-        ValueError: There are no examples, or they hold a NaN or an infinity.
+        ValueError: There are no examples, they hold a NaN or an infinity, or arrays are not
+            equally long.
     """
     for name, value in (("samples", samples), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
@@ -29,6 +32,7 @@ def batches(data, samples=256, batch_size=32):
     for x, y in _items(data, samples, batch_size):
         x = keras.tree.map_structure(_array, x)
         y = None if y is None else keras.tree.map_structure(_array, y)
+        _check_lengths(x, y)
         if _size(x) > samples:
             x, y = (_rows(part, slice(samples)) for part in (x, y))
         size = _size(x)
@@ -53,6 +57,7 @@ def _items(data, samples, batch_size):
         yield from map(_pair, _iterate(data))
         return
     x, y = _pair(data)
+    _check_lengths(x, y)
     size = min(_size(x), samples)
     for start in range(0, size, batch_size):
         rows = slice(start, min(start + batch_size, size))
@@ -79,7 +84,38 @@ def _rows(structure, rows):
 
 def _size(x):
     leaves = keras.tree.flatten(x)
-    return len(leaves[0]) if leaves and len(leaves[0].shape) else 0
+    return len(leaves[0]) if leaves and len(getattr(leaves[0], "shape", ())) else 0
+
+
+def _check_lengths(x, y):
+    leaves = keras.tree.flatten(x) + ([] if y is None else keras.tree.flatten(y))
+    shapes = [tuple(getattr(leaf, "shape", ())) for leaf in leaves]
+    if len({shape[:1] for shape in shapes}) > 1:
+        raise ValueError(
+            "The arrays of `data` must hold one row an example, as many in each. "
+            f"Received: arrays of shapes {shapes}"
+        )
+
+
+def short_message(error):
+    """The line of an error that matters: Keras writes it in bold between others."""
+    text = str(error)
+    found = re.search("\x1b\\[1m(.*?)\x1b\\[0m", text, re.DOTALL)
+    line = found.group(1) if found else next(iter(text.splitlines()), "")
+    return f"{type(error).__name__}: {line.strip().rstrip('.')}"
+
+
+def check_fit(model, examples):
+    """Raises a `ValueError` unless a model can be run on an example of `batches`."""
+    x = _rows(examples[0][0], slice(1))
+    try:
+        model(x, training=False)
+    except Exception as error:  # whatever a layer raises on an input that it was not made for
+        shapes = keras.tree.map_structure(lambda array: (array.shape, str(array.dtype)), x)
+        raise ValueError(
+            f"`data` does not fit model '{model.name}': {short_message(error)}. "
+            f"Received: one example of (shape, dtype) {shapes}"
+        ) from error
 
 
 def _array(value):

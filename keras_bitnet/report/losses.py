@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_bitnet.report.data import short_message
+
 
 def loss_function(model, loss, examples):
     """Returns `loss(y, outputs) -> float` for lists of output arrays.
@@ -19,8 +21,10 @@ def loss_function(model, loss, examples):
         return None
     if loss is not None:
         function = keras.losses.get(loss)
-        return lambda y, outputs: float(
-            ops.mean(function(ops.convert_to_tensor(y), ops.convert_to_tensor(outputs[0])))
+        return _checked(
+            lambda y, outputs: ops.mean(
+                function(ops.convert_to_tensor(y), ops.convert_to_tensor(outputs[0]))
+            )
         )
     if not getattr(model, "compiled", False):
         return None
@@ -32,6 +36,23 @@ def loss_function(model, loss, examples):
             tensors[0] if structure is None else keras.tree.pack_sequence_as(structure, tensors)
         )
         y = keras.tree.map_structure(ops.convert_to_tensor, y)
-        return float(model.compute_loss(y=y, y_pred=y_pred, training=False))
+        return model.compute_loss(y=y, y_pred=y_pred, training=False)
 
-    return compiled
+    return _checked(compiled)
+
+
+def _checked(loss):
+    """The loss as a float, or a `ValueError` that names what does not fit."""
+
+    def checked(y, outputs):
+        try:
+            return float(loss(y, outputs))
+        except Exception as error:  # whatever a loss raises on what it was not made for
+            shapes = [tuple(leaf.shape) for leaf in keras.tree.flatten(y)]
+            raise ValueError(
+                "The loss cannot be computed from the targets in `data`: "
+                f"{short_message(error)}. Received: targets of shapes {shapes}, outputs "
+                f"of shapes {[output.shape for output in outputs]}"
+            ) from error
+
+    return checked

@@ -90,13 +90,6 @@ def bit_layers(model):
     return {path: layer for path, layer in named_layers(model) if isinstance(layer, BitLayer)}
 
 
-def quantizer_inputs(layer, x):
-    """The inputs of a layer as its activation quantizer sees them."""
-    if layer.normalization is not None and layer.norm_position == "pre":
-        return layer.normalization(x)
-    return x
-
-
 def layer_pairs(reference, quantized):
     """The quantized layers with their float twins: `{path: (float layer, BitLayer)}`.
 
@@ -177,7 +170,7 @@ class Effect:
         self.examples += size
 
 
-def effects(reference, quantized, batches, loss=None, progress=None, alone=True):
+def effects(reference, quantized, batches, loss=None, progress=None, alone=True, pairs=None):
     """Measures what quantizing each layer alone does to the outputs of the float model.
 
     Args:
@@ -187,13 +180,15 @@ def effects(reference, quantized, batches, loss=None, progress=None, alone=True)
         loss: `loss(y, outputs) -> float`, or `None`.
         progress: Called after each run of a model, or `None`.
         alone: Whether to quantize layers alone, too.
+        pairs: `{path: (float layer, quantized layer)}` of each twin, or `None`: those of
+            `layer_pairs`.
 
     Returns:
         `(base, whole, single)`: `Effect` of the float model; lists, one entry a twin, of the
         `Effect` of the whole twin and of `{path: Effect of that layer alone}`.
     """
     twins = quantized if isinstance(quantized, list) else [quantized]
-    pairs = [layer_pairs(reference, twin) for twin in twins]
+    pairs = pairs or [layer_pairs(reference, twin) for twin in twins]
     base = Effect(Comparison())
     whole = [Effect(Comparison()) for _ in twins]
     single = [{path: Effect(Comparison()) for path in found} for found in pairs]

@@ -1,91 +1,20 @@
 """What quantization does to every layer of a model, on data: table, JSON and a page."""
 
-import contextlib
 import dataclasses
-import json
 
 import keras
 import numpy as np
-from keras import ops
 
-from keras_bitnet.callbacks.statistics import _Probe
+from keras_bitnet import valid_json
 from keras_bitnet.checks import check_built
 from keras_bitnet.files import replacing
-from keras_bitnet.report import html, probes
-from keras_bitnet.report.data import batches
+from keras_bitnet.report import html, pairs, probes
+from keras_bitnet.report.data import batches, check_fit
 from keras_bitnet.report.losses import loss_function
-from keras_bitnet.report.macs import precision
+from keras_bitnet.report.quality import Errors, LayerQuality, Measured, layer_quality
 from keras_bitnet.report.table import print_table, text_table
 
-BINS = 48
-_OUTLIER_WEIGHT = 6.0  # standard deviations
-_OUTLIER_CHANNEL = 6.0  # times the median of the largest magnitudes of the channels
-
-
-@dataclasses.dataclass
-class Errors:
-    """How far an array is from what it should be: see `Comparison`; `sqnr` in dB."""
-
-    sqnr: float
-    cosine: float
-    mse: float
-    max_error: float
-
-    @classmethod
-    def of(cls, comparison):
-        """Those of a `Comparison`."""
-        return cls(comparison.sqnr, comparison.cosine, comparison.mse, comparison.largest)
-
-
-@dataclasses.dataclass
-class Histogram:
-    """Counts of equal bins from `low` to `high`; values outside are in the outermost."""
-
-    low: float
-    high: float
-    counts: list[int]
-    levels: list[float] = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
-class LayerQuality:
-    """One quantized layer.
-
-    Attributes:
-        path: Where it is in the model.
-        type: Its class.
-        precision: `"W1.58A8"`.
-        weights: Numbers in the kernel.
-        weight: `Errors` of the kernel.
-        share_zero: Share of the weights that are quantized to 0.
-        weight_outliers: Share of the weights more than 6 standard deviations from 0.
-        input_absmax: Largest magnitude that the activation quantizer sees.
-        input_sqnr: SQNR of the quantized inputs in dB, `None` where they stay float.
-        outlier_channels: How many input channels have a largest magnitude more than 6 times the
-            median of the channels.
-        output: `Errors` of the outputs in the quantized model, all layers before included.
-        sensitivity: Squared error of the outputs of the model over their square, when only this
-            layer is quantized.
-        loss_change: Growth of the loss then, `None` without targets.
-        weight_histogram: Of the float kernel, with the quantization levels of one scale.
-        input_histogram: Of the inputs that are quantized.
-    """
-
-    path: str
-    type: str
-    precision: str
-    weights: int
-    weight: Errors
-    share_zero: float
-    weight_outliers: float
-    input_absmax: float
-    input_sqnr: float | None
-    outlier_channels: int
-    output: Errors
-    sensitivity: float
-    loss_change: float | None
-    weight_histogram: Histogram
-    input_histogram: Histogram
+_CHANNELS_SHOWN = 4
 
 
 @dataclasses.dataclass
@@ -97,7 +26,8 @@ class QuantizationReport:
         samples: Examples that were measured.
         output: `Errors` of the outputs of the whole model.
         loss, loss_float: Mean loss of the quantized and the float model, or `None`.
-        layers: A `LayerQuality` for each quantized layer, in order.
+        layers: A `LayerQuality` for each quantized layer that the data reached, in order.
+        unused: Paths of the others.
         search: The `PrecisionSearch` of the plan that was given, or `None`.
     """
 
@@ -107,6 +37,7 @@ class QuantizationReport:
     loss: float | None
     loss_float: float | None
     layers: list[LayerQuality]
+    unused: list[str] = dataclasses.field(default_factory=list)
     search: object = None
 
     def to_dict(self):
@@ -114,8 +45,8 @@ class QuantizationReport:
         return dataclasses.asdict(self)
 
     def to_json(self, **kwargs):
-        """The content as JSON; arguments go to `json.dumps`."""
-        return json.dumps(self.to_dict(), **kwargs)
+        """The content as JSON, `null` for infinities; arguments go to `json.dumps`."""
+        return valid_json.dumps(self.to_dict(), **kwargs)
 
     def to_html(self):
         """The content as one page, without any other file."""
@@ -134,13 +65,20 @@ class QuantizationReport:
             temporary.write_text(kinds[temporary.suffix](), encoding="utf-8")
 
     def show(self):
-        """Prints the table, by `rich` where that is installed."""
-        print_table(**self._table())
+        """Prints the tables, by `rich` where that is installed."""
+        for content in self._tables():
+            print_table(**content)
 
     def __str__(self):
-        return text_table(**self._table())
+        return "\n\n".join(text_table(**content) for content in self._tables())
 
-    def _table(self):
+    def _tables(self):
+        tables = [self._layer_table()]
+        if any(row.outliers for row in self.layers):
+            tables.append(self._outlier_table())
+        return tables
+
+    def _layer_table(self):
         headers = ("Layer (type)", "Precision", "Weight dB", "Input dB", "Output dB", "Cosine",
                    "MSE", "Max error", "Zeros", "Outliers", "Sensitivity")  # fmt: skip
         lines = [
@@ -148,7 +86,7 @@ class QuantizationReport:
                 f"{row.path} ({row.type})", row.precision, html.decibel(row.weight.sqnr),
                 html.decibel(row.input_sqnr), html.decibel(row.output.sqnr),
                 f"{row.output.cosine:.4f}", f"{row.output.mse:.3g}", f"{row.output.max_error:.3g}",
-                f"{row.share_zero:.1%}", str(row.outlier_channels), f"{row.sensitivity:.2e}",
+                f"{row.share_zero:.1%}", html.outlier_count(row), f"{row.sensitivity:.2e}",
             )
             for row in self.layers
         ]  # fmt: skip
@@ -160,6 +98,24 @@ class QuantizationReport:
             "footer": self._footer(),
         }
 
+    def _outlier_table(self):
+        found = [row for row in self.layers if row.outliers]
+        names = list(dict.fromkeys(name for row in found for name in row.outliers.product_sqnr))
+        lines = [
+            (
+                row.path, html.channel_list(row.outliers, _CHANNELS_SHOWN),
+                row.outliers.how or "-",
+                *(html.decibel(row.outliers.product_sqnr.get(name)) for name in names),
+            )
+            for row in found
+        ]  # fmt: skip
+        return {
+            "headers": ("Layer", "Channels, times the median", "Suggestion", *names),
+            "lines": lines,
+            "title": "Outlier channels; SQNR of the product in dB as it is and treated, untrained",
+            "left": 3,
+        }
+
     def _footer(self):
         lines = [
             f"Outputs: SQNR {html.decibel(self.output.sqnr)} dB, cosine {self.output.cosine:.5f}, "
@@ -167,6 +123,8 @@ class QuantizationReport:
         ]
         if self.loss is not None:
             lines.append(f"Loss: {self.loss:.5g} quantized, {self.loss_float:.5g} float")
+        if self.unused:
+            lines.append(f"Not used on this data: {', '.join(self.unused)}")
         return lines
 
 
@@ -192,17 +150,18 @@ def quantization_report(
         A `QuantizationReport`, with `show()`, `to_json()`, `to_html()` and `save(path)`.
 
     Raises:
-        ValueError: The models do not belong together, or `data` is not what is accepted.
+        ValueError: The models do not belong together; `data` is empty, holds a NaN, does not fit
+            the model, or makes a NaN in it.
     """
     check_built(model)
     examples = batches(data, samples, batch_size)
-    if reference is None:
-        reference = _own_reference(model)
+    reference = _float_reference(model, reference)
+    check_fit(reference, examples)
     model = probes.quantized_twin(model)
-    pairs = probes.layer_pairs(reference, model)
-    outputs = _compare_outputs(reference, model, pairs, [x for x, _ in examples])
-    inputs = _probe_inputs(model, pairs, [x for x, _ in examples])
-    total = len(examples) * (2 + len(pairs))
+    found = pairs.unit_pairs(reference, model)
+    measured = Measured(reference, model, found, [x for x, _ in examples])
+    used = {path: pair for path, pair in found.items() if measured.calls[path]}
+    total = len(examples) * (2 + len(used))
     progress = keras.utils.Progbar(total, unit_name="run") if verbose else None
     base, (whole,), (alone,) = probes.effects(
         reference,
@@ -210,11 +169,11 @@ def quantization_report(
         examples,
         loss_function(reference, loss, examples),
         (lambda: progress.add(1)) if progress else None,
+        pairs=[used],
     )
-    layers = [
-        _quality(path, pair, inputs[path], outputs[path], alone[path], base)
-        for path, pair in pairs.items()
-    ]
+    if not np.isfinite(base.outputs.signal):
+        raise ValueError(f"Model '{reference.name}' makes a NaN or an infinity of `data`.")
+    layers = [layer_quality(path, pair, measured, alone[path], base) for path, pair in used.items()]
     report = QuantizationReport(
         name=model.name,
         samples=base.examples,
@@ -222,6 +181,7 @@ def quantization_report(
         loss=whole.mean_loss,
         loss_float=base.mean_loss,
         layers=layers,
+        unused=[path for path in found if path not in used],
         search=None if plan is None else plan.search,
     )
     if verbose:
@@ -229,104 +189,16 @@ def quantization_report(
     return report
 
 
-def _own_reference(model):
-    if any(layer.packed for layer in probes.bit_layers(model).values()):
-        raise ValueError(
-            f"Model '{model.name}' is packed and holds no float weights to compare with: give the "
-            "float model as `reference`."
-        )
-    return probes.float_twin(model)
-
-
-def _compare_outputs(reference, model, pairs, inputs):
-    """A `Comparison` of the outputs of each layer in the two models, by path."""
-    found = {path: probes.Comparison() for path in pairs}
-    for x in inputs:
-        _, expected = probes.run_and_record(reference, x, [old for old, _ in pairs.values()])
-        _, actual = probes.run_and_record(model, x, [new for _, new in pairs.values()])
-        for path, (old, new) in pairs.items():
-            for first, second in zip(expected[id(old)], actual[id(new)], strict=True):
-                found[path].add(*(_array(output) for output in (first, second)))
-    return found
-
-
-def _probe_inputs(model, pairs, inputs):
-    found = {path: _InputProbe(layer) for path, (_, layer) in pairs.items()}
-    with contextlib.ExitStack() as stack:
-        for probe in found.values():
-            stack.enter_context(probe)
-        for x in inputs:
-            model(x, training=False)
-    return found
-
-
-class _InputProbe(_Probe):
-    """Adds the histogram and the largest magnitude of every channel."""
-
-    counts = np.zeros(BINS, int)
-    high = 0.0
-    channels = np.zeros(1)
-
-    def look(self, x):
-        super().look(x)
-        values = _array(probes.quantizer_inputs(self.layer, x))
-        if not self.high:  # the first batch decides the range; what lies outside is at its ends
-            self.high = float(np.max(np.abs(values), initial=0.0)) or 1.0
-        inside = np.clip(values, -self.high, self.high)
-        self.counts = self.counts + np.histogram(inside, BINS, (-self.high, self.high))[0]
-        largest = np.max(np.abs(values).reshape(-1, values.shape[-1]), axis=0, initial=0.0)
-        self.channels = np.maximum(self.channels, largest)
-
-    def histogram(self):
-        return Histogram(-self.high, self.high, self.counts.tolist())
-
-    def outlier_channels(self):
-        median = float(np.median(self.channels))
-        return int(np.sum(self.channels > _OUTLIER_CHANNEL * median)) if median else 0
-
-
-def _quality(path, pair, inputs, output, effect, base):
-    old, layer = pair
-    expected, actual = _matrices(old, layer)
-    weight = probes.Comparison()
-    weight.add(expected, actual)
-    deviation = float(np.std(expected))
-    statistics = inputs.statistics()
-    grown = None if effect.mean_loss is None else effect.mean_loss - base.mean_loss
-    return LayerQuality(
-        path=path,
-        type=type(layer).__name__,
-        precision=precision(layer),
-        weights=expected.size,
-        weight=Errors.of(weight),
-        share_zero=float(np.mean(actual == 0)),
-        weight_outliers=float(np.mean(np.abs(expected) > _OUTLIER_WEIGHT * deviation)),
-        input_absmax=statistics.get("activation_absmax", 0.0),
-        input_sqnr=statistics.get("activation_sqnr"),
-        outlier_channels=inputs.outlier_channels(),
-        output=Errors.of(output),
-        sensitivity=effect.outputs.relative,
-        loss_change=grown,
-        weight_histogram=_weight_histogram(expected, actual),
-        input_histogram=inputs.histogram(),
-    )
-
-
-def _matrices(old, layer):
-    """The float and the quantized kernel of a layer as matrices."""
-    if layer.packed:
-        kernel = ops.convert_to_tensor(old.kernel)
-        return _array(layer.kernel_to_matrix(kernel)), _array(layer.packed_kernel.dequantize())
-    return _array(layer.kernel_matrix()), _array(layer.fake_quantized_matrix())
-
-
-def _weight_histogram(expected, actual):
-    high = float(np.max(np.abs(expected), initial=0.0)) or 1.0
-    levels = np.unique(actual)
-    shown = levels.tolist() if len(levels) <= 16 else []
-    counts = np.histogram(expected, BINS, (-high, high))[0]
-    return Histogram(-high, high, counts.tolist(), shown)
-
-
-def _array(tensor):
-    return ops.convert_to_numpy(ops.cast(tensor, "float32"))
+def _float_reference(model, reference):
+    if reference is None:
+        if any(layer.packed for layer in probes.bit_layers(model).values()):
+            raise ValueError(
+                f"Model '{model.name}' is packed and holds no float weights to compare with: give "
+                "the float model as `reference`."
+            )
+        return probes.float_twin(model)
+    check_built(reference)
+    packed = [path for path, layer in probes.bit_layers(reference).items() if layer.packed]
+    if packed:
+        raise ValueError(f"`reference` must be a float model. Received: packed layers {packed}")
+    return reference

@@ -19,6 +19,7 @@ svg.chart{--ink:#1f2328;--soft:#59636e;--grid:#d8dee4;--a:#0b63b0;--b:#b35900;--
 .chart .a{fill:var(--a)}.chart .b{fill:var(--b)}.chart .c{fill:var(--c)}
 .chart .level{stroke:var(--b);stroke-width:1.5}
 .chart .limit{stroke:var(--soft);stroke-dasharray:4 4}
+@media (max-width:480px){svg.chart{font-size:15px}}
 """
 
 
@@ -43,7 +44,7 @@ def line_chart(points, titles, xlabel, ylabel, marked=None, limit=None, log_y=Fa
     Returns:
         The chart, a text.
     """
-    height, left, right, top, bottom = 260, 52, 14, 26, 40
+    height, left, right, top, bottom = 260, 62, 14, 26, 40
     xs = [x for x, _ in points] + ([] if limit is None else [limit])
     ys = [y for _, y in points]
     log_y = log_y and min(ys) > 0 and max(ys) / min(ys) > 3
@@ -51,7 +52,7 @@ def line_chart(points, titles, xlabel, ylabel, marked=None, limit=None, log_y=Fa
     y_ticks = log_ticks(min(ys), max(ys)) if log_y else ticks(min(min(ys), 0), max(ys))
     across = _scale(x_ticks[0], x_ticks[-1], left, WIDTH - right)
     up = _scale(y_ticks[0], y_ticks[-1], height - bottom, top, log_y)
-    body = [f'<text x="{left - 44}" y="14">{escape(ylabel)}</text>']
+    body = [f'<text x="{left - 56}" y="14">{escape(ylabel)}</text>']
     for tick in y_ticks:
         y = up(tick)
         body.append(f'<path class="grid" d="M{left} {y:.1f}H{WIDTH - right}"/>')
@@ -93,7 +94,7 @@ def dot_chart(rows, series, xlabel):
     body, x = [], float(left)
     for kind, name in zip("abc", series, strict=False):
         body.append(_dot(kind, x + 6, 14) + f'<text x="{x + 18}" y="18">{escape(name)}</text>')
-        x += 34 + 6.6 * len(name)
+        x += 36 + 8 * len(name)
     for tick in x_ticks:
         x, end = across(tick), height - 34
         body.append(f'<path class="grid" d="M{x:.1f} {top - 14}V{end}"/>')
@@ -103,10 +104,11 @@ def dot_chart(rows, series, xlabel):
         y = top + step * i
         body.append(f'<text class="ink" x="{left}" y="{y}">{escape(name)}</text>')
         body.append(f'<path class="grid" d="M{left + 8} {y + 12}H{WIDTH - right}"/>')
-        for kind, label, value in zip("abc", series, found, strict=False):
+        for place, (kind, label, value) in enumerate(zip("abc", series, found, strict=False)):
             if value is not None and math.isfinite(value):
                 title = f"{name}, {label}: {value:.1f}"
-                body.append(_dot(kind, across(value), y + 12, title))
+                shift = 4 * (place - (len(series) - 1) / 2)  # marks of equal values stay apart
+                body.append(_dot(kind, across(value), y + 12 + shift, title))
     return _chart(f"{', '.join(series)} of every layer, {xlabel}", height, body)
 
 
@@ -161,6 +163,38 @@ def histogram(counts, low, high, title, levels=(), kind="a"):
                              (low + high) / 2), ("end", WIDTH - right, high)):  # fmt: skip
         body.append(f'<text x="{x:.1f}" y="{height - 6}" text-anchor="{anchor}">{value:.3g}</text>')
     return _chart(f"Histogram: {title}", height, body)
+
+
+def profile(values, marked, title):
+    """Bars from left to right, some of them marked; of many neighbours the tallest is shown.
+
+    Args:
+        values: Numbers of at least 0.
+        marked: Set of indices that stand out.
+        title: What it shows, for the caption.
+
+    Returns:
+        The chart, a text.
+    """
+    height, left, right, top, bottom = 150, 8, 8, 24, 22
+    stride = -(-len(values) // ((WIDTH - left - right) // 2))
+    groups = [range(i, min(i + stride, len(values))) for i in range(0, len(values), stride)]
+    width = (WIDTH - left - right) / len(groups)
+    tallest = max(values, default=0) or 1
+    body = [f'<text x="{left}" y="14">{escape(title)}</text>']
+    for i, group in enumerate(groups):
+        best = max(group, key=lambda index: values[index])
+        size = max((height - top - bottom) * values[best] / tallest, 0.5)
+        kind = "b" if marked.intersection(group) else "a"
+        body.append(
+            f'<rect class="{kind}" x="{left + i * width:.1f}" y="{height - bottom - size:.1f}" '
+            f'width="{max(width * 0.8, 1):.1f}" height="{size:.1f}">'
+            f"<title>channel {best}: {values[best]:.3g}</title></rect>"
+        )
+    body.append(f'<path class="grid" d="M{left} {height - bottom}H{WIDTH - right}"/>')
+    for anchor, x, index in (("start", left, 0), ("end", WIDTH - right, len(values) - 1)):
+        body.append(f'<text x="{x}" y="{height - 6}" text-anchor="{anchor}">{index}</text>')
+    return _chart(title, height, body)
 
 
 def _chart(title, height, body):

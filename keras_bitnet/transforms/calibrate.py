@@ -83,7 +83,7 @@ def calibrate(
     fixed = [layer for layer in chosen if layer.static]
     stream.check_passes(sum(map(bool, (smoothed, kept, fixed))))
     for layer, seen in stream.watch(smoothed, lambda layer: lambda x: x):
-        layer.divide_inputs(_smoothing_factors(layer, seen.absmax))
+        layer.divide_inputs(smoothing_factors(layer, seen.absmax))
     for layer, seen in stream.watch(kept, lambda layer: layer.rotate):
         largest = np.argsort(-seen.absmax, kind="stable")[: layer.kept_channels]
         layer.kept_indices.assign(np.sort(largest).astype("int32"))
@@ -103,7 +103,7 @@ def _quantized_part(layer):
     return lambda x: layer.split_channels(layer.rotate(x))[0]
 
 
-def _smoothing_factors(layer, absmax):
+def smoothing_factors(layer, absmax):
     """`max |x|^alpha / max |w|^(1 - alpha)` per channel, 1 where either is zero."""
     matrix = ops.convert_to_numpy(layer.rotate_rows(layer.kernel_matrix()))
     weight = np.abs(matrix).max(axis=1)
