@@ -1,6 +1,6 @@
 """A precision for each layer against one for all: equal bytes, real images.
 
-The images and the split are those of `accuracy.py`, the network a small CNN of stock Keras layers
+The images and the split are those of `accuracy.py`, the network a perceptron of stock Keras layers
 with batch normalization. From every seed it is trained in float; then, for each size,
 `suggest_precision` finds the precisions on training images alone, with the packed bytes of the
 best uniform network as its budget. Uniform and mixed networks start from the same float weights
@@ -23,7 +23,6 @@ from keras import layers
 from keras_bitnet import pack_model, quantize_model, suggest_precision
 from keras_bitnet.quantizers import Binary, Int2, Int4, Int8, Ternary
 
-SIZE = 14
 # All with a scale for each channel, so that the precisions differ in nothing else.
 CANDIDATES = (
     Binary(granularity="channel"),
@@ -32,22 +31,22 @@ CANDIDATES = (
     Int4(),
     Int8(),
 )
-# Uniform networks by name; those of one size compete, and the plan gets the bytes of that size.
+# `memory` of `pack_model` and the uniform networks of a size, by name; the plan gets their bytes.
 SIZES = {
-    "2 bits": {"W1.58A8": CANDIDATES[1], "W2A8": CANDIDATES[2]},
-    "4 bits": {"W4A8": CANDIDATES[3]},
+    "1.6 bits": ("smallest", {"W1.58A8": CANDIDATES[1]}),
+    "2 bits": ("fastest", {"W1.58A8": CANDIDATES[1], "W2A8": CANDIDATES[2]}),
+    "4 bits": ("fastest", {"W4A8": CANDIDATES[3]}),
 }
 MIXED = "suggest_precision"
 
 
-def make_model(filters):
-    """Three convolutions with batch normalization, then a dense layer."""
-    x = inputs = keras.Input((SIZE, SIZE, 1))
-    for i, (count, strides) in enumerate(zip(filters, (1, 2, 2), strict=True)):
-        x = layers.Conv2D(count, 3, strides, "same", use_bias=False, name=f"conv_{i}")(x)
+def make_model(features, widths):
+    """Hidden layers with batch normalization, then the layer of the classes."""
+    x = inputs = keras.Input((features,))
+    for i, width in enumerate(widths):
+        x = layers.Dense(width, use_bias=False, name=f"hidden_{i}")(x)
         x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
-    outputs = layers.Dense(accuracy.CLASSES, name="dense")(layers.Flatten()(x))
-    model = keras.Model(inputs, outputs)
+    model = keras.Model(inputs, layers.Dense(accuracy.CLASSES, name="classes")(x))
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return model
 
@@ -59,13 +58,13 @@ def train(model, data, epochs, learning_rate, settings):
     model.fit(*data, epochs=epochs, batch_size=batch_size, callbacks=[schedule], verbose=0)
 
 
-def measure(model, spec, data, settings):
+def measure(model, spec, memory, data, settings):
     """`(rounded, trained, bytes)` of a float model quantized as a spec or plan says."""
     training, test = data
     quantized = quantize_model(model, spec, verbose=0)
     rounded = accuracy.evaluate(quantized, test)
     train(quantized, training, settings["qat_epochs"], settings["qat_learning_rate"], settings)
-    packed = pack_model(quantized, verbose=0)
+    packed = pack_model(quantized, memory=memory, verbose=0)
     return rounded, accuracy.evaluate(packed, test), packed_bytes(packed)
 
 
@@ -78,18 +77,18 @@ def run_seed(seed, data, settings):
     """All networks from one seed: `[{"size", "kind", "rounded", "trained", "bytes", ...}]`."""
     training, test = data
     keras.utils.set_random_seed(seed)
-    model = make_model(settings["filters"])
+    model = make_model(training[0].shape[1], settings["widths"])
     train(model, training, settings["float_epochs"], settings["float_learning_rate"], settings)
     correct = accuracy.evaluate(model, test)
     rows = [
         {"size": "32 bits", "kind": "float", "rounded": correct, "trained": correct,
          "bytes": packed_bytes(model)}
     ]  # fmt: skip
-    for size, uniform in SIZES.items():
+    for size, (memory, uniform) in SIZES.items():
         found = []
         for kind, quantizer in uniform.items():
             keras.utils.set_random_seed(seed)
-            rounded, trained, count = measure(model, quantizer, data, settings)
+            rounded, trained, count = measure(model, quantizer, memory, data, settings)
             found.append(
                 {"size": size, "kind": kind, "rounded": rounded, "trained": trained, "bytes": count}
             )
@@ -97,10 +96,11 @@ def run_seed(seed, data, settings):
         examples = tuple(part[: settings["samples"]] for part in training)
         plan = suggest_precision(
             model, examples, f"{allowed} B", candidates=CANDIDATES, verbose=0,
-            samples=settings["samples"], batch_size=256, objective=settings["objective"],
+            samples=settings["samples"], batch_size=512, objective=settings["objective"],
+            memory=memory,
         )  # fmt: skip
         keras.utils.set_random_seed(seed)
-        rounded, trained, count = measure(model, plan, data, settings)
+        rounded, trained, count = measure(model, plan, memory, data, settings)
         if count > allowed or count != plan.search.cost:
             raise RuntimeError(
                 f"The plan takes {count} bytes; allowed {allowed}, told {plan.search.cost}"
@@ -112,8 +112,8 @@ def run_seed(seed, data, settings):
         )  # fmt: skip
         rows += found
     for row in rows:
-        print(f"seed {seed}  {row['size']:8} {row['kind']:18} {row['rounded']:6.2f} "
-              f"{row['trained']:6.2f} {row['bytes']:6} {row.get('plan', '')}", flush=True)  # fmt: skip
+        cells = f"{row['size']:8} {row['kind']:18} {row['rounded']:6.2f} {row['trained']:6.2f}"
+        print(f"seed {seed}  {cells} {row['bytes']:6} {row.get('plan', '')}", flush=True)
     return rows
 
 
@@ -121,12 +121,15 @@ def gather(seeds):
     """One row a network, over the seeds; `ahead` is the plan against each uniform one, paired."""
     rows = []
     for same in zip(*seeds, strict=True):
-        row = {"size": same[0]["size"], "kind": same[0]["kind"], "bytes": [r["bytes"] for r in same]}
+        row = {
+            "size": same[0]["size"],
+            "kind": same[0]["kind"],
+            "bytes": [r["bytes"] for r in same],
+        }
         for stage in ("rounded", "trained"):
             values = [r[stage] for r in same]
-            row[stage] = {
-                "mean": statistics.mean(values), "stdev": statistics.stdev(values), "values": values,
-            }  # fmt: skip
+            mean, deviation = statistics.mean(values), statistics.stdev(values)
+            row[stage] = {"mean": mean, "stdev": deviation, "values": values}
         if "plan" in same[0]:
             row["plans"] = [r["plan"] for r in same]
         rows.append(row)
@@ -163,7 +166,7 @@ def main():
     parser.add_argument("--output", default=common.RESULTS / "mixed_precision.json")
     arguments = parser.parse_args()
     settings = {
-        "filters": [8, 16, 16],
+        "widths": [64, 32, 32],
         "optimizer": "Adam, cosine decay, 3 epochs of warm-up",
         "batch_size": 64,
         "float_epochs": 20,
@@ -177,9 +180,7 @@ def main():
     if arguments.quick:
         settings |= {"float_epochs": 6, "qat_epochs": 3, "seeds": [0, 1]}
     start = time.perf_counter()
-    data = tuple(
-        (x.reshape(-1, SIZE, SIZE, 1), y.astype(np.int32)) for x, y in accuracy.load_images()
-    )
+    data = tuple((x, y.astype(np.int32)) for x, y in accuracy.load_images())
     rows = gather([run_seed(seed, data, settings) for seed in settings["seeds"]])
     seconds = round(time.perf_counter() - start)
     common.write_json(
