@@ -34,8 +34,7 @@ CANDIDATES = (
 # `memory` of `pack_model` and the uniform networks of a size, by name; the plan gets their bytes.
 SIZES = {
     "1.6 bits": ("smallest", {"W1.58A8": CANDIDATES[1]}),
-    "2 bits": ("fastest", {"W1.58A8": CANDIDATES[1], "W2A8": CANDIDATES[2]}),
-    "4 bits": ("fastest", {"W4A8": CANDIDATES[3]}),
+    "2 bits": ("fastest", {"W2A8": CANDIDATES[2]}),
 }
 MIXED = "suggest_precision"
 
@@ -169,9 +168,9 @@ def main():
         "widths": [64, 32, 32],
         "optimizer": "Adam, cosine decay, 3 epochs of warm-up",
         "batch_size": 64,
-        "float_epochs": 20,
+        "float_epochs": 15,
         "float_learning_rate": 6e-3,
-        "qat_epochs": 10,
+        "qat_epochs": 8,
         "qat_learning_rate": 2e-3,
         "objective": "loss",
         "samples": 1024,

@@ -300,7 +300,7 @@ def test_refuses(arguments, message):
 def test_refuses_when_training_begins():
     with pytest.raises(ValueError, match=r"lowest precisions of the ladder take 4.00 bits"):
         fit(make_model(), AdaptivePrecision(budget="2 bits", min_bits=4), epochs=1)
-    with pytest.raises(ValueError, match="cannot change from Ternary.*to Int2"):
+    with pytest.raises(ValueError, match=r"cannot change from Ternary.*to Int2"):
         fit(make_model(), AdaptivePrecision(ladder=("ternary", Int2())), epochs=1)
     with pytest.raises(ValueError, match="at least one layer"):
         fit(make_model(), AdaptivePrecision(filters="three"), epochs=1)
@@ -309,7 +309,7 @@ def test_refuses_when_training_begins():
         packed.layers[0].change_precision(Ternary())
     backbone = BitNetBackbone(11, 1, 2, 1, 8, 16)
     backbone.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="BitNetBackbone .* has one precision"):
+    with pytest.raises(ValueError, match=r"BitNetBackbone .* has one precision"):
         backbone.fit(np.zeros((2, 3), "int32"), np.zeros((2, 3, 8)), verbose=0,
                      callbacks=[AdaptivePrecision()])  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import warnings
 import xml.etree.ElementTree
 
 import keras
@@ -67,7 +68,7 @@ def weights_of(model):
 
 
 def same(model, weights):
-    return all(np.array_equal(ops.convert_to_numpy(a), b) for a, b in zip(model.weights, weights))
+    return all(map(np.array_equal, weights_of(model), weights))
 
 
 # -- the knapsack ----------------------------------------------------------------------------
@@ -115,10 +116,7 @@ def test_bytes_are_those_of_the_packed_model(name, memory):
     assert len(plan.search.choices) == 3
 
 
-@pytest.mark.filterwarnings("ignore:Layer .* is packed to")
 def pack_quietly(model, memory):
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return pack_model(model, memory=memory, verbose=0)
