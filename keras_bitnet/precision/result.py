@@ -108,17 +108,19 @@ class PrecisionSearch:
     def chart(self):
         """The Pareto curve as a chart of a page, see `report.svg`."""
         factor, unit = self._axis()
-        points = [(point.cost / factor, point.error) for point in self.curve]
-        titles = [
-            f"{format_cost(point.cost, self.kind)}: error {point.error:.3g}" for point in self.curve
-        ]
+        curve = [(point.cost, point.error) for point in self.curve]
+        own = (self.cost, self.error)
+        if not any(math.isclose(cost, self.cost) for cost, _ in curve):
+            curve = sorted([*curve, own])
+        points = [(cost / factor, error) for cost, error in curve]
+        titles = [f"{format_cost(cost, self.kind)}: error {error:.3g}" for cost, error in curve]
         errors = {"loss": "growth of the loss, summed", "output": "error of the outputs, summed"}
         return svg.line_chart(
             points,
             titles,
             xlabel=unit,
             ylabel=errors[self.objective],
-            marked=next(i for i, p in enumerate(self.curve) if math.isclose(p.cost, self.cost)),
+            marked=next(i for i, (cost, _) in enumerate(curve) if math.isclose(cost, self.cost)),
             limit=self.limit / factor if self.limit <= 1.5 * self.largest else None,
             log_y=True,
         )
