@@ -7,7 +7,7 @@ JOBS ?= 2
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format bench clean emulator
+.PHONY: demo test check format bench clean emulator browser
 
 $(INSTALLED): pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,8 +40,18 @@ emulator:
 			|| echo "no emulator for ARM: its test is skipped"; \
 	fi
 
+# What the test of the report's page needs; the same holds for it.
+browser:
+	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && ! { command -v chromium \
+		|| command -v chromium-browser || command -v google-chrome; } >/dev/null; then \
+		timeout 120 sh -c 'install="apt-get install -qq -y --no-install-recommends chromium"; \
+			export DEBIAN_FRONTEND=noninteractive; \
+			$$install || { apt-get update -qq && $$install; }' >/dev/null 2>&1 \
+			|| echo "no browser: the test of the report in one is skipped"; \
+	fi
+
 ## test: the whole suite, once per backend, in JOBS processes.
-test: $(READY) emulator
+test: $(READY) emulator browser
 	@for backend in $(BACKENDS); do \
 		echo "== $$backend"; \
 		PATH="$(abspath $(BIN)):$$PATH" KERAS_BACKEND=$$backend \

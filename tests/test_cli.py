@@ -1,6 +1,7 @@
 """The command line: what it writes, prints and refuses."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -84,6 +85,77 @@ def test_summary_table_and_json(saved, capsys):
     assert "MACs of one example: 45" in out
 
 
+@pytest.fixture
+def data(saved, rng):
+    path = saved.parent / "data.npz"
+    x = rng.normal(size=(24, 6)).astype("float32")
+    np.savez(path, x=x, y=rng.normal(size=(24, 3)).astype("float32"))
+    return path
+
+
+def test_plan_quantize_calibrate_pack_report(saved, data, capsys):
+    """The way of a model through the shell: each command takes the file of the one before."""
+    pytest.importorskip("scipy")
+    folder = saved.parent
+    plan = run_json(capsys, "plan", saved, "--data", data, "--budget", "6 bits",
+                    "--candidates", "int4,int8", "--loss", "mse",
+                    "--report", folder / "plan.html")  # fmt: skip
+    assert plan["file"] == str(folder / "model.plan.json")
+    assert plan["objective"] == "loss"
+    assert plan["cost"] <= 6
+    assert "Cost and error" in (folder / "plan.html").read_text()
+
+    quantized = run_json(capsys, "quantize", saved, "--plan", plan["file"])["output"]
+    layers = keras.models.load_model(quantized).layers
+    chosen = [choice["chosen"] for choice in plan["choices"]]
+    assert [f"W{layer.weight_quantizer.bits}A8" for layer in layers] == chosen
+
+    facts = run_json(capsys, "calibrate", quantized, "--data", data, "--method", "mse")
+    assert facts["output"] == str(folder / "model.quantized.calibrated.keras")
+    assert all(row["activation_scale"] > 0 for row in facts["layers"])
+    packed = run_json(capsys, "pack", facts["output"], "-o", folder / "packed.keras")["output"]
+
+    found = run_json(capsys, "report", packed, "--reference", saved, "--data", data,
+                     "--samples", "20", "--loss", "mse")  # fmt: skip
+    assert found["samples"] == 20
+    assert [row["path"] for row in found["layers"]] == ["a", "b"]
+    assert found["loss"] == pytest.approx(found["loss_float"], rel=0.2)
+    assert (folder / "packed.report.html").read_text().startswith("<!doctype html>")
+    report = ["report", packed, "--reference", saved, "--data", data, "-o", folder / "r.json"]
+    assert cli.main([*map(str, report)]) == 0
+    assert "a (BitLinear)" in capsys.readouterr().out
+    assert json.loads((folder / "r.json").read_text())["samples"] == 24
+
+
+def test_quantize_sets_treatments_and_calibrate_fills_them(saved, data, capsys):
+    out = run_json(capsys, "quantize", saved, "--weights", "int8", "--activations", "int4",
+                   "--smoothing", "0.5", "--rotation", "hadamard", "--kept-channels", "1",
+                   "--filters", "a$")["output"]  # fmt: skip
+    facts = run_json(capsys, "calibrate", out, "--data", data, "--dynamic")
+    assert facts["layers"] == [
+        {"layer": "a", "activation_scale": None, "kept_channels": 1, "smoothing": 0.5,
+         "rotation": "hadamard"}
+    ]  # fmt: skip
+    layer = keras.models.load_model(facts["output"]).layers[0]
+    assert not np.allclose(to_numpy(layer.input_gain), 1)
+
+
+def test_bench(saved, capsys):
+    data = run_json(capsys, "bench", saved, "--precisions", "ternary", "--repeats", "2",
+                    "--batch-size", "3", "--filters", "a$")  # fmt: skip
+    (row,) = data["rows"]
+    assert (row["path"], row["input_shape"]) == ("a", [3, 6])
+    assert row["seconds"].keys() == {"float32", "W1.58A8"}
+    assert cli.main(["bench", str(saved), "--repeats", "2", "--filters", "b$"]) == 0
+    assert "b (Dense)" in capsys.readouterr().out
+
+
+def test_pack_as_small_as_can_be(saved, capsys):
+    quantized = run_json(capsys, "quantize", saved)["output"]
+    packed = run_json(capsys, "pack", quantized, "--memory", "smallest")["output"]
+    assert keras.models.load_model(packed).layers[0].packed_layout == "trits"
+
+
 def test_devices(capsys):
     data = run_json(capsys, "devices")
     assert data["backend"] == BACKEND
@@ -123,11 +195,31 @@ def test_a_failure_leaves_no_file(saved, capsys, monkeypatch):
         (["quantize", "{file}", "-o", "{dir}/no/x.keras"], "no folder"),
         (["summary", "{dir}/text.keras"], "text.keras"),
         (["summary", "{file}", "--import", "no_such_module"], "no_such_module"),
+        (["quantize", "{file}", "--plan", "{dir}/none.json"], "none.json"),
+        (["quantize", "{file}", "--plan", "{dir}/text.json", "--weights", "int4"], "--weights"),
+        (["quantize", "{file}", "--plan", "{dir}/text.json"], "holds no precision plan"),
+        (["calibrate", "{file}", "--data", "{dir}/x.npy"], "no layer to calibrate"),
+        (["calibrate", "{file}", "--data", "{dir}/none.npy"], "none.npy"),
+        (["report", "{file}", "--data", "{dir}/x.npy"], "share no quantized layer"),
+        (["report", "{file}", "--data", "{dir}/x.npy", "-o", "{dir}/page.pdf"], "*.html"),
+        (["report", "{file}", "--data", "{dir}/text.npy"], "no arrays"),
+        (["report", "{file}", "--data", "{dir}/x.npy", "--samples", "0"], "--samples"),
+        (["plan", "{file}", "--data", "{dir}/x.npy", "--budget", "much"], "budget='much'"),
+        (
+            ["plan", "{file}", "--data", "{dir}/x.npy", "--budget", "0.5 bits", "--json"],
+            "cannot be met",
+        ),
+        (["plan", "{file}", "--data", "{dir}/wide.npy", "--budget", "9 bits"], "(1, 9)"),
+        (["bench", "{file}", "--precisions", "int3"], "'int3'"),
+        (["bench", "{file}", "--repeats", "0"], "--repeats"),
     ],
     ids=str,
 )
 def test_errors_have_exit_code_1_and_say_why(arguments, message, saved, capsys):
-    (saved.parent / "text.keras").write_text("no model")
+    for suffix in ("keras", "json", "npy"):
+        (saved.parent / f"text.{suffix}").write_text("no model, no plan, no data")
+    np.save(saved.parent / "x.npy", np.ones((4, 6), "float32"))
+    np.save(saved.parent / "wide.npy", np.ones((4, 9), "float32"))
     filled = [a.format(dir=saved.parent, file=saved) for a in arguments]
     assert cli.main(filled) == 1
     captured = capsys.readouterr()
@@ -137,7 +229,15 @@ def test_errors_have_exit_code_1_and_say_why(arguments, message, saved, capsys):
 
 
 def test_wrong_usage_has_exit_code_2(saved, capsys):
-    for arguments in ([], ["fly"], ["pack"], ["summary", str(saved), "--depth", "deep"]):
+    for arguments in (
+        [],
+        ["fly"],
+        ["pack"],
+        ["summary", str(saved), "--depth", "deep"],
+        ["report", str(saved)],
+        ["bench", str(saved), "--precisions", ","],
+        ["calibrate", str(saved), "--data", "x.npy", "--method", "median"],
+    ):
         with pytest.raises(SystemExit) as leave:
             cli.main(arguments)
         assert leave.value.code == 2
@@ -170,3 +270,10 @@ def test_data_files(tmp_path):
         common.load_data(tmp_path / "uneven.npz")
     with pytest.raises(ValueError, match="Received"):
         common.load_data(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.NAME)
+def test_examples_of_the_help_are_valid(command):
+    for line in command.EXAMPLES:
+        arguments = shlex.split(line.partition(" > ")[0])
+        assert cli.make_parser().parse_args([command.NAME, *arguments]).command is command

@@ -35,12 +35,12 @@ def decibel(signal, error):
 
 def test_figures_against_numpy(rng):
     model = float_model()
-    x = rng.normal(size=(40, 16)).astype("float32")
+    x = rng.normal(size=(32, 16)).astype("float32")
     qat = keras_bitnet.quantize_model(model, "int4", verbose=0)
     found = report(qat, x, reference=model, batch_size=16)
     first, second = found.layers
     assert [row.path for row in found.layers] == ["a", "b"]
-    assert (found.samples, first.precision, first.weights) == (40, "W4A8", 16 * 24)
+    assert (found.samples, first.precision, first.weights) == (32, "W4A8", 16 * 24)
 
     kernel = to_numpy(model.layers[0].kernel)
     quantized = to_numpy(qat.layers[0].fake_quantized_matrix())
@@ -77,7 +77,7 @@ def test_the_loss_and_its_growth(rng):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile("sgd", loss)
     qat = keras_bitnet.quantize_model(model, verbose=0)
-    found = report(qat, (x, y), reference=model, batch_size=8)
+    found = report(qat, (x, y), reference=model, batch_size=16)
     assert found.loss_float == pytest.approx(float(loss(y, model(x))), rel=1e-4)
     assert found.loss == pytest.approx(float(loss(y, qat(x))), rel=1e-3)
     qat.layers[1].quantization_strength.assign(0)
@@ -91,7 +91,7 @@ def test_the_loss_and_its_growth(rng):
 
 
 def test_the_float_twin_is_the_model_at_strength_0(rng):
-    x = rng.normal(size=(8, 16)).astype("float32")
+    x = rng.normal(size=(32, 16)).astype("float32")
     model = float_model()
     half = keras_bitnet.quantize_model(model, {"quantization_strength": 0.5}, verbose=0)
     found, given = report(half, x), report(half, x, reference=model)
@@ -101,7 +101,7 @@ def test_the_float_twin_is_the_model_at_strength_0(rng):
 
 @pytest.mark.parametrize("memory", ["fastest", "smallest"])
 def test_a_packed_model_gives_what_it_gives_unpacked(memory, rng):
-    x = rng.normal(size=(16, 16)).astype("float32")
+    x = rng.normal(size=(32, 16)).astype("float32")
     model = float_model()
     qat = keras_bitnet.quantize_model(model, {"weight_quantizer": "ternary", "norm": "rms"},
                                       verbose=0)  # fmt: skip
@@ -119,50 +119,47 @@ def test_a_packed_model_gives_what_it_gives_unpacked(memory, rng):
 TREATMENTS = {
     "smoothing": {"smoothing": 0.5},
     "smoothing in a norm": {"smoothing": 0.5, "norm": "rms"},
-    "rotation": {"rotation": "hadamard"},
-    "kept 16": {"kept_channels": 2},
-    "all, 8 bits": {"smoothing": 0.5, "rotation": "hadamard", "kept_channels": 3, "kept_bits": 8},
-}
+    "rotation, kept in 16 bits": {"rotation": "hadamard", "kept_channels": 2},
+    "all, kept in 8 bits": {
+        "smoothing": 0.5, "rotation": "hadamard", "kept_channels": 3, "kept_bits": 8,
+    },
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["qat", "packed"])
 @pytest.mark.parametrize("treatment", TREATMENTS)
-def test_treated_layers_are_measured_in_their_own_basis(treatment, packed, rng):
-    x = rng.normal(size=(64, 16)).astype("float32")
+def test_treated_layers_are_measured_in_their_own_basis(treatment, rng):
+    x = rng.normal(size=(32, 16)).astype("float32")
     x[:, 3] *= 20
     model = float_model()
     arguments = TREATMENTS[treatment]
     qat = keras_bitnet.quantize_model(model, {"weight_quantizer": "int8", **arguments}, verbose=0)
-    reference = qat if "norm" in arguments else model
-    reference = probes.float_twin(reference)
+    reference = probes.float_twin(qat) if "norm" in arguments else model
     treated = keras_bitnet.calibrate(qat, x, verbose=0)
-    if packed:
-        treated = keras_bitnet.pack_model(treated, verbose=0)
-    found = report(treated, x, reference=reference)
-    # An 8-bit kernel is near: 30 dB, were it in another basis 0 dB.
-    assert all(row.weight.sqnr > 30 for row in found.layers)
-    assert found.output.sqnr > 30
     kept = arguments.get("kept_channels", 0)
-    assert found.layers[0].weights == (16 - kept) * 24
-    if kept:
-        assert found.layers[0].outliers is None  # they are apart
-        assert found.layers[0].input_absmax < np.abs(x).max() / 2
+    for measured in (treated, keras_bitnet.pack_model(treated, verbose=0)):
+        found = report(measured, x, reference=reference)
+        # An 8-bit kernel is near: 30 dB, were it in another basis 0 dB.
+        assert all(row.weight.sqnr > 30 for row in found.layers)
+        assert found.output.sqnr > 30
+        assert found.layers[0].weights == (16 - kept) * 24
+        if kept:
+            assert found.layers[0].outliers is None  # they are apart
+            assert found.layers[0].input_absmax < np.abs(x).max() / 2
 
 
-def test_embeddings_tied_heads_attention_and_convolutions(rng):
+def test_tied_embeddings_attention_and_separable_convolutions(rng):
     tokens = keras.Input((6,), dtype="int32")
     embedding = keras.layers.ReversibleEmbedding(20, 8, name="tok")
     h = embedding(tokens)
     h = keras.layers.MultiHeadAttention(2, 4, name="attention")(h, h)
     h = keras.layers.SeparableConv1D(8, 3, padding="same", name="separable")(h)
-    h = keras.layers.Conv1D(8, 3, padding="same", name="conv")(h)
     model = keras.Model(tokens, embedding(h, reverse=True))
     x = rng.integers(0, 20, size=(8, 6)).astype("int32")
     qat = keras_bitnet.quantize_model(model, "int8", verbose=0)
     packed = keras_bitnet.pack_model(qat, verbose=0)
     wanted = report(qat, x)
     rows = {row.path: row for row in wanted.layers}
-    assert {"tok", "separable", "conv", "attention/query"} <= rows.keys()
+    assert {"tok", "separable", "attention/query"} <= rows.keys()
     assert not any(path.startswith(("tok/", "separable/")) for path in rows)
     assert all(row.weight.sqnr > 30 for row in rows.values())
     assert rows["tok"].weights == 160
@@ -184,7 +181,7 @@ def test_a_lookup_has_no_inputs_to_quantize(rng):
 
 
 def test_a_planted_outlier_is_found_and_treated(rng):
-    x = rng.normal(size=(128, 16)).astype("float32")
+    x = rng.normal(size=(32, 16)).astype("float32")
     x[:, 5] *= 60
     x[:, 11] *= 30
     model = float_model()
@@ -217,13 +214,13 @@ def test_a_planted_outlier_is_found_and_treated(rng):
 
 
 def test_outliers_of_a_convolution_are_channels_of_the_image(rng):
-    model = keras.Sequential([keras.Input((6, 6, 8)), keras.layers.Conv2D(4, 3, name="conv")])
-    x = rng.normal(size=(16, 6, 6, 8)).astype("float32")
+    model = keras.Sequential([keras.Input((6, 8)), keras.layers.Conv1D(4, 3, name="conv")])
+    x = rng.normal(size=(16, 6, 8)).astype("float32")
     x[..., 2] *= 40
     found = report(keras_bitnet.quantize_model(model, "int8", verbose=0), x)
     (row,) = found.layers
     assert [channel.index for channel in row.outliers.channels] == [2]
-    assert row.outliers.columns == 9
+    assert row.outliers.columns == 3
     assert len(row.channels) == 8
 
 

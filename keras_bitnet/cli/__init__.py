@@ -11,9 +11,24 @@ import importlib
 import os
 import sys
 
-from keras_bitnet.cli import devices, export, import_model, output, pack, quantize, summary, unpack
+from keras_bitnet.cli import (
+    bench,
+    calibrate,
+    devices,
+    export,
+    import_model,
+    output,
+    pack,
+    plan,
+    quantize,
+    report,
+    summary,
+    unpack,
+)
 
-COMMANDS = (summary, quantize, pack, unpack, import_model, export, devices)
+COMMANDS = (
+    summary, plan, quantize, calibrate, pack, unpack, report, bench, import_model, export, devices,
+)  # fmt: skip
 BACKENDS = ("jax", "torch", "tensorflow")
 
 

@@ -1,6 +1,7 @@
 """What the commands share: model files, data files, outputs."""
 
 import pathlib
+import zipfile
 
 from keras_bitnet.files import replacing
 
@@ -35,18 +36,87 @@ def add_data(parser, required=True, what="x, and y if there are targets, or the 
     )
 
 
-def output_path(arguments, suffix):
+def add_filters(parser):
+    """Adds `--filters`."""
+    parser.add_argument(
+        "--filters",
+        action="append",
+        metavar="REGEX",
+        help="only layers whose path matches; may be repeated",
+    )
+
+
+def add_loss(parser):
+    """Adds `--loss`."""
+    parser.add_argument(
+        "--loss", metavar="NAME", help="a Keras loss; that of the compiled model by default"
+    )
+
+
+def add_input_shape(parser):
+    """Adds `--input-shape`."""
+    parser.add_argument(
+        "--input-shape",
+        type=_shape,
+        metavar="A,B,...",
+        help="shape of the inputs with the batch axis, for a model that takes any",
+    )
+
+
+def _shape(text):
+    return tuple(int(size) for size in text.split(","))
+
+
+def words(text):
+    """The words of a list with commas: the type of an argument.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = [word.strip() for word in text.split(",") if word.strip()]
+    if not found:
+        raise ValueError("an empty list")
+    return found
+
+
+def check_positive(arguments, *names):
+    """Raises a `ValueError` unless these arguments are positive."""
+    for name in names:
+        if getattr(arguments, name) < 1:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} must be positive. Received: {getattr(arguments, name)}")
+
+
+def verbosity(arguments):
+    """`verbose` for a function that shows progress and its result: not beside JSON."""
+    return 0 if arguments.json else 1
+
+
+def output_path(arguments, suffix, accepted=()):
     """Where to write, checked before any work is done: `model.keras` gives `model.SUFFIX`.
+
+    Args:
+        arguments: Those of the command.
+        suffix: Of the default.
+        accepted: How the name may end, anyhow by default.
 
     Raises:
         FileExistsError: There is such a file, and no `--force`.
         FileNotFoundError: Its folder does not exist.
+        ValueError: The name ends otherwise.
     """
-    source = pathlib.Path(arguments.file)
-    path = pathlib.Path(arguments.output) if arguments.output else source.with_suffix(suffix)
+    path = arguments.output or pathlib.Path(arguments.file).with_suffix(suffix)
+    return checked_path(path, arguments.force, accepted)
+
+
+def checked_path(path, force, accepted=()):
+    """As `output_path`, for a path that was given."""
+    path = pathlib.Path(path)
+    if accepted and path.suffix not in accepted:
+        raise ValueError(f"The output must be named *{' or *'.join(accepted)}. Received: '{path}'")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no folder '{path.parent}' to write '{path.name}' to.")
-    if path.exists() and not arguments.force:
+    if path.exists() and not force:
         raise FileExistsError(f"'{path}' exists already: give --force, or another --output.")
     return path
 
@@ -71,13 +141,7 @@ def load_model(path):
 
 
 def save_model(model, path, force):
-    """Writes a `.keras` file, whole or not at all.
-
-    Raises:
-        ValueError: The path has another suffix.
-    """
-    if path.suffix != ".keras":
-        raise ValueError(f"A model is written to a file named *.keras. Received: '{path}'")
+    """Writes a `.keras` file, whole or not at all."""
     with replacing(path, overwrite=force) as temporary:
         model.save(temporary)
 
@@ -109,6 +173,13 @@ def changed_facts(changes):
     ]
 
 
+def check_data(model, data):
+    """Raises a `ValueError` unless a model can be run on the first example of data."""
+    from keras_bitnet.report.data import batches, check_fit
+
+    check_fit(model, batches(data, samples=1))
+
+
 def load_data(path, samples=None):
     """Inputs, and targets if there are any, of a .npy or .npz file.
 
@@ -130,7 +201,12 @@ def load_data(path, samples=None):
     path = pathlib.Path(path)
     if path.suffix not in (".npy", ".npz"):
         raise ValueError(f"Data is read from .npy or .npz files. Received: '{path}'")
-    loaded = np.load(path)
+    if samples is not None and samples < 1:
+        raise ValueError(f"--samples must be positive. Received: {samples}")
+    try:
+        loaded = np.load(path)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"'{path}' holds no arrays that can be read: {error}") from error
     arrays = {"x": loaded} if path.suffix == ".npy" else {name: loaded[name] for name in loaded}
     lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():

@@ -30,7 +30,7 @@ def run(arguments):
     """Reads and saves."""
     from keras_bitnet import interop
 
-    path = common.output_path(arguments, SUFFIX)
+    path = common.output_path(arguments, SUFFIX, accepted=(".keras",))
     given: dict = {}
     if arguments.pack:
         given.update(packed=True, weight_quantizer=arguments.pack)

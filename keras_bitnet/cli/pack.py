@@ -5,12 +5,22 @@ from keras_bitnet.cli import common
 NAME = "pack"
 HELP = "Pack the quantized layers of a model: small in memory and on disk, and fast."
 SUFFIX = ".packed.keras"
-EXAMPLES = ("model.keras", "model.keras -o other.keras --force", "model.keras --json")
+EXAMPLES = (
+    "model.keras",
+    "model.keras --memory smallest -o other.keras --force",
+    "model.keras --json",
+)
 
 
 def add_arguments(parser):
     """Adds the arguments."""
     common.add_model(parser)
+    parser.add_argument(
+        "--memory",
+        choices=("fastest", "smallest"),
+        default="fastest",
+        help="the layout kernels read best, or ternary weights in 1.6 bits (%(default)s)",
+    )
     common.add_output(parser, SUFFIX)
 
 
@@ -18,8 +28,10 @@ def run(arguments):
     """Packs and saves."""
     from keras_bitnet.transforms import pack_model
 
-    path = common.output_path(arguments, SUFFIX)
-    model, changes = pack_model(common.load_model(arguments.file), verbose=0, return_changes=True)
+    path = common.output_path(arguments, SUFFIX, accepted=(".keras",))
+    model, changes = pack_model(
+        common.load_model(arguments.file), memory=arguments.memory, verbose=0, return_changes=True
+    )
     common.save_model(model, path, arguments.force)
     facts = common.model_facts(arguments.file, path, model)
     return {"changes": common.changed_facts(changes), **facts}

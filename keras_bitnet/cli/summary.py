@@ -17,16 +17,7 @@ def add_arguments(parser):
     parser.add_argument(
         "--depth", type=int, metavar="N", help="roll deeper layers up; 0 shows only the outer ones"
     )
-    parser.add_argument(
-        "--input-shape",
-        type=_shape,
-        metavar="A,B,...",
-        help="shape of the inputs with the batch axis, for a model that takes any",
-    )
-
-
-def _shape(text):
-    return tuple(int(size) for size in text.split(","))
+    common.add_input_shape(parser)
 
 
 def run(arguments):

@@ -18,7 +18,7 @@ def run(arguments):
     """Unpacks and saves."""
     from keras_bitnet.transforms import unpack_model
 
-    path = common.output_path(arguments, SUFFIX)
+    path = common.output_path(arguments, SUFFIX, accepted=(".keras",))
     model, changes = unpack_model(common.load_model(arguments.file), verbose=0, return_changes=True)
     common.save_model(model, path, arguments.force)
     facts = common.model_facts(arguments.file, path, model)

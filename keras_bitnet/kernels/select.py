@@ -6,25 +6,26 @@ A table is a literal tuple of rows, best first. A row says why it refuses a prob
 
 import contextlib
 import dataclasses
-import math
+import functools
 import os
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
 from keras_bitnet.ops.reference import reference_matmul
 
-VARIABLE = "KERAS_BITNET_KERNEL"
+# Read once: in a small call the look-up would take longer than the product.
+DEFAULT = os.environ.get("KERAS_BITNET_KERNEL") or "auto"
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """The static facts of one packed matmul, known under tracing too.
 
+    How many rows the activations have is none of them, since every kernel takes any.
+
     Attributes:
-        rows: Rows of activations, or `None` when not known while tracing.
         in_features: Inner size.
         out_features: Outputs.
         bits: Storage bits of a weight.
@@ -35,9 +36,9 @@ class Problem:
         activation_formula: `"absmax"`, another name for a quantizer of the user's, or `None`.
         device: Where the activations are ("cpu", "cuda:0", ...), or `None` when not known.
         layout: Layout of the packed codes, `"tiles"` or `"trits"`.
+        static_shape: Whether the shape of the activations is known while tracing.
     """
 
-    rows: int | None
     in_features: int
     out_features: int
     bits: int
@@ -48,35 +49,46 @@ class Problem:
     activation_formula: str | None
     device: str | None
     layout: str = "tiles"
+    static_shape: bool = True
 
     @classmethod
     def of(cls, x, packed, activation_quantizer):
         """Reads the problem off the operands of `ops.bit_matmul`, and checks them."""
-        dtype = keras.backend.standardize_dtype(x.dtype)
-        if not keras.backend.is_float_dtype(dtype):
-            raise ValueError(f"`x` must be a float tensor. Received: dtype={dtype}")
-        *leading, in_features = x.shape
-        if in_features != packed.in_features:
+        if x.shape[-1] != packed.in_features:
             raise ValueError(
                 f"The last axis of `x` must be in_features={packed.in_features}. "
                 f"Received: x.shape={tuple(x.shape)}"
             )
         return cls(
-            rows=None if None in leading else math.prod(leading),
-            in_features=packed.in_features,
-            out_features=packed.out_features,
-            bits=packed.bits,
-            group_size=packed.group_size,
-            dtype=dtype,
-            activation_bits=getattr(activation_quantizer, "bits", None),
-            activation_granularity=getattr(activation_quantizer, "granularity", None),
-            activation_formula=getattr(activation_quantizer, "formula", None),
-            device=_device(x),
-            layout=packed.layout,
+            packed.in_features,
+            packed.out_features,
+            packed.bits,
+            packed.group_size,
+            _float_dtype(x.dtype),
+            getattr(activation_quantizer, "bits", None),
+            getattr(activation_quantizer, "granularity", None),
+            getattr(activation_quantizer, "formula", None),
+            _device(getattr(x, "device", None)),
+            packed.layout,
+            all(isinstance(size, int) for size in x.shape),
         )
 
 
-@dataclasses.dataclass(frozen=True)
+@functools.cache
+def _float_dtype(dtype):
+    """The name of a dtype of the backend, which must be a float."""
+    name = keras.backend.standardize_dtype(dtype)
+    if not keras.backend.is_float_dtype(name):
+        raise ValueError(f"`x` must be a float tensor. Received: dtype={name}")
+    return name
+
+
+@functools.cache
+def _device(device):
+    return None if device is None else str(device)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Kernel:
     """One row of a table.
 
@@ -186,14 +198,19 @@ def choose(problem):
     Raises:
         ValueError: The forced kernel is unknown or cannot run the problem.
     """
-    name = getattr(_scope, "forced", None) or os.environ.get(VARIABLE) or "auto"
+    name = getattr(_scope, "forced", None) or DEFAULT
     forced = _named(name)
     if forced is None:
-        return next(row for row in _table() if row.refuse(problem) is None)
+        return _first(_table(), problem)
     reason = forced.refuse(problem)
     if reason is not None:
         raise ValueError(f"Kernel '{name}' was forced and cannot run {problem}: {reason}")
     return forced
+
+
+@functools.lru_cache(maxsize=1024)  # of facts, so asked once: it is most of a small call's time
+def _first(table, problem):
+    return next(row for row in table if row.refuse(problem) is None)
 
 
 def explain(problem):
@@ -227,8 +244,3 @@ def _named(name):
         f"Unknown kernel. Accepted: {['auto', *(row.name for row in _table())]} on the "
         f"'{keras.backend.backend()}' backend. Received: {name!r}"
     )
-
-
-def _device(x):
-    device = getattr(x, "device", None)
-    return None if device is None else str(device)

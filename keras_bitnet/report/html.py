@@ -35,7 +35,7 @@ dd small{font-size:.8rem;font-weight:400;color:var(--muted)}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;width:100%}
 th,td{padding:7px 10px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 thead th{color:var(--muted);font-weight:500;vertical-align:bottom}
-th:first-child,td:nth-child(2){text-align:left}
+th:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
 tbody th{font-weight:600;position:sticky;left:0;background:var(--card);max-width:42vw;
  overflow:hidden;text-overflow:ellipsis}
 td.worst{color:var(--bad);font-weight:600}
@@ -105,8 +105,9 @@ def page(report):
         f"<title>{title}</title>\n<style>{_CSS}{svg.STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<header>\n<h1>{title}</h1>\n<p>Measured on {report.samples} examples against the float "
         f"model.</p>\n</header>\n{_figures(report)}\n{_charts(report)}\n{_table(report)}\n"
-        f"{_outliers(report)}\n{_details(report)}\n<footer>Made by keras_bitnet. SQNR is the power of a signal over "
-        "that of its quantization error, in decibels: 10 dB more is a tenth of the error.</footer>"
+        f"{_outliers(report)}\n{_details(report)}\n<footer>Made by keras_bitnet. SQNR is "
+        "the power of a signal over that of its quantization error, in decibels: 10 dB more is a "
+        "tenth of the error.</footer>"
         "\n</main>\n</body>\n</html>\n"
     )
 
@@ -148,8 +149,8 @@ def _charts(report):
         parts.append(
             _section(
                 "Cost and error",
-                "The best plans for other budgets. The large mark is the plan in use, the dashed line "
-                "the budget.",
+                "The best plans for other budgets. The large mark is the plan in use, the dashed "
+                "line the budget.",
                 report.search.chart(),
             )
         )
@@ -224,8 +225,8 @@ def _outliers(report):
         )
     return _section(
         "Outlier channels",
-        "Inputs much larger than the median channel, and the SQNR in dB of the product of the layer: "
-        "as it is (none), and with a treatment of its inputs, measured without training.",
+        "Inputs much larger than the median channel, and the SQNR in dB of the product of the "
+        "layer: as it is (none), and with a treatment of its inputs, measured without training.",
         _scrolled("Outlier channels", heads, lines),
     )
 

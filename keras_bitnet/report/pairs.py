@@ -99,8 +99,8 @@ def _float_matrices(old, new, inner):
         return [array(layer.kernel_matrix()) for layer in olds]
     matrices = []
     for first, second in zip(olds, inner, strict=True):
-        matrix = untreated(first, first.kernel_matrix()) * _gain_ratio(first, second)
-        matrices.append(array(second.adapt_matrix(matrix)))
+        matrix = array(untreated(first, first.kernel_matrix())) * _gain_ratio(first, second)
+        matrices.append(array(second.adapt_matrix(ops.convert_to_tensor(matrix))))
     return matrices
 
 

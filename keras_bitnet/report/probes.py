@@ -32,7 +32,8 @@ class Comparison:
         """Takes in a pair of arrays of one shape."""
         expected = np.asarray(expected, "float64").ravel()
         actual = np.asarray(actual, "float64").ravel()
-        error = actual - expected
+        with np.errstate(invalid="ignore"):  # an infinity shows in the sums
+            error = actual - expected
         self.signal += float(expected @ expected)
         self.other += float(actual @ actual)
         self.product += float(expected @ actual)

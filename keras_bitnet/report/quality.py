@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -107,7 +108,7 @@ class Measured:
             for path, (_, new) in found.items()
         }
         with contextlib.ExitStack() as stack:
-            for probe in sum(self.probes.values(), []):
+            for probe in itertools.chain(*self.probes.values()):
                 stack.enter_context(probe)
             for x in inputs:
                 self._compare(reference, model, found, x)

@@ -99,16 +99,17 @@ class QuantizationReport:
         }
 
     def _outlier_table(self):
-        found = [row for row in self.layers if row.outliers]
-        names = list(dict.fromkeys(name for row in found for name in row.outliers.product_sqnr))
+        found = [(row.path, row.outliers) for row in self.layers if row.outliers]
+        names = list(dict.fromkeys(name for _, seen in found for name in seen.product_sqnr))
         lines = [
             (
-                row.path, html.channel_list(row.outliers, _CHANNELS_SHOWN),
-                row.outliers.how or "-",
-                *(html.decibel(row.outliers.product_sqnr.get(name)) for name in names),
+                path,
+                html.channel_list(seen, _CHANNELS_SHOWN),
+                seen.how or "-",
+                *(html.decibel(seen.product_sqnr.get(name)) for name in names),
             )
-            for row in found
-        ]  # fmt: skip
+            for path, seen in found
+        ]
         return {
             "headers": ("Layer", "Channels, times the median", "Suggestion", *names),
             "lines": lines,

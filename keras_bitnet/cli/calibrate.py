@@ -1,0 +1,71 @@
+"""`keras-bitnet calibrate`."""
+
+from keras_bitnet.cli import common
+
+NAME = "calibrate"
+HELP = "Find activation scales, smoothing factors and kept channels of a quantized model from data."
+SUFFIX = ".calibrated.keras"
+METHODS = ("minmax", "ema", "percentile", "mse", "histogram", "entropy")
+EXAMPLES = (
+    "model.quantized.keras --data train.npz",
+    "model.quantized.keras --data train.npz --method percentile --percentile 99.9",
+    "model.quantized.keras --data train.npy --dynamic -o smoothed.keras",
+)
+
+
+def add_arguments(parser):
+    """Adds the arguments."""
+    common.add_model(parser)
+    common.add_data(parser)
+    parser.add_argument(
+        "--method", choices=METHODS, default="minmax", help="how a scale is found (%(default)s)"
+    )
+    parser.add_argument(
+        "--percentile", type=float, default=99.99, metavar="P", help="of that method (%(default)s)"
+    )
+    parser.add_argument(
+        "--momentum", type=float, metavar="M", help="let scales follow the inputs in training"
+    )
+    parser.add_argument(
+        "--dynamic",
+        action="store_true",
+        help="leave the scales dynamic: set only smoothing and kept channels",
+    )
+    common.add_filters(parser)
+    common.add_output(parser, SUFFIX)
+
+
+def run(arguments):
+    """Calibrates and saves."""
+    from keras_bitnet.transforms import calibrate
+
+    path = common.output_path(arguments, SUFFIX, accepted=(".keras",))
+    x, _ = common.load_data(arguments.data, arguments.samples)
+    model = common.load_model(arguments.file)
+    common.check_data(model, x)
+    model = calibrate(
+        model,
+        x,
+        arguments.method,
+        percentile=arguments.percentile,
+        momentum=arguments.momentum,
+        static=not arguments.dynamic,
+        filters=arguments.filters,
+        batch_size=arguments.batch_size,
+        verbose=common.verbosity(arguments),
+    )
+    common.save_model(model, path, arguments.force)
+    return {"layers": list(_facts(model)), **common.model_facts(arguments.file, path, model)}
+
+
+def _facts(model):
+    from keras_bitnet.report.probes import bit_layers
+
+    for path, layer in bit_layers(model).items():
+        yield {
+            "layer": path,
+            "activation_scale": float(layer.activation_scale) if layer.static else None,
+            "kept_channels": layer.kept_channels,
+            "smoothing": layer.smoothing,
+            "rotation": layer.rotation,
+        }
