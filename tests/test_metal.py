@@ -1,5 +1,6 @@
 """The Metal kernels, executed as C++ behind the host code that runs them on a Mac."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -214,10 +215,10 @@ def test_refuses_without_an_apple_gpu(monkeypatch, rng):
         bit_matmul(torch.ones(1, 8), packed, ActivationInt8())
     monkeypatch.setattr(metal, "OBSTACLE", None)
     assert "on 'cpu', not on an Apple GPU" in metal.refuse(problem)
-    problem = problem._replace(device="mps:0")
+    problem = dataclasses.replace(problem, device="mps:0")
     assert metal.refuse(problem) is None
-    assert "'trits'" in metal.refuse(problem._replace(layout="trits"))
-    assert "float" in metal.refuse(problem._replace(activation_bits=None))
+    assert "'trits'" in metal.refuse(dataclasses.replace(problem, layout="trits"))
+    assert "float" in metal.refuse(dataclasses.replace(problem, activation_bits=None))
 
 
 def test_obstacles(monkeypatch):

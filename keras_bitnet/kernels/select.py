@@ -10,7 +10,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 
@@ -20,7 +20,8 @@ from keras_bitnet.ops.reference import reference_matmul
 DEFAULT = os.environ.get("KERAS_BITNET_KERNEL") or "auto"
 
 
-class Problem(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Problem:
     """The static facts of one packed matmul, known under tracing too.
 
     How many rows the activations have is none of them, since every kernel takes any.
@@ -54,38 +55,38 @@ class Problem(NamedTuple):
     @classmethod
     def of(cls, x, packed, activation_quantizer):
         """Reads the problem off the operands of `ops.bit_matmul`, and checks them."""
-        if x.shape[-1] != packed.in_features:
-            raise ValueError(
-                f"The last axis of `x` must be in_features={packed.in_features}. "
-                f"Received: x.shape={tuple(x.shape)}"
-            )
-        return cls(
-            packed.in_features,
-            packed.out_features,
-            packed.bits,
-            packed.group_size,
-            _float_dtype(x.dtype),
-            getattr(activation_quantizer, "bits", None),
-            getattr(activation_quantizer, "granularity", None),
-            getattr(activation_quantizer, "formula", None),
-            _device(getattr(x, "device", None)),
-            packed.layout,
-            all(isinstance(size, int) for size in x.shape),
+        return _problem(*_facts(x, packed, activation_quantizer))
+
+
+def _facts(x, packed, activation_quantizer):
+    """The fields of a `Problem` in their order, dtype and device as the backend has them."""
+    if x.shape[-1] != packed.in_features:
+        raise ValueError(
+            f"The last axis of `x` must be in_features={packed.in_features}. "
+            f"Received: x.shape={tuple(x.shape)}"
         )
+    return (
+        packed.in_features,
+        packed.out_features,
+        packed.bits,
+        packed.group_size,
+        x.dtype,
+        getattr(activation_quantizer, "bits", None),
+        getattr(activation_quantizer, "granularity", None),
+        getattr(activation_quantizer, "formula", None),
+        getattr(x, "device", None),
+        packed.layout,
+        all(isinstance(size, int) for size in x.shape),
+    )
 
 
-@functools.cache
-def _float_dtype(dtype):
-    """The name of a dtype of the backend, which must be a float."""
-    name = keras.backend.standardize_dtype(dtype)
-    if not keras.backend.is_float_dtype(name):
-        raise ValueError(f"`x` must be a float tensor. Received: dtype={name}")
-    return name
-
-
-@functools.cache
-def _device(device):
-    return None if device is None else str(device)
+def _problem(*facts):
+    problem = Problem(*facts)
+    dtype = keras.backend.standardize_dtype(problem.dtype)
+    if not keras.backend.is_float_dtype(dtype):
+        raise ValueError(f"`x` must be a float tensor. Received: dtype={dtype}")
+    device = None if problem.device is None else str(problem.device)
+    return dataclasses.replace(problem, dtype=dtype, device=device)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -192,25 +193,41 @@ def use_kernel(name):
         _scope.forced = outer
 
 
-def choose(problem):
-    """The first row that does not refuse, or the forced one.
+def choose(x, packed, activation_quantizer):
+    """The first row that does not refuse the operands of `ops.bit_matmul`, or the forced one.
 
     Raises:
-        ValueError: The forced kernel is unknown or cannot run the problem.
+        ValueError: The forced kernel is unknown or cannot run the problem, or the operands do
+            not fit each other.
     """
-    name = getattr(_scope, "forced", None) or DEFAULT
+    facts = _facts(x, packed, activation_quantizer)
+    return _search(getattr(_scope, "forced", None) or DEFAULT, _table(), facts)
+
+
+def _find(name, table, facts):
+    problem = _problem(*facts)
     forced = _named(name)
     if forced is None:
-        return _first(_table(), problem)
+        return next(row for row in table if row.refuse(problem) is None)
     reason = forced.refuse(problem)
     if reason is not None:
         raise ValueError(f"Kernel '{name}' was forced and cannot run {problem}: {reason}")
     return forced
 
 
-@functools.lru_cache(maxsize=1024)  # of facts, so asked once: it is most of a small call's time
-def _first(table, problem):
-    return next(row for row in table if row.refuse(problem) is None)
+if keras.backend.backend() == "torch":
+    from torch.compiler import is_compiling
+
+    # To ask anew would take most of the time of a small eager call. Not while tracing: there
+    # `torch.compile` warns where it meets a cache. The other backends always trace, and a row of
+    # TensorFlow looks at what traces it.
+    _found = functools.lru_cache(maxsize=1024)(_find)
+
+    def _search(*question):
+        return _find(*question) if is_compiling() else _found(*question)
+
+else:
+    _search = _find
 
 
 def explain(problem):

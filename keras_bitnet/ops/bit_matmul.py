@@ -29,5 +29,5 @@ def bit_matmul(x, packed, activation_quantizer=None, bias=None, activation_scale
     """
     if not ops.is_tensor(x):  # Keras takes microseconds to hand a tensor back
         x = ops.convert_to_tensor(x)
-    problem = select.Problem.of(x, packed, activation_quantizer)
-    return select.choose(problem).run(x, packed, activation_quantizer, bias, activation_scale)
+    kernel = select.choose(x, packed, activation_quantizer)
+    return kernel.run(x, packed, activation_quantizer, bias, activation_scale)
