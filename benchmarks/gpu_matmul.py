@@ -112,14 +112,11 @@ def candidates(case, x):
 def torch_candidates(case, x):
     import torch
 
-    layer = case.layer()
-    layer.kernel_scale.assign(case.scale)
-
-    def through_layer(tiles):
-        layer.kernel_tiles.value.data = tiles
-        return layer(x)
-
-    found = {"BitLinear": [functools.partial(through_layer, tiles) for tiles in case.tiles]}
+    layers = [case.layer() for _ in case.tiles]
+    for layer, tiles in zip(layers, case.tiles, strict=True):
+        layer.kernel_scale.assign(case.scale)
+        layer.kernel_tiles.assign(tiles)
+    found = {"BitLinear": [functools.partial(layer, x) for layer in layers]}
     count = min(len(case.tiles), max(2, 400_000_000 // (2 * case.n * case.k)))
     weights = [torch.randn(case.n, case.k, device="cuda", dtype=torch.bfloat16)]
     weights += [weights[0].roll(i, 0) for i in range(1, count)]
@@ -184,7 +181,7 @@ def prepare(functions):
     import torch
 
     with torch.inference_mode():
-        for function in functions[:2]:
+        for function in functions:
             function()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -3,9 +3,9 @@
     KERAS_BACKEND=torch|jax python benchmarks/gpu_training.py
 
 `BitLinear` W1.58A8 without a norm against `Dense`, 8192 tokens, policy mixed_bfloat16: the product,
-the gradients of inputs and kernel, no optimizer. On torch both eager and compiled by
-`torch.compile`, on JAX under `jax.jit`. Candidates take turns; the table holds medians. Writes
-`results/gpu_training_<backend>.json`.
+the gradients of inputs and kernel, no optimizer, several steps at a time. On torch both eager and
+compiled by `torch.compile`, on JAX under `jax.jit`. Candidates take turns; the table holds medians.
+Writes `results/gpu_training_<backend>.json`.
 """
 
 import functools
@@ -26,6 +26,7 @@ BACKEND = keras.backend.backend()
 TOKENS = 8192
 SHAPES = ((4096, 14336), (4096, 4096))  # in, out
 REPEATS = 15
+STEPS = 4  # one after another, as in training: the host runs ahead of the GPU
 
 
 def layers(k, n):
@@ -47,13 +48,14 @@ def torch_steps(k, n):
 
     def step(layer, call):
         def run():
-            x.grad = layer.kernel.value.grad = None
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            call(x).backward(g)
+            for _ in range(STEPS):
+                x.grad = layer.kernel.value.grad = None
+                call(x).backward(g)
             end.record()
             end.synchronize()
-            return begin.elapsed_time(end)
+            return begin.elapsed_time(end) / STEPS
 
         return run
 
@@ -87,8 +89,8 @@ def jax_steps(k, n):
 
         def run():
             begin = time.perf_counter()
-            jax.block_until_ready([gradients(kernel, x, g) for _ in range(4)])
-            return (time.perf_counter() - begin) / 4 * 1000
+            jax.block_until_ready([gradients(kernel, x, g) for _ in range(STEPS)])
+            return (time.perf_counter() - begin) / STEPS * 1000
 
         return run
 
@@ -114,7 +116,8 @@ def main():
         spreads = {name: common.spread(values) for name, values in times.items()}
         records.append({"in": k, "out": n, "milliseconds": spreads, "ratio": ratios})
         print(f"{k}->{n}:", {name: round(s["median"], 3) for name, s in spreads.items()}, ratios)
-    content = {**common.header(gpu=gpu(), tokens=TOKENS, repeats=REPEATS), "rows": records}
+    head = common.header(gpu=gpu(), tokens=TOKENS, steps=STEPS, repeats=REPEATS)
+    content = {**head, "rows": records}
     common.write_json(common.RESULTS / f"gpu_training_{BACKEND}.json", content)
 
 

@@ -32,7 +32,11 @@ SIZE, PATCH = 14, 2
 KINDS = {
     "float": None,
     "W1.58A8": {"weight_quantizer": "ternary", "activation_quantizer": "int8"},
-}
+    "W1.58A4": {"weight_quantizer": "ternary", "activation_quantizer": "int4"},
+    "W1.58A4, Hadamard": {
+        "weight_quantizer": "ternary", "activation_quantizer": "int4", "rotation": "hadamard",
+    },
+}  # fmt: skip
 
 
 @keras.saving.register_keras_serializable("benchmarks")

@@ -1,10 +1,10 @@
-"""Train one ternary model in several processes with PyTorch's DistributedDataParallel.
+"""Train one ternary model in several processes with PyTorch, its weights whole or sharded.
 
-    KERAS_BACKEND=torch python examples/distributed.py [--processes 2]
+    KERAS_BACKEND=torch python examples/distributed.py [--processes 2] [--device cuda] [--sharded]
 
 Every process sees its share of each batch, and the losses are those of one process with whole
-batches. Here the processes are on the CPU of one machine; under `torchrun` on GPUs leave
-`torch.multiprocessing` out and say "nccl" for "gloo". docs/distributed.md has the other ways.
+batches. The processes are on the CPU of one machine, or each has a GPU of its own; under `torchrun`
+leave `torch.multiprocessing` out. docs/distributed.md has the other ways.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import torch.distributed
 import torch.multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import keras_bitnet
@@ -37,25 +39,52 @@ def make_model():
     )
 
 
-def train(rank, processes, port, results):
+def train(rank, processes, port, device, sharded, results):
     """One process; the first puts its losses and outputs into `results`."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=processes,
     )
-    with keras.device("cpu"):
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    with keras.device(f"cuda:{rank}" if device == "cuda" else "cpu"):
         model = make_model()
-        losses = fit(DistributedDataParallel(model), rank, processes)
+        if sharded:
+            shard(model, init_device_mesh(device, (processes,)))
+            losses = fit(model, rank, processes)
+            model.unshard()
+            take_parameters(model)
+        else:
+            losses = fit(DistributedDataParallel(model), rank, processes)
         if rank == 0:
             results.put((losses, outputs(model)))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
+def shard(model, mesh):
+    """Spreads the trained weights, their gradients and the optimizer's state over the processes.
+
+    FSDP2 takes no scalars, such as the strength of the quantization: what is not trained stays
+    whole. It replaces the parameters of a module, so before each forward pass the layers take them.
+    """
+    fully_shard(model, mesh=mesh, ignored_params={v.value for v in model.non_trainable_variables})
+    model.register_forward_pre_hook(take_parameters)
+
+
+def take_parameters(model, inputs=None):
+    """Lets the variables of a Keras model hold the parameters of its PyTorch module."""
+    for variable in model.trainable_variables:
+        variable._value = model._torch_params[variable.path]
+
+
 def data():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(BATCH, 32)), rng.normal(size=(BATCH, 16))
-    return torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32)
+    return [keras.ops.convert_to_tensor(array, "float32") for array in (x, y)]
 
 
 def fit(parallel, rank, processes):
@@ -82,24 +111,28 @@ def outputs(model):
     return [keras.ops.convert_to_numpy(m(x)) for m in (model, packed)]
 
 
-def run(processes):
+def run(processes, device="cpu", sharded=False):
     """Trains in several processes; `(losses, [outputs, outputs when packed])`."""
     if processes == 1:
-        model = make_model()
-        return fit(model, 0, 1), outputs(model)
+        with keras.device(device):
+            model = make_model()
+            return fit(model, 0, 1), outputs(model)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     results = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(train, (processes, port, results), processes)
+    torch.multiprocessing.spawn(train, (processes, port, device, sharded, results), processes)
     return results.get()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--sharded", action="store_true")
     options = parser.parse_args()
-    alone, together = run(1), run(options.processes)
+    alone = run(1, options.device)
+    together = run(options.processes, options.device, options.sharded)
     print("losses of one process:", [round(loss, 4) for loss in alone[0]])
     print(f"losses of {options.processes}:", [round(loss, 4) for loss in together[0]])
     print("largest difference of outputs:", np.abs(alone[1][0] - together[1][0]).max())

@@ -145,7 +145,8 @@ def test_gradient(granularity, rng):
         with kernels.use_kernel(name):
             found.append(gradient(lambda v: loss(v, ops.convert_to_tensor(bias)), x))
             found.append(gradient(lambda v: loss(ops.convert_to_tensor(x), v), bias))
-    assert relative_error(found[0], found[2]) < 1e-5
+    tolerance = 1e-3 if BACKEND == "jax" else 1e-5  # there float32 products take TF32
+    assert relative_error(found[0], found[2]) < tolerance
     assert relative_error(found[1], found[3]) < 1e-5
 
 

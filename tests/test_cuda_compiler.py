@@ -92,7 +92,7 @@ def test_reasons(cache, monkeypatch):
     assert "compute capability 7.5" in compiler.reason(75)
     assert "nvidia-cuda-nvrtc" in compiler.reason(90)
     monkeypatch.setattr(compiler, "_compile", lambda bits, name: b"kernels")
-    for bits in compiler.WIDTHS:
+    for bits in (*compiler.WIDTHS, compiler.TRAINING):
         compiler.cubin(bits, 90)
     assert compiler.reason(90) is None
 
@@ -127,14 +127,14 @@ def test_explain_without_a_gpu():
 def test_struct_equals_the_header(tmp_path):
     if COMPILER is None:
         pytest.skip("there is no C++ compiler")
-    names = [name for name, _ in library.MatmulStruct._fields_]
     lines = ['#include "shim.h"', "#include <stddef.h>"]
-    for name in names:
-        field = getattr(library.MatmulStruct, name)
-        lines.append(
-            f"static_assert(offsetof(kbc_matmul, {name}) == {field.offset} && "
-            f'sizeof(kbc_matmul::{name}) == {field.size}, "{name}");'
-        )
+    for struct, mirror in (("kbc_matmul", library.MatmulStruct), ("kbc_fake", library.FakeStruct)):
+        for name, _ in mirror._fields_:
+            field = getattr(mirror, name)
+            lines.append(
+                f"static_assert(offsetof({struct}, {name}) == {field.offset} && "
+                f'sizeof({struct}::{name}) == {field.size}, "{name}");'
+            )
     _syntax_check(tmp_path, lines, compiler.SOURCES)
 
 

@@ -101,10 +101,32 @@ def test_weights_written_just_before(rng):
     x = torch.randn(1, 4096, device="cuda")
     wanted = bit_matmul(x, packed, ActivationInt8())
     tiles = packed.tiles.clone()
-    for _ in range(20):
+    for turn in range(40):
         packed.tiles.zero_()
+        if turn % 2:  # the weights of the launch before are not yet the ones of this
+            bit_matmul(x, packed, ActivationInt8())
         packed.tiles.copy_(tiles)
         assert torch.equal(bit_matmul(x, packed, ActivationInt8()), wanted)
+        assert torch.equal(bit_matmul(x, packed, ActivationInt8()), wanted)
+
+
+def test_which_launches_may_read_weights_early(rng):
+    from keras_bitnet.kernels.cuda import torch as adapter
+
+    tiles = torch.zeros(4, 16, 16, 4, dtype=torch.uint8, device="cuda")
+    unknown, ready, settle = range(3)
+    assert [adapter._writers(tiles, 1) for _ in range(3)] == [settle, ready, ready]
+    assert [adapter._writers(tiles, 2) for _ in range(2)] == [settle, ready]  # another stream
+    tiles.zero_()
+    assert [adapter._writers(tiles, 2) for _ in range(2)] == [settle, ready]
+    assert adapter._writers(tiles, 1) == settle
+    tiles.data = tiles.clone()
+    assert adapter._writers(tiles, 1) == settle
+    with torch.inference_mode():
+        assert adapter._writers(torch.zeros_like(tiles), 1) == unknown
+    count = len(adapter._settled)
+    del tiles
+    assert len(adapter._settled) == count - 1
 
 
 def test_second_device(rng):

@@ -12,13 +12,17 @@ import numpy as np
 sys.path.insert(0, {str(ROOT / "examples")!r})
 import distributed
 
-alone, together = distributed.run(1), distributed.run(2)
+alone = distributed.run(1, DEVICE)
 scale = np.abs(alone[1][0]).max()
-print(json.dumps(dict(
-    losses=[alone[0], together[0]],
-    outputs=float(np.abs(alone[1][0] - together[1][0]).max() / scale),
-    packed=float(np.abs(together[1][1] - together[1][0]).max() / scale),
-)))
+results = []
+for sharded in (False, True):
+    together = distributed.run(2, DEVICE, sharded)
+    results.append(dict(
+        losses=[alone[0], together[0]],
+        outputs=float(np.abs(alone[1][0] - together[1][0]).max() / scale),
+        packed=float(np.abs(together[1][1] - together[1][0]).max() / scale),
+    ))
+print(json.dumps(results))
 """
 
 TENSORFLOW = """
@@ -67,11 +71,17 @@ def check(result):
     assert result["packed"] < 1e-5
 
 
+def check_two_processes(device):
+    """The example with whole weights and with sharded ones."""
+    for result in run_python(TORCH.replace("DEVICE", repr(device))):
+        check(result)
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="DistributedDataParallel is PyTorch's")
 def test_two_processes_train_as_one():
     if sys.platform == "win32":
         pytest.skip("gloo over TCP is not tried on Windows")
-    check(run_python(TORCH))
+    check_two_processes("cpu")
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="MirroredStrategy is TensorFlow's")

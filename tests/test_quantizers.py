@@ -2,10 +2,11 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from helpers import gradient, to_numpy
+from helpers import BACKEND, gradient, to_numpy
 from keras import ops
 
 from keras_bitnet import quantizers
+from keras_bitnet.layers import BitLinear
 from keras_bitnet.quantizers import Binary, Int2, Int4, Int8, Ternary
 
 CLASSES = [Binary, Ternary, Int2, Int4, Int8]
@@ -239,3 +240,33 @@ def test_serialization(cls):
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_kernels_know_a_quantizer_by_what_it_computes():
+    class Shifted(Ternary):
+        def compute_scale(self, weight):
+            return 2 * super().compute_scale(weight)
+
+    class Truncated(Ternary):
+        def round_levels(self, ratio):
+            return ops.floor(ratio)
+
+    assert {cls.formula for cls in (Ternary, Int2, Int4, Int8)} == {"nearest"}
+    assert Binary.formula == "sign"
+    assert Shifted().formula == "nearest"  # kernels are given the scale
+    assert Truncated().formula == "Truncated"
+    weight = np.array([[0.75, 1.25]], "float32")
+    np.testing.assert_array_equal(to_numpy(Truncated().fake_quantize(weight)), [[0, 1]])
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch.compile is PyTorch's")
+@pytest.mark.parametrize("weights", ["ternary", "binary", "int2", "int8"])
+@pytest.mark.parametrize("inputs", ["int8", "int4"])
+def test_torch_compile_traces_a_training_layer_whole(weights, inputs, rng):
+    import torch
+
+    torch._dynamo.reset()
+    layer = BitLinear(8, weight_quantizer=weights, activation_quantizer=inputs, norm="rms")
+    x = ops.convert_to_tensor(rng.normal(size=(4, 16)).astype("float32"))
+    wanted = layer(x)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), wanted)

@@ -144,22 +144,22 @@ def _tensorflow():
     return tensorflow.NATIVE
 
 
-def _later(name, row):
-    """The row that `row()` gives, under its name."""
+def later(name, row):
+    """The row that `row()` gives, under its name; it is imported with its first question."""
     return Kernel(name, lambda problem: row().refuse(problem), lambda *args: row().run(*args))
 
 
 REFERENCE = Kernel("reference", refuse=lambda problem: None, run=reference_matmul)
 
 TABLES: dict[str, tuple[Kernel, ...]] = {
-    "jax": (_later("cuda", _jax_cuda), _later("native", _jax), REFERENCE),
+    "jax": (later("cuda", _jax_cuda), later("native", _jax), REFERENCE),
     "torch": (
-        _later("cuda", _torch_cuda),
-        _later("metal", _metal),
-        _later("native", _torch),
+        later("cuda", _torch_cuda),
+        later("metal", _metal),
+        later("native", _torch),
         REFERENCE,
     ),
-    "tensorflow": (_later("native", _tensorflow), REFERENCE),
+    "tensorflow": (later("native", _tensorflow), REFERENCE),
 }
 
 _scope = threading.local()  # `torch.compile` traces through this, not through a ContextVar
@@ -193,6 +193,11 @@ def use_kernel(name):
         _scope.forced = outer
 
 
+def forced_name():
+    """The name that is forced here, or `"auto"`."""
+    return getattr(_scope, "forced", None) or DEFAULT
+
+
 def choose(x, packed, activation_quantizer):
     """The first row that does not refuse the operands of `ops.bit_matmul`, or the forced one.
 
@@ -201,7 +206,7 @@ def choose(x, packed, activation_quantizer):
             not fit each other.
     """
     facts = _facts(x, packed, activation_quantizer)
-    return _search(getattr(_scope, "forced", None) or DEFAULT, _table(), facts)
+    return _search(forced_name(), _table(), facts)
 
 
 def _find(name, table, facts):

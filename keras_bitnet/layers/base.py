@@ -287,16 +287,16 @@ class BitLayer(InputTreatment, LowRankAdaptation, NamedWeights):
         strength = ops.convert_to_tensor(self.quantization_strength)
         if quantizer is not None:
             x = self.fake_quantize_inputs(x, strength)
-        y = ops.matmul(x, ops.cast(self.fake_quantized_matrix(strength), x.dtype))
+        y = ops.matmul(x, self.fake_quantized_matrix(strength, x.dtype))
         if kept is not None:
             y = y + self.kept_product(kept, strength)
         return y if bias is None else ops.add(y, bias)
 
-    def fake_quantized_matrix(self, strength=None):
-        """The `float32` kernel `(in_features, out_features)` that QAT multiplies with."""
+    def fake_quantized_matrix(self, strength=None, dtype=None):
+        """The kernel `(in_features, out_features)` that QAT multiplies with; `float32`."""
         scale = self.learned_scale()
         matrix = self.without_kept_rows(self.kernel_matrix())
-        return self.weight_quantizer.fake_quantize(matrix, scale, strength)
+        return self.weight_quantizer.fake_quantize(matrix, scale, strength, dtype)
 
     def quantized_matrix(self):
         """The `QuantizedWeight` of the float kernel, at full strength."""

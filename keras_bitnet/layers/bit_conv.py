@@ -162,7 +162,8 @@ class BitConv(BitLayer):
         if self.packed:
             matrix = self.packed_kernel.dequantize()
         else:
-            matrix = self.fake_quantized_matrix(ops.convert_to_tensor(self.quantization_strength))
+            strength = ops.convert_to_tensor(self.quantization_strength)
+            matrix = self.fake_quantized_matrix(strength, inputs.dtype)
         x = self.window.padded(inputs)
         y = ops.conv(
             x,

@@ -5,6 +5,8 @@ import numpy as np
 from keras import ops
 
 from keras_bitnet.checks import check_choice
+from keras_bitnet.kernels import training
+from keras_bitnet.ops.constants import constant_like
 from keras_bitnet.ops.ste import blend, straight_through
 
 
@@ -36,7 +38,7 @@ class ActivationQuantizer(keras.Quantizer):
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        own = ("_ratio", "_round", "quantize", "quantize_with_gradient")
+        own = ("_ratio", "_round", "quantize", "quantize_with_gradient", "reference_fake_quantize")
         if any(getattr(cls, name) is not getattr(ActivationQuantizer, name) for name in own):
             cls.formula = cls.__name__
 
@@ -82,34 +84,44 @@ class ActivationQuantizer(keras.Quantizer):
         Returns:
             Tensor of the shape and dtype of `x`.
         """
+        self._check_scale(scale)
+        kernel = training.choose(training.of_activations(self, x))
+        return kernel.run(self, x, strength, scale)
+
+    def reference_fake_quantize(self, x, strength=None, scale=None):
+        """What `fake_quantize` means, in plain `keras.ops`."""
         dtype = x.dtype
         x = ops.cast(x, "float32")
         ratio, scale = self._ratio(ops.stop_gradient(x), scale)
         mixed = blend(x, self._round(ratio) * scale, strength)
         return ops.cast(straight_through(x, mixed), dtype)
 
-    def _ratio(self, x, scale):
-        x = ops.cast(x, "float32")
+    def _check_scale(self, scale):
         if (scale is None) == (self.granularity == "static"):
             raise ValueError(
                 f"A quantizer of granularity '{self.granularity}' takes "
                 f"{'a static `scale`' if scale is None else 'no `scale`'}. Received: scale={scale}"
             )
+
+    def _ratio(self, x, scale):
+        x = ops.cast(x, "float32")
+        self._check_scale(scale)
         if scale is not None:
             return self._static_ratio(x, ops.stop_gradient(ops.cast(scale, "float32")))
         axis = -1 if self.granularity == "token" else None
-        largest = ops.max(ops.abs(ops.stop_gradient(x)), axis=axis, keepdims=True)
-        largest = ops.maximum(largest, self.epsilon)
-        # `ops.divide`, as `number / tensor` is a rounded reciprocal times the number on torch. The
-        # constant is multiplied: XLA turns a division by it into that, others do not.
-        inverse = ops.divide(np.float32(self.highest), largest)
-        return x * inverse, largest * np.float32(1 / self.highest)
+        # `amax`: `torch.compile` does not trace through `ops.max`.
+        largest = ops.amax(ops.abs(ops.stop_gradient(x)), axis=axis, keepdims=True)
+        largest = ops.maximum(largest, constant_like(largest, self.epsilon))
+        # A tensor is divided, as `number / tensor` is a rounded reciprocal times the number on
+        # torch. The constant is multiplied: XLA turns a division by it into that, others do not.
+        inverse = constant_like(largest, self.highest) / largest
+        return x * inverse, largest * float(np.float32(1 / self.highest))
 
     def _static_ratio(self, x, scale):
         """As `_ratio`; a token that holds a NaN or an infinity gets it as its scale."""
-        largest = ops.max(ops.abs(ops.stop_gradient(x)), axis=-1, keepdims=True)
+        largest = ops.amax(ops.abs(ops.stop_gradient(x)), axis=-1, keepdims=True)
         scale = ops.where(ops.isfinite(largest), scale, largest)
-        return x * ops.divide(np.float32(1), scale), scale
+        return x * (ops.ones_like(scale) / scale), scale
 
     def _round(self, ratio):
         return ops.clip(ops.round(ops.stop_gradient(ratio)), -self.highest, self.highest)

@@ -7,6 +7,8 @@ import keras
 from keras import ops
 
 from keras_bitnet.checks import check_choice
+from keras_bitnet.kernels import training
+from keras_bitnet.ops.constants import constant_like
 from keras_bitnet.ops.packed_tensor import expand_scale
 from keras_bitnet.ops.ste import blend, scale_gradient, straight_through
 
@@ -35,7 +37,7 @@ def absmean(magnitude):
 
 def absmax(magnitude):
     """Maximum over axis 1."""
-    return ops.max(magnitude, axis=1)
+    return ops.amax(magnitude, axis=1)
 
 
 def absmedian(magnitude):
@@ -85,6 +87,13 @@ class WeightQuantizer(keras.Quantizer):
     factor = 1.0  # scale = factor * statistic
     learned_init = "absmax"
     learned_margin = 0.0  # how far outside the grid the gradient of LSQ still passes, in steps
+    formula = "nearest"  # what kernels compute; the name of a subclass that computes otherwise
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        own = ("round_levels", "quantize", "reference_fake_quantize")
+        if "formula" not in vars(cls) and any(name in vars(cls) for name in own):
+            cls.formula = cls.__name__
 
     def __init__(
         self,
@@ -166,7 +175,7 @@ class WeightQuantizer(keras.Quantizer):
                 if block.shape[0]
             ]
             value = ops.concatenate(parts, axis=0)
-        return ops.maximum(value, self.epsilon) * self.factor
+        return ops.maximum(value, constant_like(value, self.epsilon)) * self.factor
 
     def round_levels(self, ratio):
         """The level nearest to `ratio = weight / scale`; halves go to the even neighbour."""
@@ -216,22 +225,29 @@ class WeightQuantizer(keras.Quantizer):
             return weight * self._expand(quantized.scale / self.compute_scale(weight), weight)
         return weight
 
-    def fake_quantize(self, weight, scale=None, strength=None):
+    def fake_quantize(self, weight, scale=None, strength=None, dtype=None):
         """Rounds a weight to the grid and back, keeping a gradient: the weight of QAT.
 
         Args:
             weight: Tensor `(in, out)`.
             scale: The learned scale of the layer, or `None` to compute it.
             strength: Scalar tensor in [0, 1], 0 gives the float weight, or `None` for 1.
+            dtype: Dtype to which the result is rounded, `float32` by default.
 
         Returns:
-            `float32` tensor `(in, out)`. The gradient of the weight is that of `gradient`;
+            Tensor `(in, out)`. The gradient of the weight is that of `gradient`;
             for a learned scale, those of weight and scale are the ones of LSQ.
         """
         weight = _as_matrix(weight)
         scale = None if scale is None else ops.convert_to_tensor(scale)
+        dtype = "float32" if dtype is None else keras.backend.standardize_dtype(dtype)
+        kernel = training.choose(training.of_weight(self, weight, dtype))
+        return kernel.run(self, weight, scale, strength, dtype)
+
+    def reference_fake_quantize(self, weight, scale, strength, dtype):
+        """What `fake_quantize` means, in plain `keras.ops`."""
         if self.learned and scale is not None:
-            return blend(weight, self._learned_step(weight, scale), strength)
+            return ops.cast(blend(weight, self._learned_step(weight, scale), strength), dtype)
         scale = self.compute_scale(weight) if scale is None else ops.stop_gradient(scale)
         step = self._expand(scale, weight)
         ratio = ops.stop_gradient(weight) / step
@@ -239,7 +255,7 @@ class WeightQuantizer(keras.Quantizer):
         if self.gradient == "clipped":
             inside = self._inside(ratio, margin=0.5)
             weight = blend(weight, ops.where(inside, weight, ops.stop_gradient(weight)), strength)
-        return straight_through(weight, mixed)
+        return ops.cast(straight_through(weight, mixed), dtype)
 
     def _learned_step(self, weight, scale):
         """LSQ: `round(w / s) * s`, differentiable in both, the gradient of s damped."""

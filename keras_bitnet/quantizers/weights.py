@@ -26,6 +26,7 @@ class Binary(WeightQuantizer):
     """
 
     name = "binary"
+    formula = "sign"
     bits = 1
     bits_per_weight = 1.0
     level_count = 2

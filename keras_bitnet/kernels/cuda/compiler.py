@@ -1,6 +1,7 @@
 """Compiles the CUDA sources: ahead of time with nvcc, else with NVRTC when a width is first used.
 
-A compiled file (cubin) holds the kernels of one width of weights for one architecture. It is named
+A compiled file (cubin) holds the kernels of one width of weights, or those of training, for one
+architecture. It is named
 after the sources, so a file of other sources is never taken for it. It is looked for beside the
 package, then in the user's cache; what is compiled goes to the cache, whole or not at all, so
 that several processes may compile at once.
@@ -27,8 +28,8 @@ import tempfile
 FOLDER = pathlib.Path(__file__).parent
 SOURCES = FOLDER / "src"
 BUILT = FOLDER / "cubins"
-MAIN = "bitnet.cu"
 WIDTHS = (1, 2, 4, 8)
+TRAINING = 0  # stands for a width where the kernels of training are meant, which have none
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 OLDEST = 80
 CACHE_VARIABLE = "KERAS_BITNET_CACHE"
@@ -40,6 +41,11 @@ class CompileError(RuntimeError):
     """The sources were not compiled; the text says why."""
 
 
+def _main(bits):
+    """The source of a width, and the width that it is compiled for."""
+    return ("training.cu", 8) if bits == TRAINING else ("bitnet.cu", bits)
+
+
 def architecture(capability):
     """Name of the architecture of a compute capability: 90 -> "sm_90a"."""
     return "sm_90a" if capability == 90 else f"sm_{capability}"
@@ -49,7 +55,7 @@ def cubin(bits, capability):
     """The compiled kernels of a width, from a file or compiled now.
 
     Args:
-        bits: 1, 2, 4 or 8.
+        bits: 1, 2, 4 or 8, or `TRAINING`.
         capability: Ten times the compute capability of the device.
 
     Returns:
@@ -84,7 +90,7 @@ def reason(capability):
     name = f"compute capability {capability // 10}.{capability % 10}"
     if capability < OLDEST:
         return f"a GPU of {name}; accepted: 8.0 and later"
-    if all(find(bits, capability) for bits in WIDTHS) or shutil.which("nvcc"):
+    if all(find(bits, capability) for bits in (*WIDTHS, TRAINING)) or shutil.which("nvcc"):
         return None
     library = nvrtc()
     if library is None:
@@ -144,8 +150,9 @@ def _compile_with_nvcc(bits, name):
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "out.cubin"
         target = name.replace("sm_", "compute_")
+        main_file, width = _main(bits)
         command = ["nvcc", "-cubin", f"-gencode=arch={target},code={name}", *_OPTIONS,
-                   f"-DKBC_BITS={bits}", "-o", str(out), str(SOURCES / MAIN)]  # fmt: skip
+                   f"-DKBC_BITS={width}", "-o", str(out), str(SOURCES / main_file)]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise CompileError(f"nvcc: {result.stderr or result.stdout}")
@@ -175,15 +182,16 @@ class Nvrtc:
     def compile(self, bits, name):
         """The cubin of a width for an architecture."""
         program = ctypes.c_void_p()
-        headers = {key: text for key, text in _sources().items() if key != MAIN}
+        main_file, width = _main(bits)
+        headers = {key: text for key, text in _sources().items() if not key.endswith(".cu")}
         texts = (ctypes.c_char_p * len(headers))(*(text.encode() for text in headers.values()))
         names = (ctypes.c_char_p * len(headers))(*(key.encode() for key in headers))
         self._call(
-            "nvrtcCreateProgram", ctypes.byref(program), _sources()[MAIN].encode(), MAIN.encode(),
-            len(headers), texts, names,
+            "nvrtcCreateProgram", ctypes.byref(program), _sources()[main_file].encode(),
+            main_file.encode(), len(headers), texts, names,
         )  # fmt: skip
         try:
-            options = [f"--gpu-architecture={name}", f"-DKBC_BITS={bits}", *_OPTIONS]
+            options = [f"--gpu-architecture={name}", f"-DKBC_BITS={width}", *_OPTIONS]
             array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
             code = self._library.nvrtcCompileProgram(program, len(options), array)
             if code:
@@ -231,7 +239,7 @@ def main():
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES)
     arguments = parser.parse_args()
     for name in arguments.architectures:
-        for bits in WIDTHS:
+        for bits in (*WIDTHS, TRAINING):
             path = arguments.folder / _name(bits, name)
             if not path.exists():
                 _write(path, _compile_with_nvcc(bits, name))

@@ -7,7 +7,7 @@ import threading
 
 from keras_bitnet.kernels.cuda import compiler
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _lock = threading.Lock()
 
 
@@ -27,11 +27,41 @@ class MatmulStruct(ctypes.Structure):
         ("epsilon", ctypes.c_float),
         ("scale_columns", ctypes.c_int32),
         ("kernel", ctypes.c_int32),
+        ("weights", ctypes.c_int32),
         ("x", ctypes.c_void_p),
         ("tiles", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("x_scale", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+    )
+
+
+# Values of `weights`: who may still be writing the tiles.
+WEIGHTS_UNKNOWN, WEIGHTS_READY, WEIGHTS_SETTLE = range(3)
+
+
+class FakeStruct(ctypes.Structure):
+    """`kbc_fake` of `src/shim.h`, field by field."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("weight", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("per_tensor", ctypes.c_int32),
+        ("binary", ctypes.c_int32),
+        ("scale_columns", ctypes.c_int32),
+        ("epsilon", ctypes.c_float),
+        ("lowest", ctypes.c_float),
+        ("highest", ctypes.c_float),
+        ("half", ctypes.c_float),
+        ("x", ctypes.c_void_p),
+        ("x_scale", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("strength", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
     )
@@ -66,6 +96,7 @@ def _open():
         ("kbc_loaded", number, (number, number)),
         ("kbc_workspace", ctypes.c_int64, (pointer,)),
         ("kbc_run", text, (pointer, number, pointer)),
+        ("kbc_run_fake", text, (pointer, number, pointer)),
     ):
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
@@ -100,7 +131,7 @@ def reason(device):
 
 
 def load(device, bits):
-    """Gives a device the kernels of a width, compiled now where they are not yet.
+    """Gives a device the kernels of a width or of training, compiled now where they are not yet.
 
     Raises:
         CompileError: They cannot be compiled.
@@ -122,11 +153,13 @@ def workspace(problem):
 
 
 def run(problem, device, stream):
-    """Queues a `MatmulStruct` on a stream.
+    """Queues a `MatmulStruct` or a `FakeStruct` on a stream.
 
     Raises:
         RuntimeError: The launcher refuses an argument, or the driver the launch.
     """
-    wrong = library().kbc_run(ctypes.byref(problem), device, stream)
+    launcher = library()
+    function = launcher.kbc_run_fake if isinstance(problem, FakeStruct) else launcher.kbc_run
+    wrong = function(ctypes.byref(problem), device, stream)
     if wrong is not None:
         raise RuntimeError(f"The CUDA kernel does not run: {wrong.decode()}")

@@ -1,5 +1,7 @@
 """The CUDA kernels for PyTorch: the operator `keras_bitnet::bit_matmul_cuda` and its gradient."""
 
+import weakref
+
 import torch
 from keras import ops
 
@@ -15,7 +17,7 @@ _SCHEMA = (
     "int out_features, int bits, int group_size, int activation_bits, bool per_tensor, "
     "float offset, float epsilon) -> Tensor"
 )
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _device_reasons():
@@ -28,13 +30,17 @@ def _device_reasons():
 _REASONS = _device_reasons()
 
 
+def device_reason(device):
+    """Why no kernel runs on a device of PyTorch, given by its name, or `None`."""
+    device = device or "an unknown device"
+    if not device.startswith("cuda"):
+        return f"the values are on {device!r}, not on a CUDA device"
+    return _REASONS.get(device if ":" in device else "cuda:0", "there is no such CUDA device")
+
+
 def refuse(problem):
     """Why the kernel cannot run a problem, or `None`."""
-    device = problem.device or "an unknown device"
-    if not device.startswith("cuda"):
-        return f"the activations are on {device!r}, not on a CUDA device"
-    reason = _REASONS.get(device if ":" in device else "cuda:0", "there is no such CUDA device")
-    return reason or cuda.refuse(problem)
+    return device_reason(problem.device) or cuda.refuse(problem)
 
 
 def run(x, packed, activation_quantizer, bias, activation_scale=None):
@@ -66,9 +72,11 @@ def _launch(
     y = x.new_empty((*x.shape[:-1], out_features))
     in_features = x.shape[-1]
     _check(x, tiles, scale, bias, x_scale, out_features, bits, group_size)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    weights = _writers(tiles, stream)
     problem = library.MatmulStruct(
-        y.numel() // out_features, in_features, out_features, group_size, bits, _DTYPES[x.dtype],
-        activation_bits, per_tensor, offset, epsilon, scale.shape[1], kernel,
+        y.numel() // out_features, in_features, out_features, group_size, bits, DTYPES[x.dtype],
+        activation_bits, per_tensor, offset, epsilon, scale.shape[1], kernel, weights,
         x.data_ptr(), tiles.data_ptr(), scale.data_ptr(),
         None if x_scale is None else x_scale.data_ptr(),
         None if bias is None else bias.data_ptr(), y.data_ptr(), None,
@@ -78,8 +86,32 @@ def _launch(
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
         problem.workspace = workspace.data_ptr()
     library.load(device, bits)
-    library.run(problem, device, torch.cuda.current_stream(device).cuda_stream)
+    library.run(problem, device, stream)
     return y
+
+
+# Of tensors by identity: a weak reference, their state, and the streams that waited for it.
+_settled: dict[int, tuple[weakref.ref, tuple[int, int], set[int]]] = {}
+
+
+def _writers(tiles, stream):
+    """Whether a kernel still running on the stream may be writing a tensor, see `src/shim.h`.
+
+    PyTorch counts what changes a tensor in place. While count and memory are those of an earlier
+    launch on the stream, which waited for all before it, only reads were queued since. A graph that
+    is captured starts when all before it is done, so it need not have a launch of its own.
+    """
+    if tiles.is_inference():
+        return library.WEIGHTS_UNKNOWN  # not counted
+    key, state = id(tiles), (tiles._version, tiles.data_ptr())
+    found = _settled.get(key)
+    if found is None or found[0]() is not tiles or found[1] != state:
+        found = (weakref.ref(tiles, lambda _: _settled.pop(key, None)), state, set())
+        _settled[key] = found
+    elif stream in found[2] or torch.cuda.is_current_stream_capturing():
+        return library.WEIGHTS_READY
+    found[2].add(stream)
+    return library.WEIGHTS_SETTLE
 
 
 def _aligned(tiles):

@@ -9,12 +9,13 @@
 
 #define EVERY_DTYPE(row) row(f32, F32) row(bf16, BF16) row(f16, F16)
 
+// Of the kernels of single rows every multiprocessor holds two times 16 warps: those of two launches.
 #define ROW(suffix, T)                                                        \
-  KERNEL(gemv_wide_##suffix, 256, 3, gemv<T, 8, 4, 8, false>(p))              \
-  KERNEL(gemv_long_##suffix, 512, 2, gemv<T, 16, 4, 16, false>(p))            \
-  KERNEL(gemv_few_##suffix, 512, 1, gemv<T, 16, 6, 16, false>(p))             \
-  KERNEL(gemv_grouped_##suffix, 256, 2, gemv<T, 8, 4, 4, true>(p))            \
-  KERNEL(quantize_##suffix, QUANTIZE_WARPS * 32, 2, quantize<T>(p))           \
+  KERNEL(gemv_4_##suffix, 128, 8, gemv<T, 4, 8, 4, false>(p))                 \
+  KERNEL(gemv_8_##suffix, 256, 4, gemv<T, 8, 8, 8, false>(p))                 \
+  KERNEL(gemv_16_##suffix, 512, 2, gemv<T, 16, 6, 16, false>(p))              \
+  KERNEL(gemv_grouped_##suffix, 256, 2, gemv<T, 8, 6, 4, true>(p))            \
+  KERNEL(quantize_##suffix, QUANTIZE_WARPS * 32, 4, quantize<T>(p))           \
   KERNEL(largest_##suffix, QUANTIZE_WARPS * 32, 4, largest_of_all<T>(p))
 EVERY_DTYPE(ROW)
 #undef ROW

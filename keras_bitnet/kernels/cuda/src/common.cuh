@@ -75,11 +75,33 @@ template <class T> DEVICE Four<T> load_four(const char* row, int first, int k, b
   return v;
 }
 
-// Bits of the larger |element|. As integers, magnitudes sort as floats do and a NaN is largest.
-template <class T> DEVICE u32 largest_of(const Four<T>& v, u32 largest) {
+// Several of them; `first(i)` says where. The loads are all on their way before the first is used,
+// for which there must be no branch between them: rows are aligned, or not, as a whole.
+template <class T, int N, class First>
+DEVICE void load_fours(Four<T> (&v)[N], const char* row, int k, bool aligned, First first) {
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      v[i] = {};
+      if (first(i) < k) v[i].raw = __ldg(reinterpret_cast<const decltype(v[i].raw)*>(row + first(i) * T::SIZE));
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = load_four<T>(row, first(i), k, false);
+  }
+}
+
+// Bits of the larger |element| as float. As integers, magnitudes sort as floats do, in 16 bits as in
+// 32, and a NaN is largest.
+DEVICE u32 largest_of(const Four<F32>& v, u32 largest) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) largest = max(largest, __float_as_uint(element(v, i)) & 0x7fffffffu);
   return largest;
+}
+template <class T> DEVICE u32 largest_of(const Four<T>& v, u32 largest) {
+  const u32 pair = __vmaxu2(v.raw.x & 0x7fff7fffu, v.raw.y & 0x7fff7fffu);
+  const Four<T> both = {make_uint2(max(pair & 0xffffu, pair >> 16), 0)};
+  return max(largest, __float_as_uint(element(both, 0)));
 }
 
 DEVICE void store(void* y, long long i, int dtype, float value) {
@@ -121,7 +143,7 @@ struct Ratio {
 };
 
 // `largest`: bits of the largest |x| that shares the scale, `of_row`: of the row.
-DEVICE Ratio ratio_of(const Matmul& p, u32 largest, u32 of_row) {
+template <class P> DEVICE Ratio ratio_of(const P& p, u32 largest, u32 of_row) {
   if (p.x_scale) {
     const float scale = of_row < 0x7f800000u ? __ldg(p.x_scale) : __uint_as_float(of_row);
     return {__fdiv_rn(1.f, scale), scale};
@@ -132,11 +154,14 @@ DEVICE Ratio ratio_of(const Matmul& p, u32 largest, u32 of_row) {
 
 // Four int8 codes in a word. Adding 1.5 * 2^23 rounds halves to even and leaves the integer in
 // the low byte.
-template <class T> DEVICE u32 quantize_four(const Four<T>& v, float inverse, float highest) {
+//
+// Only a static scale may clip: the largest ratio of a scale from the values rounds to `highest`.
+template <class T> DEVICE u32 quantize_four(const Matmul& p, const Four<T>& v, float inverse) {
   u32 codes[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float ratio = fminf(fmaxf(__fmul_rn(element(v, i), inverse), -highest), highest);
+    float ratio = __fmul_rn(element(v, i), inverse);
+    if (p.x_scale) ratio = fminf(fmaxf(ratio, -p.highest), p.highest);
     codes[i] = __float_as_uint(__fadd_rn(ratio, 12582912.f));
   }
   return __byte_perm(__byte_perm(codes[0], codes[1], 0x0040),
@@ -201,8 +226,18 @@ DEVICE uint4 load_stream(const uint4* p) {
 
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Programmatic dependent launch. Before `wait_for_previous` a kernel may only prefetch: the
-// kernel before may still be writing what this one reads, weights included.
+// Copies 16 bytes of weights to shared memory, or zeros. Every call is a group of its own.
+DEVICE void copy_stream(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\ncp.async.commit_group;" ::
+               "r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+// Waits for all but the last LEFT groups of this thread.
+template <int LEFT> DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+// Programmatic dependent launch. Before `wait_for_previous` a kernel may only prefetch: the kernel
+// before may still be writing what this one reads, weights included, but for `weights_ready`.
 DEVICE void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -17,11 +17,9 @@ DEVICE float quantize_row(const Matmul& p, int row, u32* codes, int* row_sum) {
   const int fours = p.k_tiles * TILE_INPUTS / 4;
   Four<T> held[HELD];
   u32 largest = 0;
+  load_fours<T, HELD>(held, x, p.k, p.x_aligned, [&](int i) { return 4 * (i * THREADS + threadIdx.x); });
 #pragma unroll
-  for (int i = 0; i < HELD; ++i) {
-    held[i] = load_four<T>(x, 4 * (i * THREADS + threadIdx.x), p.k, p.x_aligned);
-    largest = largest_of(held[i], largest);
-  }
+  for (int i = 0; i < HELD; ++i) largest = largest_of(held[i], largest);
   for (int i = HELD * THREADS + threadIdx.x; i < fours; i += THREADS)
     largest = largest_of(load_four<T>(x, 4 * i, p.k, p.x_aligned), largest);
   largest = block_max<WARPS>(largest, maxima);
@@ -30,13 +28,13 @@ DEVICE float quantize_row(const Matmul& p, int row, u32* codes, int* row_sum) {
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {
     const int place = i * THREADS + threadIdx.x;
-    const u32 four = quantize_four(held[i], ratio.inverse, p.highest);
+    const u32 four = quantize_four(p, held[i], ratio.inverse);
     if (place < fours) codes[place] = four;
     sum = __dp4a((int)four, 0x01010101, sum);
   }
   for (int i = HELD * THREADS + threadIdx.x; i < fours; i += THREADS) {
     const Four<T> v = load_four<T>(x, 4 * i, p.k, p.x_aligned);
-    codes[i] = quantize_four(v, ratio.inverse, p.highest);
+    codes[i] = quantize_four(p, v, ratio.inverse);
     sum = __dp4a((int)codes[i], 0x01010101, sum);
   }
   *row_sum = block_sum<WARPS>(sum, sums);  // its barrier is the one that `codes` needs
@@ -115,61 +113,70 @@ template <> struct Sums<true> {
   using Number = float;
 };
 
-// WARPS: of the block. AHEAD: loads of a lane in flight. KS: warps that share a row of tiles.
-template <class T, int WARPS, int AHEAD, int KS, bool GROUPED>
+// WARPS: of the block. KS: warps that share a row of tiles. STAGES: loads of a lane on their way, to
+// a place in shared memory that is its own, so that they need no registers and no barrier.
+template <class T, int WARPS, int STAGES, int KS, bool GROUPED>
 DEVICE void gemv(const Matmul& p) {
-  u32* x_codes = reinterpret_cast<u32*>(block_memory);
   using Number = typename Sums<GROUPED>::Number;
   __shared__ Number partial[2][WARPS][32];
-  constexpr int TEAMS = WARPS / KS;
+  constexpr int TEAMS = WARPS / KS, THREADS = WARPS * 32, STEP = KS * 8;  // tiles of a turn of a team
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int team = warp / KS, member = warp % KS, quarter = lane % 4;
   const int tile_rows = (p.n + 15) / 16;
   const int first_row = blockIdx.x * TEAMS + team, row_step = gridDim.x * TEAMS;
-  const int first_tile = member * 8 + lane / 4;  // then every KS * 8th
-  auto source = [&](int tile_row, int tile) {
-    return static_cast<const uint4*>(p.tiles) + ((long long)tile_row * p.k_tiles + tile) * 4 + quarter;
+  const int first_tile = member * 8 + lane / 4;
+  const int turns = max(p.k_tiles - member * 8 + STEP - 1, 0) / STEP;  // the same for all lanes of a warp
+  uint4* ring = reinterpret_cast<uint4*>(block_memory) + threadIdx.x;
+  u32* x_codes = reinterpret_cast<u32*>(block_memory + STAGES * THREADS * 16);
+
+  // Where the loads stand: turns go on from a row of tiles to the next.
+  const uint4* next = static_cast<const uint4*>(p.tiles) + ((long long)first_row * p.k_tiles + first_tile) * 4 + quarter;
+  const long long to_next_row = ((long long)row_step * p.k_tiles - turns * STEP) * 4;
+  int tiles_left = p.k_tiles - first_tile, turns_left = turns, rows_left = 0, filled = 0;
+  if (turns && first_row < tile_rows) rows_left = (tile_rows - first_row + row_step - 1) / row_step;
+  auto advance = [&] {
+    next += STEP * 4, tiles_left -= STEP;
+    if (--turns_left == 0)
+      next += to_next_row, tiles_left = p.k_tiles - first_tile, turns_left = turns, --rows_left;
   };
-  if (first_row < tile_rows)
+  auto fill = [&] {
+    copy_stream(ring + filled * THREADS, next, rows_left > 0 && tiles_left > 0);
+    filled = filled + 1 == STAGES ? 0 : filled + 1;
+    advance();
+  };
+  if (p.weights_ready) {
 #pragma unroll
-    for (int j = 0; j < AHEAD; ++j) {
-      const int tile = first_tile + j * KS * 8;
-      if (tile < p.k_tiles) prefetch(source(first_row, tile));
-    }
+    for (int i = 0; i < STAGES; ++i) fill();
+  } else {
+    const uint4* const start = next;
+    const int rows = rows_left;
+#pragma unroll
+    for (int i = 0; i < STAGES; ++i, advance())
+      if (rows_left > 0 && tiles_left > 0) prefetch(next);
+    next = start, tiles_left = p.k_tiles - first_tile, turns_left = turns, rows_left = rows;
+  }
   let_next_start();
   wait_for_previous();
-
-  uint4 ahead[AHEAD];
-  auto load = [&](int j, int tile_row, int tile) {
-    ahead[j] = make_uint4(0, 0, 0, 0);
-    if (tile_row < tile_rows && tile < p.k_tiles) ahead[j] = load_stream(source(tile_row, tile));
-  };
+  if (!p.weights_ready)
 #pragma unroll
-  for (int j = 0; j < AHEAD; ++j) load(j, first_row, first_tile + j * KS * 8);
+    for (int i = 0; i < STAGES; ++i) fill();
   int row_sum;
   const float x_scale = quantize_row<T, WARPS>(p, blockIdx.y, x_codes, &row_sum);
 
-  int buffer = 0;
+  int buffer = 0, taken = 0;
   for (int tile_row = first_row; tile_row < tile_rows; tile_row += row_step) {
     Sums<GROUPED> sums;
     const int column = tile_row * 16 + 4 * quarter;
-    // All lanes of a warp make the same number of turns.
-    for (int base = member * 8; base < p.k_tiles; base += AHEAD * KS * 8) {
-#pragma unroll
-      for (int j = 0; j < AHEAD; ++j) {
-        const int start = base + j * KS * 8;
-        if (start < p.k_tiles) {
-          const int tile = start + lane / 4;
-          u32 x[GROUPS];
-          load_tile_inputs(x_codes, min(tile, p.k_tiles - 1), x);  // past the end: codes are 0
-          if (!GROUPED || tile < p.k_tiles) sums.add(p, ahead[j], x, tile, column);
-          const int next = start + AHEAD * KS * 8;
-          if (next < p.k_tiles)
-            load(j, tile_row, next + lane / 4);
-          else
-            load(j, tile_row + row_step, first_tile + j * KS * 8);
-        }
-      }
+#pragma unroll 2
+    for (int turn = 0; turn < turns; ++turn) {
+      const int tile = first_tile + turn * STEP;
+      u32 x[GROUPS];
+      load_tile_inputs(x_codes, tile, x);  // past the end they are anything
+      copy_wait<STAGES - 1>();
+      const uint4 w = ring[taken * THREADS];  // past the end it is 0
+      taken = taken + 1 == STAGES ? 0 : taken + 1;
+      fill();
+      if (!GROUPED || tile < p.k_tiles) sums.add(p, w, x, tile, column);
     }
     Number total = sums.total();
     if (KS > 1) {

@@ -15,6 +15,24 @@ struct Matmul {
   int rows, n, k, k_tiles, group_size, scale_columns;
   int dtype;                 // 0 float32, 1 bfloat16, 2 float16
   int x_aligned, y_aligned;  // whether four neighbours of x, of y can be read and written at once
+  int weights_ready;         // whether no kernel of the stream that may still run writes the weights
   int step, step_offset;     // the integer sums are of step * (code + offset)
   float epsilon, highest, inverse_highest, inverse_step;
+};
+
+// One fake quantization of training: rounded to the grid and back, see fake_quantize.cuh.
+struct Fake {
+  const void* x;           // activations (rows, k), or a float32 weight (rows, k)
+  const float* x_scale;    // of activations: static scale, or null: computed from them
+  const float* scale;      // of a weight: (1 or groups, scale_columns)
+  const float* strength;   // how much quantization acts, or null: 1
+  void* y;                 // (rows, k)
+  unsigned* largest;       // bits of the largest |x| of all rows, or null: of each row
+  long long rows;
+  int k, group_size, scale_columns;
+  int dtype;               // of activations and of y, as in Matmul
+  int x_aligned, y_aligned;
+  float epsilon, lowest, highest, inverse_highest;
+  float half;              // levels of a weight lie at half + integers
+  int binary;              // levels are the sign: highest where the ratio is >= 0, else lowest
 };

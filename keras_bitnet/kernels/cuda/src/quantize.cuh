@@ -14,7 +14,7 @@ DEVICE int image_rows(const Matmul& p) { return (p.rows + 7) & ~7; }
 DEVICE int slices(const Matmul& p) { return (p.k + SLICE - 1) / SLICE; }
 
 // The largest |x| of all rows, for activations that share one scale. `p.largest` starts as 0.
-template <class T> DEVICE void largest_of_all(const Matmul& p) {
+template <class T, class P> DEVICE void largest_of_all(const P& p) {
   __shared__ u32 maxima[QUANTIZE_WARPS];
   wait_for_previous();
   const char* x = static_cast<const char*>(p.x) + (long long)blockIdx.x * p.k * T::SIZE;
@@ -32,34 +32,36 @@ template <class T> DEVICE void quantize(const Matmul& p) {
   constexpr int THREADS = QUANTIZE_WARPS * 32, HELD = T::SIZE == 4 ? 2 : 4;
   const int row = blockIdx.x, units = slices(p) * (SLICE / 16);
   const char* x = static_cast<const char*>(p.x) + (long long)row * p.k * T::SIZE;
-  // Group `part` of one unit: inputs 4 * word .. 4 * word + 3.
-  auto load = [&](int unit, int part) {
-    const int word = unit / GROUPS * (4 * GROUPS) + part * GROUPS + unit % GROUPS;
-    return load_four<T>(x, 4 * word, p.k, p.x_aligned);
+  // Group `part` of one unit: inputs first(unit, part) and the three after it.
+  auto first = [](int unit, int part) {
+    return 4 * (unit / GROUPS * (4 * GROUPS) + part * GROUPS + unit % GROUPS);
+  };
+  auto load = [&](Four<T>(&v)[4], int unit) {
+    load_fours<T, 4>(v, x, p.k, p.x_aligned, [&](int part) { return first(unit, part); });
   };
   let_next_start();
   wait_for_previous();
-  Four<T> held[HELD][4];
+  Four<T> held[HELD * 4];
   u32 largest = 0;
+  load_fours<T, HELD * 4>(held, x, p.k, p.x_aligned,
+                          [&](int i) { return first(i / 4 * THREADS + threadIdx.x, i % 4); });
 #pragma unroll
-  for (int i = 0; i < HELD; ++i)
+  for (int i = 0; i < HELD * 4; ++i) largest = largest_of(held[i], largest);
+  for (int unit = HELD * THREADS + threadIdx.x; unit < units; unit += THREADS) {
+    Four<T> v[4];
+    load(v, unit);
 #pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      held[i][part] = load(i * THREADS + threadIdx.x, part);
-      largest = largest_of(held[i][part], largest);
-    }
-  for (int unit = HELD * THREADS + threadIdx.x; unit < units; unit += THREADS)
-#pragma unroll
-    for (int part = 0; part < 4; ++part) largest = largest_of(load(unit, part), largest);
+    for (int part = 0; part < 4; ++part) largest = largest_of(v[part], largest);
+  }
   largest = block_max<QUANTIZE_WARPS>(largest, maxima);
   const Ratio ratio = ratio_of(p, p.largest ? __ldg(p.largest) : largest, largest);
 
   int sum = 0;
-  auto write = [&](int unit, const Four<T>(&v)[4]) {
+  auto write = [&](int unit, const Four<T>* v) {
     u32 codes[4];
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
-      codes[part] = quantize_four(v[part], ratio.inverse, p.highest);
+      codes[part] = quantize_four(p, v[part], ratio.inverse);
       sum = __dp4a((int)codes[part], 0x01010101, sum);
     }
     const long long line = (long long)(unit / 8) * image_rows(p) + row;
@@ -70,12 +72,11 @@ template <class T> DEVICE void quantize(const Matmul& p) {
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {
     const int unit = i * THREADS + threadIdx.x;
-    if (unit < units) write(unit, held[i]);
+    if (unit < units) write(unit, held + 4 * i);
   }
   for (int unit = HELD * THREADS + threadIdx.x; unit < units; unit += THREADS) {
     Four<T> v[4];
-#pragma unroll
-    for (int part = 0; part < 4; ++part) v[part] = load(unit, part);
+    load(v, unit);
     write(unit, v);
   }
   sum = block_sum<QUANTIZE_WARPS>(sum, sums);

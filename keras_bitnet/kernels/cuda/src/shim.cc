@@ -36,8 +36,8 @@ struct Device {
   int shared_memory = 0;        // a block's, at most
   int shared_memory_total = 0;  // a multiprocessor's
   cuda::Context context = nullptr;
-  cuda::Library libraries[4] = {};
-  std::map<std::string, cuda::Kernel> kernels[4];
+  cuda::Library libraries[5] = {};
+  std::map<std::string, cuda::Kernel> kernels[5];
 };
 
 std::mutex mutex;  // guards what follows
@@ -76,6 +76,9 @@ const char* open_once() {
 }
 
 int width(int64_t bits) { return bits == 1 ? 0 : bits == 2 ? 1 : bits == 4 ? 2 : bits == 8 ? 3 : -1; }
+
+// Which library holds the kernels of a width, or of training (0); -1: none.
+int library_of(int64_t bits) { return bits == 0 ? 4 : width(bits); }
 
 // ---- the kernels -----------------------------------------------------------------------------
 
@@ -149,7 +152,7 @@ const char* find(Device& device, int row, const std::string& name, unsigned shar
     return fail(name.c_str(), code);
   if (shared > 44 * 1024) {
     constexpr int kMaxDynamicSharedMemory = 8;
-    const int most = device.shared_memory - 4096;  // what is static lies beside it
+    const int most = device.shared_memory - 6144;  // what is static lies beside it
     if (static_cast<int>(shared) > most)
       return fail(name + " needs more shared memory than this GPU has");
     if (int code = cuda::cuKernelSetAttribute(kMaxDynamicSharedMemory, most, *kernel, device.handle))
@@ -159,13 +162,14 @@ const char* find(Device& device, int row, const std::string& name, unsigned shar
   return nullptr;
 }
 
-const char* launch(Device& device, int bits, const Launch& l, const Matmul& params, void* stream) {
+template <class Params>
+const char* launch(Device& device, int bits, const Launch& l, const Params& params, void* stream) {
   cuda::Kernel kernel = nullptr;
-  if (const char* wrong = find(device, width(bits), l.name, l.shared, &kernel)) return wrong;
+  if (const char* wrong = find(device, library_of(bits), l.name, l.shared, &kernel)) return wrong;
   cuda::LaunchAttribute overlap{cuda::kProgrammaticStreamSerialization, {}, {1}};
   cuda::LaunchConfig config{l.grid_x, l.grid_y, 1, l.threads, 1, 1, l.shared, stream, &overlap,
                             l.overlap && device.capability >= 90 ? 1u : 0u};
-  void* arguments[] = {const_cast<Matmul*>(&params)};
+  void* arguments[] = {const_cast<Params*>(&params)};
   const int code = cuda::cuLaunchKernelEx(&config, kernel, arguments, nullptr);
   return code ? fail(l.name, code) : nullptr;
 }
@@ -218,6 +222,7 @@ Matmul parameters(const kbc_matmul& p) {
   m.dtype = p.dtype;
   m.x_aligned = p.in_features % 4 == 0 && aligned(p.x, four);
   m.y_aligned = p.out_features % 4 == 0 && aligned(p.y, four);
+  m.weights_ready = p.weights == KBC_WEIGHTS_READY;
   m.step = step;
   m.step_offset = static_cast<int>(step * p.offset);
   m.epsilon = p.epsilon;
@@ -244,28 +249,37 @@ const char* check(const kbc_matmul& p) {
   return nullptr;
 }
 
+// One row of bitnet.cu that multiplies single rows of activations.
+struct RowKernel {
+  const char* name;
+  int warps, stages, teams;
+  int64_t most_tiles;  // of a row of tiles, for which it is the best
+};
+constexpr RowKernel kRowKernels[] = {
+    {"gemv_4_", 4, 8, 1, 384}, {"gemv_8_", 8, 8, 1, 704}, {"gemv_16_", 16, 6, 1, INT64_MAX}};
+constexpr RowKernel kGroupedRows = {"gemv_grouped_", 8, 6, 2, INT64_MAX};
+
 // Single rows: quantized and multiplied by one kernel.
 const char* run_rows(Device& device, const kbc_matmul& p, Matmul m, void* stream) {
-  const int tile_rows = (m.n + 15) / 16;
-  const unsigned shared = static_cast<unsigned>(round_up(p.in_features, 32));
-  // All warps of a block share a row of tiles, but of the grouped one, where two teams do.
-  const bool few = tile_rows <= 2 * device.multiprocessors, far = p.bits > 1 && m.k_tiles >= 512;
-  const char* kind = p.group_size ? "gemv_grouped_" : few ? "gemv_few_" : far ? "gemv_long_" : "gemv_wide_";
-  const int most = p.group_size ? 2 : few ? 1 : far ? 2 : 3, teams = p.group_size ? 2 : 1;
-  const unsigned threads = p.group_size || !(few || far) ? 256 : 512;
-  int resident = device.shared_memory_total / static_cast<int>(shared + 6144);
-  resident = resident > most ? most : resident < 1 ? 1 : resident;
-  const int slots = device.multiprocessors * resident;
-  const int blocks = (tile_rows + teams - 1) / teams, waves = (blocks + slots - 1) / slots;
-  const std::string name = std::string(kind) + kDtypes[p.dtype];
+  const RowKernel* k = p.group_size ? &kGroupedRows : kRowKernels;
+  while (k->most_tiles < m.k_tiles) ++k;
+  const unsigned shared = static_cast<unsigned>(k->stages * k->warps * 32 * 16 + round_up(m.k_tiles, 8) * 32 / p.bits);
+  // Few blocks leave room for those of the next launch, which fetch weights while these compute;
+  // with much to do it is better to have many. Measured on an H100.
+  const int64_t rows_each = (m.n + 15) / 16 / device.multiprocessors;
+  const int64_t resident = rows_each < 2 ? 1 : 16 / k->warps * (rows_each < 8 ? 1 : 2);
+  const int64_t blocks = ((m.n + 15) / 16 + k->teams - 1) / k->teams, slots = device.multiprocessors * resident;
+  const std::string kind = k->name;
+  const std::string name = kind + kDtypes[p.dtype];
   constexpr int64_t kMostRows = 65535;
   const int64_t x_row = p.in_features * (p.dtype ? 2 : 4), y_row = p.out_features * (p.dtype ? 2 : 4);
   for (int64_t first = 0; first < p.rows; first += kMostRows) {
     const int64_t rows = p.rows - first < kMostRows ? p.rows - first : kMostRows;
     m.x = static_cast<const char*>(p.x) + first * x_row;
     m.y = static_cast<char*>(p.y) + first * y_row;
-    const Launch l{name.c_str(), static_cast<unsigned>((blocks + waves - 1) / waves),
-                   static_cast<unsigned>(rows), threads, shared, true};
+    const Launch l{name.c_str(), static_cast<unsigned>(blocks < slots ? blocks : slots),
+                   static_cast<unsigned>(rows), static_cast<unsigned>(32 * k->warps), shared,
+                   p.weights != KBC_WEIGHTS_SETTLE};
     if (const char* wrong = launch(device, p.bits, l, m, stream)) return wrong;
   }
   return nullptr;
@@ -274,7 +288,8 @@ const char* run_rows(Device& device, const kbc_matmul& p, Matmul m, void* stream
 // Several rows: quantized by one kernel, multiplied by the next.
 const char* run_matrix(Device& device, const kbc_matmul& p, const Matmul& m, void* stream) {
   const std::string quantize = std::string("quantize_") + kDtypes[p.dtype];
-  const Launch first{quantize.c_str(), static_cast<unsigned>(p.rows), 1, kQuantizeThreads, 0, true};
+  const Launch first{quantize.c_str(), static_cast<unsigned>(p.rows), 1, kQuantizeThreads, 0,
+                     p.weights != KBC_WEIGHTS_SETTLE};
   if (const char* wrong = launch(device, p.bits, first, m, stream)) return wrong;
   if (p.kernel < 0 || p.kernel > kCount) return "kernel is out of range";
   const MatrixKernel& k = kMatrixKernels[p.kernel ? p.kernel - 1 : choose(p, device)];
@@ -297,6 +312,61 @@ const char* run_here(Device& device, const kbc_matmul& p, void* stream) {
     if (const char* wrong = launch(device, p.bits, l, m, stream)) return wrong;
   }
   return row_by_row(p) ? run_rows(device, p, m, stream) : run_matrix(device, p, m, stream);
+}
+
+// ---- fake quantization ---------------------------------------------------------------------
+
+const char* check(const kbc_fake& p) {
+  if (p.dtype < 0 || p.dtype > 2) return "dtype must be 0, 1 or 2";
+  if (p.rows < 0 || p.columns < 1 || p.group_size < 0) return "a size is out of range";
+  if (p.columns > INT32_MAX / 8 || (!p.weight && p.rows > INT32_MAX)) return "a size is too large";
+  if (p.scale_columns != 1 && p.scale_columns != p.columns) return "scale_columns must be 1 or columns";
+  if (p.per_tensor && !aligned(p.workspace, 4)) return "workspace must lie at a multiple of 4 bytes";
+  return nullptr;
+}
+
+Fake parameters(const kbc_fake& p) {
+  Fake f{};
+  f.x = p.x;
+  f.x_scale = static_cast<const float*>(p.x_scale);
+  f.scale = static_cast<const float*>(p.scale);
+  f.strength = static_cast<const float*>(p.strength);
+  f.y = p.y;
+  if (p.per_tensor) f.largest = static_cast<unsigned*>(p.workspace);
+  f.rows = p.rows;
+  f.k = static_cast<int>(p.columns);
+  f.group_size = static_cast<int>(p.group_size ? p.group_size : p.rows);
+  f.scale_columns = p.scale_columns;
+  f.dtype = p.dtype;
+  f.x_aligned = p.columns % 4 == 0 && aligned(p.x, p.weight || p.dtype == 0 ? 16 : 8);
+  f.y_aligned = p.columns % 4 == 0 && aligned(p.y, p.dtype == 0 ? 16 : 8);
+  f.epsilon = p.epsilon;
+  f.lowest = p.lowest;
+  f.highest = p.highest;
+  f.inverse_highest = static_cast<float>(1.0 / p.highest);
+  f.half = p.half;
+  f.binary = p.binary;
+  return f;
+}
+
+const char* run_here(Device& device, const kbc_fake& p, void* stream) {
+  const Fake f = parameters(p);
+  if (p.weight) {
+    constexpr int64_t kColumns = 4 * kQuantizeThreads, kRows = 8, kMostBlocks = 65535;
+    const int64_t blocks = (p.rows + kRows - 1) / kRows;
+    const Launch l{"fake_weight", static_cast<unsigned>((p.columns + kColumns - 1) / kColumns),
+                   static_cast<unsigned>(blocks < kMostBlocks ? blocks : kMostBlocks), kQuantizeThreads, 0, false};
+    return launch(device, 0, l, f, stream);
+  }
+  const std::string dtype = kDtypes[p.dtype], largest = "fake_largest_" + dtype, name = "fake_quantize_" + dtype;
+  const unsigned rows = static_cast<unsigned>(p.rows);
+  if (f.largest) {
+    if (int code = cuda::cuMemsetD32Async(reinterpret_cast<uintptr_t>(f.largest), 0, 1, stream))
+      return fail("cuMemsetD32Async", code);
+    const Launch l{largest.c_str(), rows, 1, kQuantizeThreads, 0, false};
+    if (const char* wrong = launch(device, 0, l, f, stream)) return wrong;
+  }
+  return launch(device, 0, Launch{name.c_str(), rows, 1, kQuantizeThreads, 0, false}, f, stream);
 }
 
 // The context of a device while this lives; the default stream belongs to the one on top.
@@ -325,7 +395,7 @@ struct Pushed {
 
 }  // namespace
 
-int kbc_abi_version(void) { return 1; }
+int kbc_abi_version(void) { return 2; }
 
 const char* kbc_open(void) { return open_once(); }
 
@@ -336,18 +406,18 @@ int kbc_capability(int device) {
 }
 
 int kbc_loaded(int device, int bits) {
-  if (!kbc_capability(device) || width(bits) < 0) return 0;
+  if (!kbc_capability(device) || library_of(bits) < 0) return 0;
   std::lock_guard<std::mutex> lock(mutex);
-  return devices[device].libraries[width(bits)] != nullptr;
+  return devices[device].libraries[library_of(bits)] != nullptr;
 }
 
 const char* kbc_load(int device, int bits, const void* cubin) {
   if (const char* wrong = open_once()) return wrong;
-  if (!kbc_capability(device) || width(bits) < 0) return fail("no such device or width");
+  if (!kbc_capability(device) || library_of(bits) < 0) return fail("no such device or width");
   Pushed current(devices[device]);
   if (current.wrong) return current.wrong;
   std::lock_guard<std::mutex> lock(mutex);
-  cuda::Library& library = devices[device].libraries[width(bits)];
+  cuda::Library& library = devices[device].libraries[library_of(bits)];
   if (library) return nullptr;
   const int code = cuda::cuLibraryLoadData(&library, cubin, nullptr, nullptr, 0, nullptr, nullptr, 0);
   return code ? fail("cuLibraryLoadData", code) : nullptr;
@@ -356,6 +426,14 @@ const char* kbc_load(int device, int bits, const void* cubin) {
 int64_t kbc_workspace(const kbc_matmul* problem) { return Workspace(*problem).bytes; }
 
 const char* kbc_run(const kbc_matmul* problem, int device, void* stream) {
+  if (const char* wrong = check(*problem)) return wrong;
+  if (problem->rows == 0) return nullptr;
+  if (!kbc_capability(device)) return fail("no such device");
+  Pushed current(devices[device]);
+  return current.wrong ? current.wrong : run_here(devices[device], *problem, stream);
+}
+
+const char* kbc_run_fake(const kbc_fake* problem, int device, void* stream) {
   if (const char* wrong = check(*problem)) return wrong;
   if (problem->rows == 0) return nullptr;
   if (!kbc_capability(device)) return fail("no such device");

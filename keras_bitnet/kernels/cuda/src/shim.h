@@ -4,6 +4,13 @@
 
 #define KBC_API extern "C" __attribute__((visibility("default")))
 
+// A kernel may start before the one before it on the stream ends. What it may then read of the tiles:
+enum {
+  KBC_WEIGHTS_UNKNOWN = 0,  // nothing: an earlier kernel may be writing them
+  KBC_WEIGHTS_READY = 1,    // all: nothing wrote them since a launch that said SETTLE on this stream
+  KBC_WEIGHTS_SETTLE = 2,   // it does not start early, so that later launches may say READY
+};
+
 // One product on the GPU. Every pointer is a device address. Meaning: keras_bitnet/ops/reference.py;
 // byte layout: keras_bitnet/ops/layout.py.
 typedef struct kbc_matmul {
@@ -19,6 +26,7 @@ typedef struct kbc_matmul {
   float epsilon;            // lower bound of the absolute maximum
   int32_t scale_columns;    // 1: one scale for all outputs, else out_features
   int32_t kernel;           // 0: the best one; 1 + i: row i of the table of matrix kernels (tests)
+  int32_t weights;          // KBC_WEIGHTS_...: who may still be writing the tiles
   const void* x;            // (m, k)
   const void* tiles;        // [ceil(n / 16), ceil(k * bits / 32), 16, 4], at a multiple of 16
   const void* scale;        // float32 (1 or groups, scale_columns)
@@ -28,6 +36,27 @@ typedef struct kbc_matmul {
   void* workspace;          // kbc_workspace() bytes, at a multiple of 256
 } kbc_matmul;
 
+// One fake quantization of training. Meaning: `fake_quantize` in keras_bitnet/quantizers.
+typedef struct kbc_fake {
+  int64_t rows;           // of x
+  int64_t columns;        // of x, the values that a row of activations has
+  int64_t group_size;     // of a weight: rows that share a row of `scale`, 0: all
+  int32_t weight;         // 0: activations, 1: a weight
+  int32_t dtype;          // of x and y; of a weight, which is float32, that of y alone
+  int32_t per_tensor;     // of activations: 1: one scale for all rows
+  int32_t binary;         // of a weight: levels are the sign, else lowest .. highest
+  int32_t scale_columns;  // of a weight: 1, or columns
+  float epsilon;          // of activations: lower bound of the absolute maximum
+  float lowest, highest;  // levels
+  float half;             // of a weight: 1/2 where its levels lie between the integers, else 0
+  const void* x;
+  const void* x_scale;    // of activations: float32 (1), static scale, or null: dynamic
+  const void* scale;      // of a weight: float32 (1 or groups, scale_columns)
+  const void* strength;   // float32 (1), or null: 1
+  void* y;
+  void* workspace;        // 256 bytes where `per_tensor`, else null
+} kbc_fake;
+
 KBC_API int kbc_abi_version(void);
 
 // Opens the driver. Returns null, or why there is none (the same text every time).
@@ -36,7 +65,7 @@ KBC_API int kbc_device_count(void);
 // Ten times the compute capability of a device (90 for 9.0), 0 where there is no such device.
 KBC_API int kbc_capability(int device);
 
-// Gives a device the kernels of one width. Later calls for the same width do nothing. Returns
+// Gives a device the kernels of one width, 0: those of training. Later calls for the same width do nothing. Returns
 // null, or what is wrong; texts belong to the calling thread, until its next call.
 KBC_API const char* kbc_load(int device, int bits, const void* cubin);
 KBC_API int kbc_loaded(int device, int bits);
@@ -45,3 +74,5 @@ KBC_API int kbc_loaded(int device, int bits);
 KBC_API int64_t kbc_workspace(const kbc_matmul* problem);
 // Queues the product on a stream of a device. Returns null, or what is wrong.
 KBC_API const char* kbc_run(const kbc_matmul* problem, int device, void* stream);
+// Queues a fake quantization on a stream of a device. Returns null, or what is wrong.
+KBC_API const char* kbc_run_fake(const kbc_fake* problem, int device, void* stream);
