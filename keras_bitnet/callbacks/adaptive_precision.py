@@ -102,7 +102,7 @@ class AdaptivePrecision(keras.callbacks.Callback):
         check_count("every", every)
         layer_filter(filters)  # says now what is wrong with it
         self.ladder = _ladder(ladder, min_bits, max_bits)
-        self.budget = None if budget is None else Budget.of(budget)
+        self.budget: Any = None if budget is None else Budget.of(budget)
         if self.budget is not None and self.budget.kind == "seconds":
             raise ValueError(
                 "`budget` must be a size, such as '3 bits' or '40kB': latencies change from one "
