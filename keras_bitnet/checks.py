@@ -28,3 +28,11 @@ def check_own_names(layer, **arguments):
                 f"{type(layer).__name__} has no `{name}`; put a layer for it behind this one. "
                 f"Received: {name}={value!r}"
             )
+
+
+def check_count(name, value, least=1):
+    """Raises a `ValueError` unless `value` is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"`{name}` must be an integer of at least {least}. Received: {name}={value!r}"
+        )

@@ -1,5 +1,6 @@
 """Callbacks for quantization-aware training."""
 
+from keras_bitnet.callbacks.adaptive_precision import AdaptivePrecision
 from keras_bitnet.callbacks.qat_mode_switch import QATModeSwitch
 from keras_bitnet.callbacks.quantization_scheduler import QuantizationScheduler
 from keras_bitnet.callbacks.quantization_stats import QuantizationStats
@@ -7,6 +8,7 @@ from keras_bitnet.callbacks.statistics import activation_statistics, layer_stati
 from keras_bitnet.callbacks.two_stage_schedule import TwoStageSchedule
 
 __all__ = [
+    "AdaptivePrecision",
     "QATModeSwitch",
     "QuantizationScheduler",
     "QuantizationStats",

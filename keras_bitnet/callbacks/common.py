@@ -53,17 +53,16 @@ def _walk(layer, seen):
             yield from _walk(child, seen)
 
 
-def check_count(name, value, least=1):
-    """Raises a `ValueError` unless `value` is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(
-            f"`{name}` must be an integer of at least {least}. Received: {name}={value!r}"
-        )
-
-
 def inner_optimizer(optimizer):
     """The optimizer itself, or the one that a `LossScaleOptimizer` wraps."""
     return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def rebuild_functions(model):
+    """Makes training, evaluation and prediction trace their steps again, where they were made."""
+    for kind in ("train", "test", "predict"):
+        if getattr(model, f"{kind}_function") is not None:
+            _rebuild(model, kind)
 
 
 def rebuild_train_function(model):
@@ -74,14 +73,19 @@ def rebuild_train_function(model):
     of one object are equal: `jit(model.train_step)` finds the old program as long as anything
     still refers to the old function. So the new one is made from a distinct callable.
     """
-    own = vars(model).get("train_step")  # a user may have set one on the instance
-    model.train_step = functools.partial(model.train_step)
+    _rebuild(model, "train")
+
+
+def _rebuild(model, kind):
+    name = f"{kind}_step"
+    own = vars(model).get(name)  # a user may have set one on the instance
+    setattr(model, name, functools.partial(getattr(model, name)))
     try:
-        model.make_train_function(force=True)
+        getattr(model, f"make_{kind}_function")(force=True)
     finally:
-        del model.train_step
+        delattr(model, name)
         if own is not None:
-            model.train_step = own
+            setattr(model, name, own)
 
 
 def freeze_variables(model, variables):

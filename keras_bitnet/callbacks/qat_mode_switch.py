@@ -7,11 +7,11 @@ from keras import ops
 
 from keras_bitnet.callbacks.common import (
     StepCallback,
-    check_count,
     find_bit_layers,
     freeze_variables,
     inner_optimizer,
 )
+from keras_bitnet.checks import check_count
 
 MODES = ("auto", "min", "max")
 

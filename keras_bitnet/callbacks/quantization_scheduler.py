@@ -2,7 +2,8 @@
 
 import math
 
-from keras_bitnet.callbacks.common import StepCallback, check_count, find_bit_layers
+from keras_bitnet.callbacks.common import StepCallback, find_bit_layers
+from keras_bitnet.checks import check_count
 from keras_bitnet.filters import layer_filter
 
 SHARPNESS = 10.0  # the logistic curve is cut at -5 and 5

@@ -6,10 +6,10 @@ import keras
 
 from keras_bitnet.callbacks.common import (
     StepCallback,
-    check_count,
     inner_optimizer,
     rebuild_train_function,
 )
+from keras_bitnet.checks import check_count
 
 
 class TwoStageSchedule(StepCallback):

@@ -212,6 +212,25 @@ class BitLayer(InputTreatment, LowRankAdaptation, NamedWeights):
         if self.kernel_log2_scale is not None:
             self.kernel_log2_scale.assign(self._initial_log2_scale())
 
+    def check_precision(self, quantizer):
+        """Raises a `ValueError` where `change_precision` would."""
+        size, present = (self.in_features, self.out_features), self.weight_quantizer
+        same = quantizer.learned == present.learned
+        if quantizer.learned and same:
+            same = quantizer.scale_shape(*size) == present.scale_shape(*size)
+        if self.packed or not same:
+            raise ValueError(
+                f"Layer '{self.name}' ({'packed' if self.packed else 'not packed'}) cannot change "
+                f"from {present!r} to {quantizer!r}: a packed layer cannot change, and a learned "
+                "scale is a variable that must have the same shape before and after."
+            )
+
+    def take_quantizer(self, quantizer):
+        """Another weight quantizer; a learned scale starts again from the kernel."""
+        super().take_quantizer(quantizer)
+        self.packed_layout = "tiles"  # of no meaning here; another might not suit the codes
+        self.reset_scale()
+
     def learned_scale(self):
         """The trained scale of the float kernel as a tensor, or `None`: it is computed."""
         if self.kernel_log2_scale is None:

@@ -8,6 +8,7 @@ from keras import constraints, initializers, regularizers
 from keras_bitnet import quantizers
 from keras_bitnet.checks import check_choice, check_own_names
 from keras_bitnet.layers.base import NORMS, make_norm, under_own_names
+from keras_bitnet.layers.changing_precision import ChangingPrecision
 from keras_bitnet.layers.inputs import UNTREATED
 
 
@@ -25,7 +26,7 @@ class PacksAsWhole(keras.Layer):
         return type(self).from_config({**self.get_config(), **changes})
 
 
-class BitBlock(PacksAsWhole):
+class BitBlock(ChangingPrecision, PacksAsWhole):
     """Base of the blocks made of quantized layers: takes their arguments and hands them on.
 
     Args:
@@ -80,6 +81,22 @@ class BitBlock(PacksAsWhole):
         self.bias_regularizer = regularizers.get(bias_regularizer)
         self.kernel_constraint = constraints.get(kernel_constraint)
         self.bias_constraint = constraints.get(bias_constraint)
+
+    def layers_of_one_precision(self):
+        """All quantized layers and blocks inside."""
+        layers = self._flatten_layers(include_self=False)
+        return [layer for layer in layers if isinstance(layer, ChangingPrecision)]
+
+    def save_own_variables(self, store):
+        """Writes the variables, and the quantizer where it was changed."""
+        super().save_own_variables(store)
+        self.save_precision(store)
+
+    def load_own_variables(self, store):
+        """Reads what `save_own_variables` wrote."""
+        found = {name: store[name] for name in store.keys()}  # noqa: SIM118 (no mapping)
+        self.load_precision(found)
+        super().load_own_variables(found)
 
     def block_arguments(self):
         """Arguments of a block inside this one."""

@@ -1,5 +1,6 @@
 """A few input channels that keep 8 or 16 bits beside coarser ones."""
 
+import math
 from typing import Any
 
 import keras
@@ -120,6 +121,16 @@ class KeptChannels(keras.Layer):
             self.kept_channels,
             self.out_features,
         )
+
+    @property
+    def kept_bytes(self):
+        """Bytes of the kept rows once packed."""
+        if not self.kept_channels:
+            return 0
+        size = (self.kept_channels, self.out_features)
+        if self.kept_bits == 16:
+            return 2 * math.prod(size)
+        return math.prod(layout.tiles_shape(*size, 8)) + 4 * math.prod(_WEIGHT.scale_shape(*size))
 
     def pack_kept_from(self, layer):
         """Fills the packed rows from the float kernel of a twin with the same indices."""

@@ -1,14 +1,14 @@
 """How the quantized layers save: every weight under its name, ternary codes five to a byte."""
 
-import keras
 import numpy as np
 from keras import ops
 
+from keras_bitnet.layers.changing_precision import ChangingPrecision
 from keras_bitnet.layers.large_weights import fill, parts_of
 from keras_bitnet.ops import layout
 
 
-class NamedWeights(keras.Layer):
+class NamedWeights(ChangingPrecision):
     """Mixin of `BitLayer`: `save_own_variables` and `load_own_variables` by name."""
 
     def own_weights(self):
@@ -23,6 +23,7 @@ class NamedWeights(keras.Layer):
                 store["kernel_trits"] = layout.pack_trits(codes)
             else:
                 store[name] = ops.convert_to_numpy(variable)
+        self.save_precision(store)
 
     def load_own_variables(self, store):
         """Reads what `save_own_variables` wrote, or the weights of the Keras layer it replaces.
@@ -31,6 +32,7 @@ class NamedWeights(keras.Layer):
             ValueError: A weight is missing, has another shape, or holds impossible values.
         """
         found = {name: parts_of(store, name) for name in store.keys()}  # noqa: SIM118 (no mapping)
+        self.load_precision(found)
         if not self.packed and found.keys() and found.keys() <= {"0", "1"}:
             self._load_stock(found)
             return

@@ -1,18 +1,20 @@
 """When no kernel runs a width on this machine, the next width that one runs, with the reasons."""
 
 import dataclasses
+import itertools
 import re
 
 import keras
 
 from keras_bitnet import quantizers
 from keras_bitnet.kernels.select import Problem, explain
+from keras_bitnet.layers.base import smallest_layout
 from keras_bitnet.ops.packed_tensor import PackedTensor
-from keras_bitnet.transforms.precision_plan import PrecisionPlan
+from keras_bitnet.report.latency import multiplies
+from keras_bitnet.report.pairs import inner_layers
+from keras_bitnet.transforms.precision_plan import HIERARCHY, PrecisionPlan
 from keras_bitnet.transforms.quantize import twin_of
 from keras_bitnet.transforms.rewrite import named_layers
-
-HIERARCHY = ("binary", "ternary", "int2", "int4", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +34,23 @@ class Fall:
     reasons: tuple[tuple[str, str], ...]
 
 
-def refusals(layer, rows=1):
-    """Why the fast kernels refuse the product of a quantized layer.
+def refusals(layer, rows=1, memory="fastest"):
+    """Why the fast kernels refuse the products of a quantized layer.
 
     Args:
-        layer: A built `BitLayer`, packed or not.
+        layer: A built `BitLayer`, packed or not, or a block of such layers.
         rows: Rows of activations.
+        memory: As in `pack_model`.
 
     Returns:
-        List of `(kernel, reason)`, empty where one of them runs it, or where there is none
-        but the reference.
+        List of `(kernel, reason)`, empty where one of them runs every product, where there is
+        none but the reference, and for layers that use none (lookups, depthwise convolutions).
     """
+    found = [_refusals(inner, rows, memory) for inner in inner_layers(layer) if multiplies(inner)]
+    return list(dict.fromkeys(itertools.chain(*found)))
+
+
+def _refusals(layer, rows, memory):
     quantizer = layer.weight_quantizer
     record = PackedTensor(
         tiles=None,
@@ -52,6 +60,7 @@ def refusals(layer, rows=1):
         in_features=layer.in_features,
         out_features=layer.out_features,
         group_size=quantizer.group_size,
+        layout=smallest_layout(quantizer) if memory == "smallest" else "tiles",
     )
     x = keras.KerasTensor((rows, layer.in_features), dtype=layer.compute_dtype)
     answers = explain(Problem.of(x, record, layer.activation_quantizer))
@@ -59,7 +68,7 @@ def refusals(layer, rows=1):
     return [] if any(reason is None for _, reason in fast) else fast
 
 
-def runnable_plan(model, plan, hierarchy=HIERARCHY, rows=1):
+def runnable_plan(model, plan, hierarchy=HIERARCHY, rows=1, memory="fastest"):
     """Replaces the widths of a plan that no fast kernel of this machine and backend runs.
 
     Such a layer falls to the next wider quantizer of the hierarchy that one runs, all other
@@ -71,6 +80,7 @@ def runnable_plan(model, plan, hierarchy=HIERARCHY, rows=1):
         plan: `PrecisionPlan` for it.
         hierarchy: Names of weight quantizers, narrow to wide.
         rows: Rows of activations that the kernels are asked about.
+        memory: As in `pack_model`.
 
     Returns:
         `(plan, falls)`: a plan with a rule for each layer, and a list of `Fall`.
@@ -81,27 +91,27 @@ def runnable_plan(model, plan, hierarchy=HIERARCHY, rows=1):
             continue
         spec = plan.spec_for(path)
         if spec is not None:
-            spec, fall = _next_runnable(path, layer, spec, hierarchy, rows)
+            spec, fall = _next_runnable(path, layer, spec, hierarchy, rows, memory)
             falls += [fall] if fall else []
         rules[f"^{re.escape(path)}$"] = spec
     return PrecisionPlan(rules), falls
 
 
-def _next_runnable(path, layer, spec, hierarchy, rows):
+def _next_runnable(path, layer, spec, hierarchy, rows, memory):
     wanted = quantizers.get(spec["weight_quantizer"]).name
     wider = hierarchy[hierarchy.index(wanted) + 1 :] if wanted in hierarchy else ()
     reasons: list[tuple[str, str]] = []
     for name in (None, *wider):
         tried = spec if name is None else {**spec, "weight_quantizer": name}
-        found = refusals(built_twin(layer, tried), rows)
+        found = refusals(_built_twin(layer, tried), rows, memory)
         if not found:
             return tried, Fall(path, wanted, name, tuple(reasons)) if name else None
         reasons += [(f"{name or wanted}/{kernel}", reason) for kernel, reason in found]
     return spec, None
 
 
-def built_twin(layer, spec, **changes):
+def _built_twin(layer, spec):
     """A built quantized twin of a float layer, with weights of its own."""
-    twin = twin_of(layer, {**spec, **changes})
+    twin = twin_of(layer, spec)
     twin.build_from_config(layer.get_build_config())
     return twin

@@ -1,9 +1,9 @@
 """What a search for a plan measured and found: table, JSON and Pareto plot."""
 
 import dataclasses
-import json
 import math
 
+from keras_bitnet import valid_json
 from keras_bitnet.files import replacing
 from keras_bitnet.precision.budget import format_cost
 from keras_bitnet.report import svg
@@ -20,6 +20,9 @@ class Choice:
         labels: Precisions of the candidates: `"W1.58A8"`, `"float32"`.
         errors: What each candidate does to the outputs or the loss of the model.
         costs: What each costs, in the unit of the budget.
+        sqnr: Of the outputs of the model, in dB, with only this layer quantized; infinite
+            without noise.
+        loss_changes: Growth of the loss then; `None` without targets.
         refused: Why the fast kernels refuse a candidate, by label.
         chosen: The label of the one that was chosen.
     """
@@ -29,8 +32,16 @@ class Choice:
     labels: list[str]
     errors: list[float] = dataclasses.field(default_factory=list)
     costs: list[float] = dataclasses.field(default_factory=list)
+    sqnr: list[float] = dataclasses.field(default_factory=list)
+    loss_changes: list[float | None] = dataclasses.field(default_factory=list)
     refused: dict[str, str] = dataclasses.field(default_factory=dict)
     chosen: str = ""
+
+    def add(self, error, sqnr, loss_change):
+        """Appends what the next candidate does."""
+        self.errors.append(error)
+        self.sqnr.append(sqnr)
+        self.loss_changes.append(loss_change)
 
 
 @dataclasses.dataclass
@@ -75,8 +86,8 @@ class PrecisionSearch:
         return dataclasses.asdict(self)
 
     def to_json(self, **kwargs):
-        """The content as JSON; arguments go to `json.dumps`."""
-        return json.dumps(self.to_dict(), **kwargs)
+        """The content as JSON; arguments go to `json.dumps`, infinities become `null`."""
+        return valid_json.dumps(self.to_dict(), **kwargs)
 
     def show(self):
         """Prints the table, by `rich` where that is installed."""
@@ -97,17 +108,19 @@ class PrecisionSearch:
     def chart(self):
         """The Pareto curve as a chart of a page, see `report.svg`."""
         factor, unit = self._axis()
-        points = [(point.cost / factor, point.error) for point in self.curve]
-        titles = [
-            f"{format_cost(point.cost, self.kind)}: error {point.error:.3g}" for point in self.curve
-        ]
+        curve = [(point.cost, point.error) for point in self.curve]
+        own = (self.cost, self.error)
+        if not any(math.isclose(cost, self.cost) for cost, _ in curve):
+            curve = sorted([*curve, own])
+        points = [(cost / factor, error) for cost, error in curve]
+        titles = [f"{format_cost(cost, self.kind)}: error {error:.3g}" for cost, error in curve]
         errors = {"loss": "growth of the loss, summed", "output": "error of the outputs, summed"}
         return svg.line_chart(
             points,
             titles,
             xlabel=unit,
             ylabel=errors[self.objective],
-            marked=next(i for i, p in enumerate(self.curve) if math.isclose(p.cost, self.cost)),
+            marked=next(i for i, (cost, _) in enumerate(curve) if math.isclose(cost, self.cost)),
             limit=self.limit / factor if self.limit <= 1.5 * self.largest else None,
             log_y=True,
         )

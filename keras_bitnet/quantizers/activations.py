@@ -108,8 +108,8 @@ class ActivationQuantizer(keras.Quantizer):
         self._check_scale(scale)
         if scale is not None:
             return self._static_ratio(x, ops.stop_gradient(ops.cast(scale, "float32")))
-        axis = -1 if self.granularity == "token" else None
-        # `amax`: `torch.compile` does not trace through `ops.max`.
+        # All axes by name, for ONNX. `amax`: `torch.compile` does not trace through `ops.max`.
+        axis = -1 if self.granularity == "token" else tuple(range(len(x.shape)))
         largest = ops.amax(ops.abs(ops.stop_gradient(x)), axis=axis, keepdims=True)
         largest = ops.maximum(largest, constant_like(largest, self.epsilon))
         # A tensor is divided, as `number / tensor` is a rounded reciprocal times the number on

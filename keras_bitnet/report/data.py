@@ -47,6 +47,8 @@ def batches(data, samples=256, batch_size=32):
 
 
 def _items(data, samples, batch_size):
+    if isinstance(data, (tuple, list, dict)) and not data:
+        return
     parts = isinstance(data, tuple)
     if not parts and not isinstance(data, (list, dict)) and not hasattr(data, "shape"):
         if not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):

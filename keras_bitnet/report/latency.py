@@ -7,12 +7,16 @@ import json
 import keras
 import numpy as np
 
-from keras_bitnet.checks import check_built
+from keras_bitnet import quantizers
+from keras_bitnet.checks import check_built, check_choice, check_count
 from keras_bitnet.filters import layer_filter
 from keras_bitnet.kernels.select import explain
-from keras_bitnet.layers.base import BitLayer
+from keras_bitnet.layers import BitEmbedding
+from keras_bitnet.layers.base import BitLayer, smallest_layout, under_own_names
+from keras_bitnet.layers.bit_depthwise_conv import BitDepthwiseConv
 from keras_bitnet.report.calls import CannotRunError, record_calls
 from keras_bitnet.report.macs import precision
+from keras_bitnet.report.pairs import BLOCKS, inner_layers, quantized_units
 from keras_bitnet.report.table import format_seconds, print_table, text_table
 from keras_bitnet.report.timing import compiled_call, interleaved_times, spread
 from keras_bitnet.transforms.precision_plan import layer_arguments
@@ -31,7 +35,8 @@ class LayerLatency:
         calls: How often one run of the model calls it.
         seconds: One call: `{"W1.58A8": {"median", "min", "iqr"}}`; `"float32"` and the like for
             the float layer, where the model holds it.
-        kernels: Name of the kernel that runs a packed layer, by precision.
+        kernels: Name of the kernel that runs a packed layer, by precision; several names where
+            it consists of several layers, none where it multiplies without (a lookup).
     """
 
     path: str
@@ -95,6 +100,7 @@ def benchmark_layers(
     *,
     batch_size=1,
     input_shape=None,
+    memory="fastest",
     repeats=15,
     filters=None,
     verbose=1,
@@ -112,6 +118,7 @@ def benchmark_layers(
             arguments that they have.
         batch_size: Examples in a batch.
         input_shape: Shape of the inputs with the batch axis, for a model that takes any.
+        memory: Which layout the packed layers have, see `pack_model`.
         repeats: Samples of each time.
         filters: Which layers: regular expressions on the path or a function, see
             `quantize_model`.
@@ -122,9 +129,12 @@ def benchmark_layers(
 
     Raises:
         ValueError: The model is not built, has no layer to measure, or the shapes of its
-            inputs are not known.
+            inputs are not known; or an argument is out of range.
     """
     check_built(model)
+    check_choice("memory", memory, ("fastest", "smallest"))
+    for name, value in (("batch_size", batch_size), ("repeats", repeats)):
+        check_count(name, value)
     specs = [layer_arguments(spec) for spec in precisions]
     if not specs or None in specs:
         raise ValueError(f"`precisions` must be a list of specs. Received: {precisions!r}")
@@ -134,10 +144,10 @@ def benchmark_layers(
     rows = []
     progress = keras.utils.Progbar(len(targets), unit_name="layer") if verbose else None
     for path, layer in targets:
-        for shape, calls in shapes.get(id(layer), {}).items():
-            key = _key(layer, shape)
+        for (shape, reverse), calls in shapes.get(id(layer), {}).items():
+            key = f"{_key(layer, shape)} {reverse}"
             if key not in measured:
-                measured[key] = _measure(layer, shape, specs, repeats)
+                measured[key] = _measure(layer, shape, reverse, specs, repeats, memory)
             rows.append(LayerLatency(path, type(layer).__name__, shape, calls, *measured[key]))
         if progress:
             progress.add(1)
@@ -151,10 +161,11 @@ def benchmark_layers(
 
 def _targets(model, filters):
     matches = layer_filter(filters)
+    units = quantized_units(model)
     found = [
         (path, layer)
         for path, layer in named_layers(model)
-        if (isinstance(layer, BitLayer) or twin_of(layer) is not None) and matches(layer, path)
+        if (path in units or twin_of(layer) is not None) and matches(layer, path)
     ]
     if not found:
         raise ValueError(
@@ -165,7 +176,7 @@ def _targets(model, filters):
 
 
 def _input_shapes(model, input_shape, batch_size):
-    """How often layers are called with which shape: `{id(layer): {shape: count}}`."""
+    """How often layers are called with what: `{id(layer): {(shape, reverse): count}}`."""
     try:
         calls = record_calls(model, input_shape)
     except CannotRunError as error:
@@ -177,10 +188,10 @@ def _input_shapes(model, input_shape, batch_size):
             continue
         known = all(isinstance(size, int) for size in shape)
         if known:
-            shape = (batch_size, *shape[1:])
+            key = (batch_size, *shape[1:]), bool(call.arguments.get("reverse"))
             counts = found.setdefault(id(call.layer), {})
-            counts[shape] = counts.get(shape, 0) + 1
-        elif isinstance(call.layer, BitLayer) or twin_of(call.layer) is not None:
+            counts[key] = counts.get(key, 0) + 1
+        elif isinstance(call.layer, (BitLayer, *BLOCKS)) or twin_of(call.layer) is not None:
             raise ValueError(
                 f"The size of the inputs of layer '{call.layer.name}' depends on those of the "
                 f"model: give `input_shape`. Received: {shape}"
@@ -193,22 +204,18 @@ def _key(layer, shape):
     return f"{type(layer).__name__} {shape} {config}"
 
 
-def _measure(layer, shape, specs, repeats):
+def _measure(layer, shape, reverse, specs, repeats, memory):
     """`(seconds, kernels)` of one layer, by precision."""
-    x = np.random.default_rng(0).normal(size=shape).astype("float32")
-    x = keras.ops.cast(x, layer.compute_dtype)
-    timed = [_packed(layer, spec, shape) for spec in specs]
+    x = _inputs(layer, shape, reverse)
+    timed = [_packed(layer, spec, shape, memory) for spec in specs]
     labels = unique_labels([precision(packed) for packed in timed])
-    kernels = {
-        label: next(name for name, reason in explain(packed) if reason is None)
-        for label, packed in zip(labels, timed, strict=True)
-    }
-    functions = {}
-    if not isinstance(layer, BitLayer):
-        functions[precision(layer)] = compiled_call(layer, x)
-    functions |= {
-        label: compiled_call(packed, x) for label, packed in zip(labels, timed, strict=True)
-    }
+    named = dict(zip(labels, timed, strict=True))
+    kernels = {label: _kernel(packed) for label, packed in named.items()}
+    kernels = {label: kernel for label, kernel in kernels.items() if kernel}
+    if not inner_layers(layer):
+        named = {precision(layer): layer, **named}
+    arguments = {"reverse": True} if reverse else {}
+    functions = {label: compiled_call(one, x, **arguments) for label, one in named.items()}
     times = interleaved_times(functions, repeats)
     return {label: spread(values) for label, values in times.items()}, kernels
 
@@ -223,13 +230,47 @@ def unique_labels(labels):
     return found
 
 
-def _packed(layer, spec, shape):
-    arguments = {**spec, "packed": True}
-    if isinstance(layer, BitLayer):
-        packed = type(layer).from_config({**layer.get_config(), **arguments})
+def _inputs(layer, shape, reverse):
+    """Random inputs: tokens for a lookup, else floats."""
+    rng = np.random.default_rng(0)
+    tokens = getattr(layer, "input_dim", None) or getattr(
+        getattr(layer, "embedding", None), "input_dim", None
+    )
+    if tokens and not reverse:
+        return rng.integers(0, tokens, shape).astype("int32")
+    return keras.ops.cast(rng.normal(size=shape).astype("float32"), layer.compute_dtype)
+
+
+def multiplies(layer):
+    """Whether a packed `BitLayer` multiplies by a kernel: lookups and depthwise layers do not."""
+    lookup = isinstance(layer, BitEmbedding) and layer.activation_quantizer is None
+    return not lookup and not isinstance(layer, BitDepthwiseConv)
+
+
+def _kernel(layer):
+    """The kernels that run a packed layer, or `""`."""
+    runs = [
+        next(name for name, reason in explain(inner) if reason is None)
+        for inner in inner_layers(layer)
+        if multiplies(inner)
+    ]
+    return ", ".join(dict.fromkeys(runs))
+
+
+def _packed(layer, spec, shape, memory):
+    quantizer = quantizers.get(spec["weight_quantizer"])
+    packed_layout = smallest_layout(quantizer) if memory == "smallest" else "tiles"
+    arguments = {**spec, "packed": True, "packed_layout": packed_layout}
+    if inner_layers(layer):
+        own = {k: v for k, v in arguments.items() if k not in type(layer).not_in_spec}
+        own = under_own_names(type(layer), own)
+        packed = type(layer).from_config({**layer.get_config(), **own})
     else:
         packed = twin_of(layer, arguments)
     packed.build(shape)
+    for inner in inner_layers(packed):
+        if inner.static:  # as if it were calibrated
+            inner.activation_scale.assign(1 / inner.activation_quantizer.highest)
     return packed
 
 

@@ -11,6 +11,7 @@ import keras
 from keras import layers
 
 from keras_bitnet.layers import BitEmbedding, BitLayer, ReversibleBitEmbedding
+from keras_bitnet.layers.block import BitBlock
 
 
 def format_bits(bits):
@@ -20,7 +21,7 @@ def format_bits(bits):
 
 def precision(layer):
     """The name of the precision that a layer multiplies in: `W1.58A8`, `float32`, `int8`."""
-    if isinstance(layer, BitLayer):
+    if isinstance(layer, (BitLayer, BitBlock)):
         activations = layer.activation_quantizer
         bits = dtype_bits(layer.compute_dtype) if activations is None else activations.bits
         return f"W{format_bits(layer.weight_quantizer.bits_per_weight)}A{bits}"

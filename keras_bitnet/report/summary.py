@@ -249,10 +249,10 @@ def _count_kernel(row, layer, variables):
         row.strength = float(layer.quantization_strength)
     scale = 4 * math.prod(quantizer.scale_shape(k, n))
     codes = math.prod(layout.tiles_shape(k, n, quantizer.bits, layer.packed_layout))
-    row.bytes_packed = codes + scale
+    row.bytes_packed = codes + scale + layer.kept_bytes
     if quantizer.level_count == 3:
         codes = layout.pack_trits(np.zeros((k, 1), np.uint8)).size * n
-    row.bytes_on_disk = codes + scale
+    row.bytes_on_disk = codes + scale + layer.kept_bytes
     row.bytes_float32 = 4 * k * n
     row.parameters_by_precision = {precision(layer).partition("A")[0]: k * n}
     strength = layer.quantization_strength

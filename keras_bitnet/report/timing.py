@@ -43,12 +43,12 @@ def spread(values):
     return {"median": median, "min": min(values), "iqr": high - low}
 
 
-def compiled_call(layer, x):
+def compiled_call(layer, x, **arguments):
     """A function that runs a layer on `x`, compiled where the backend does, and waits for it."""
-    return _COMPILED[keras.backend.backend()](layer, keras.ops.convert_to_tensor(x))
+    return _COMPILED[keras.backend.backend()](layer, keras.ops.convert_to_tensor(x), arguments)
 
 
-def _jax(layer, x):
+def _jax(layer, x, arguments):
     import jax
 
     trainable = [v.value for v in layer.trainable_variables]
@@ -56,29 +56,29 @@ def _jax(layer, x):
 
     @jax.jit
     def call(trainable, others, x):
-        return layer.stateless_call(trainable, others, x)[0]
+        return layer.stateless_call(trainable, others, x, **arguments)[0]
 
     return lambda: jax.block_until_ready(call(trainable, others, x))
 
 
-def _torch(layer, x):
+def _torch(layer, x, arguments):
     import torch
 
     wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(x.device.type)
 
     def call():
         with torch.no_grad():
-            layer(x)
+            layer(x, **arguments)
         if wait is not None:
             wait()
 
     return call
 
 
-def _tensorflow(layer, x):
+def _tensorflow(layer, x, arguments):
     import tensorflow as tf
 
-    function = tf.function(lambda x: layer(x))
+    function = tf.function(lambda x: layer(x, **arguments))
 
     def call():
         # A copy of one number waits for the kernel, also on a GPU.

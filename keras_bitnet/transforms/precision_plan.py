@@ -13,6 +13,7 @@ from keras_bitnet import quantizers
 from keras_bitnet.files import replacing
 from keras_bitnet.layers.base import BitLayer
 
+HIERARCHY = ("binary", "ternary", "int2", "int4", "int8")  # narrow to wide
 _FORMAT = "keras_bitnet.PrecisionPlan"
 _VERSION = 1
 _OF_EVERY_LAYER = {"dtype", "trainable"}
@@ -204,7 +205,8 @@ def _readable(spec):
         short["activation_quantizer"] = _name_of(
             spec["activation_quantizer"], quantizers.get_activation
         )
-    return short["weight_quantizer"] if list(short) == ["weight_quantizer"] else short
+    named = list(short) == ["weight_quantizer"] and isinstance(short["weight_quantizer"], str)
+    return short["weight_quantizer"] if named else short
 
 
 def _name_of(config, get):
