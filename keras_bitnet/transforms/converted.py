@@ -15,7 +15,11 @@ import inspect
 import keras
 
 REGISTERED_NAME = "Converted"
-_BOOKKEEPING = {"_layers", "_modules", "_tracker", "_functional"}
+_BOOKKEEPING = {
+    "_layers", "_modules", "_tracker", "_functional",
+    # Of TensorFlow: other backends would not find a layer by these paths.
+    "_self_unconditional_dependency_names", "_self_unconditional_checkpoint_dependencies",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -127,12 +131,12 @@ def _item(value, key):
 
 def _way(layer, path):
     """The layers on the way to a child, `layer` first, and the path from the last of them."""
-    way, value, rest = [layer], layer, []
+    way, value, rest = [layer], layer, ()
     for key in path.split("."):
         if isinstance(value, keras.Layer) and value is not layer:
-            way, rest = [*way, value], []
+            way, rest = [*way, value], ()
         value = _item(value, key)
-        rest = [*rest, key]
+        rest = (*rest, key)
     return way, ".".join(rest)
 
 
@@ -191,9 +195,10 @@ def _follow_recipe(layer):
         _set_child(way[-1], rest, child)
         del recipe.pending[path]
         recipe.done.append(path)
-        for outer in reversed(way):
-            if outer.built and hasattr(outer, "_track_variables"):
-                outer._track_variables()  # torch's list of parameters
+    inside = [outer for path in recipe.done for outer in _way(layer, path)[0][1:]]
+    for outer in [*reversed(inside), layer] if recipe.done else []:
+        if outer.built and hasattr(outer, "_track_variables"):
+            outer._track_variables()  # torch's list of parameters
 
 
 @functools.cache
