@@ -13,7 +13,10 @@ import tempfile
 import time
 
 RESULTS = pathlib.Path(__file__).parent / "results"
-_PACKAGES = ("keras-bitnet", "keras", "numpy", "jax", "tensorflow", "torch")
+_PACKAGES = (
+    "keras-bitnet", "keras", "numpy", "jax", "tensorflow", "tensorflow-cpu", "torch", "openvino",
+    "onnxruntime", "llama-cpp-python",
+)  # fmt: skip
 
 
 def machine():

@@ -5,15 +5,12 @@
 Every candidate first has to give the right result, then one call of each is timed in turn, over
 and over; the table holds medians. Each candidate owns several copies of its weights and takes
 the next one for each call, so that they come from memory and not from a cache. Writes
-`results/cpu_matmul_<backend>.json` and `.png` and prints a Markdown table.
+`results/cpu_matmul_<backend>_<threads>_threads.json` and `.png` and prints a Markdown table.
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
 import pathlib
-import platform
 import statistics
 import sys
 import time
@@ -43,8 +40,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import common
 import keras
 import numpy as np
+from cpu_ceilings import Ceilings
 from cpu_peers import PEERS, Skip
 
 from keras_bitnet import kernels
@@ -214,7 +213,7 @@ def prepare(case, skipped):
     return ready
 
 
-def measure(ready, case, rounds):
+def measure(ready, case, rounds, ceilings):
     """Seconds of each call, `{(name, m): [...]}`; a slow candidate takes part in fewer rounds.
 
     The frameworks' idle threads spin for a while and would slow the next candidate, so there is
@@ -222,6 +221,7 @@ def measure(ready, case, rounds):
     """
     samples = {(name, m): [] for name in ready for m in case.x}
     for i in range(rounds):
+        ceilings.measure()
         for (name, m), taken in samples.items():
             if sum(taken) < BUDGET or len(taken) < 3:
                 time.sleep(0.003)
@@ -230,62 +230,32 @@ def measure(ready, case, rounds):
     return samples
 
 
-def read_bandwidth(rounds):
-    """Bytes a second that the threads read from memory together: the ceiling of m = 1."""
-    import concurrent.futures
-
-    parts = [np.ones(1 << 25, np.float32) for _ in range(ARGS.threads)]  # 128 MiB each
-    with concurrent.futures.ThreadPoolExecutor(ARGS.threads) as pool:
-        times = []
-        for _ in range(rounds):
-            begin = time.perf_counter()
-            list(pool.map(lambda part: float(part.max()), parts))
-            times.append(time.perf_counter() - begin)
-    return sum(part.nbytes for part in parts) / statistics.median(times)
-
-
-def versions():
-    found = {}
-    for name in ("keras", "numpy", "jax", "torch", "tensorflow", "tensorflow_cpu", "openvino"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def cpu_name():
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
-
-
 def main():
     shapes, rows = (SHAPES[:2], ROWS[::2]) if ARGS.quick else (SHAPES, ROWS)
     rounds = ARGS.rounds or (7 if ARGS.quick else 15)
     native.set_threads(ARGS.threads)
-    ARGS.results.mkdir(parents=True, exist_ok=True)
-    path = ARGS.results / f"cpu_matmul_{BACKEND}.json"
+    path = ARGS.results / f"cpu_matmul_{BACKEND}_{ARGS.threads}_threads.json"
     report = {
-        "backend": BACKEND, "bits": ARGS.bits, "threads": ARGS.threads, "rounds": rounds,
-        "cpu": cpu_name(), "system": platform.platform(), "versions": versions(),
-        "isa": native.isa(), "kernel": None, "load": os.getloadavg()[0],
-        "read_bytes_per_second": [], "skipped": {}, "rows": [],
+        **common.header(bits=ARGS.bits, threads=ARGS.threads, rounds=rounds),
+        "isa": native.isa(), "kernel": None, "skipped": {}, "rows": [],
     }  # fmt: skip
+    ceilings = Ceilings(ARGS.threads, "avx512vnni" in native.isas())
     for k, n in shapes:
         case = Case(k, n, rows)
         report["kernel"] = next(row for row, why in kernels.explain(case.layer) if why is None)
         ready = prepare(case, report["skipped"])
-        report["read_bytes_per_second"].append(read_bandwidth(rounds))
-        for (name, m), taken in measure(ready, case, rounds).items():
+        for (name, m), taken in measure(ready, case, rounds, ceilings).items():
             report["rows"].append({
                 "name": name, "in": k, "out": n, "rows": m, "samples": len(taken),
                 "median": statistics.median(taken), "best": min(taken),
                 "spread": statistics.pstdev(taken), "bits_read": case.packed.nbytes * 8,
             })  # fmt: skip
-        path.write_text(json.dumps(report, indent=1) + "\n")  # what is done, should it be stopped
+        report["read_bytes_per_second"] = ceilings.read
+        report["vpdpbusd_per_second"] = ceilings.peak
+        common.write_json(path, report)  # what is done, should it be stopped
     import cpu_report
 
-    print(cpu_report.table(report))
+    print(cpu_report.table(report), cpu_report.verdicts(report), sep="\n\n")
     cpu_report.roofline(report, path.with_suffix(".png"))
 
 

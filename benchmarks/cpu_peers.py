@@ -5,8 +5,13 @@
 for then, and the tolerance is that of 8-bit activations.
 """
 
+import ctypes
+import functools
+import importlib.util
 import os
+import pathlib
 import time
+import weakref
 
 import numpy as np
 
@@ -127,7 +132,89 @@ def onnxruntime_int4(case):
     return call, weight, 0.05
 
 
+class _GgmlParams(ctypes.Structure):
+    """`struct ggml_init_params`."""
+
+    _fields_ = (
+        ("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)
+    )  # fmt: skip
+
+
+@functools.cache
+def _ggml():
+    """The libraries of ggml that `llama-cpp-python` ships, and a CPU backend with its own pool."""
+    found = importlib.util.find_spec("llama_cpp")
+    if found is None:
+        raise Skip("llama-cpp-python is not installed")
+    folder = pathlib.Path(found.origin).parent / "lib"
+    base, cpu = (ctypes.CDLL(str(folder / f"lib{name}.so")) for name in ("ggml-base", "ggml-cpu"))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    for name, result, arguments in (
+        ("ggml_init", pointer, (_GgmlParams,)),
+        ("ggml_new_tensor_2d", pointer, (pointer, ctypes.c_int, integer, integer)),
+        ("ggml_mul_mat", pointer, (pointer, pointer, pointer)),
+        ("ggml_new_graph", pointer, (pointer,)),
+        ("ggml_build_forward_expand", None, (pointer, pointer)),
+        ("ggml_get_data", pointer, (pointer,)),
+        ("ggml_free", None, (pointer,)),
+        ("ggml_quantize_chunk", ctypes.c_size_t,
+         (ctypes.c_int, pointer, pointer, integer, integer, integer, pointer)),
+        ("ggml_threadpool_params_init", None, (pointer, ctypes.c_int)),
+        ("ggml_backend_graph_compute", ctypes.c_int, (pointer, pointer)),
+    ):  # fmt: skip
+        function = getattr(base, name)
+        function.restype, function.argtypes = result, arguments
+    threads = len(os.sched_getaffinity(0))
+    cpu.ggml_backend_cpu_init.restype = cpu.ggml_threadpool_new.restype = pointer
+    cpu.ggml_threadpool_new.argtypes = (pointer,)
+    cpu.ggml_backend_cpu_set_n_threads.argtypes = (pointer, ctypes.c_int)
+    cpu.ggml_backend_cpu_set_threadpool.argtypes = (pointer, pointer)
+    backend = cpu.ggml_backend_cpu_init()
+    options = ctypes.create_string_buffer(4096)  # more than the struct needs
+    base.ggml_threadpool_params_init(options, threads)
+    cpu.ggml_backend_cpu_set_n_threads(backend, threads)
+    cpu.ggml_backend_cpu_set_threadpool(backend, cpu.ggml_threadpool_new(options))
+    return base, backend
+
+
+def ggml(case, kind):
+    """Ternary weights of ggml: `kind` is the number of TQ1_0 (34) or TQ2_0 (35)."""
+    if case.k % 256:
+        raise Skip("in_features is not a multiple of 256")
+    base, backend = _ggml()
+    scale = np.abs(case.weight).mean()
+    codes = np.ascontiguousarray(np.clip(np.rint(case.weight.T / scale), -1, 1), np.float32)
+    count = case.copies(case.k * case.n // 4)
+    rows = sum(case.x)
+    room = count * (case.k * case.n // 3 + 4 * rows * (case.k + case.n) + (1 << 20)) + (1 << 24)
+    context = base.ggml_init(_GgmlParams(room, None, False))
+    graphs = {}
+    for i in range(count):
+        weight = base.ggml_new_tensor_2d(context, kind, case.k, case.n)
+        at = base.ggml_get_data(weight)
+        base.ggml_quantize_chunk(kind, codes.ctypes.data, at, 0, case.n, case.k, None)
+        for m, value in case.x.items():
+            x = base.ggml_new_tensor_2d(context, 0, case.k, m)
+            ctypes.memmove(base.ggml_get_data(x), value.ctypes.data, value.nbytes)
+            y = base.ggml_mul_mat(context, weight, x)
+            graph = base.ggml_new_graph(context)
+            base.ggml_build_forward_expand(graph, y)
+            data = ctypes.cast(base.ggml_get_data(y), ctypes.POINTER(ctypes.c_float))
+            graphs[m, i] = graph, np.ctypeslib.as_array(data, (m, case.n))
+
+    def call(m, i):
+        graph, y = graphs[m, i % count]
+        begin = time.perf_counter()
+        base.ggml_backend_graph_compute(backend, graph)
+        return time.perf_counter() - begin, y
+
+    weakref.finalize(call, base.ggml_free, context)
+    return call, codes.T, 0.05
+
+
 PEERS = {
+    "ggml TQ2_0": lambda case: ggml(case, 35),
+    "ggml TQ1_0": lambda case: ggml(case, 34),
     "torch oneDNN int8": torch_onednn_int8,
     "OpenVINO u2": openvino_u2,
     "ONNX Runtime int4": onnxruntime_int4,

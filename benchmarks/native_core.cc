@@ -2,26 +2,27 @@
 // of memory and the peak of `vpdpbusd`. Every figure is the lower quartile of many short timings,
 // since other programs can only add to a time.
 //
-//   g++ -O2 -std=c++17 benchmarks/native_core.cc -Ikeras_bitnet/kernels/native/src -Lbuild
-//       -lbitnet -Wl,-rpath,$PWD/build -pthread -o build/native_core
+//   native=keras_bitnet/kernels/native
+//   g++ -O2 -std=c++17 -pthread benchmarks/native_core.cc benchmarks/ceilings.cc -I$native/src
+//       -L$native -lbitnet -Wl,-rpath,$PWD/$native -o build/native_core
 //   build/native_core [threads] [bits: 1, 1.6, 2, 4, 8] [k] [n] [group_size] [rounds]
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "bitnet.h"
 
+extern "C" double bench_read(const char* memory, size_t bytes, int threads, int round);
+extern "C" double bench_peak(int threads);
+
 namespace {
 
 constexpr size_t kColdBytes = size_t(384) << 20;  // far more than any last-level cache here
-constexpr size_t kSlice = size_t(4) << 20;         // bytes of one timed read
 
 double seconds(const std::function<void()>& run) {
   const auto begin = std::chrono::steady_clock::now();
@@ -29,46 +30,15 @@ double seconds(const std::function<void()>& run) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
 double quartile(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   return values[values.size() / 4];
 }
-
-// Seconds a slice takes while all threads run slices: run(thread, slice).
-std::vector<double> time_slices(int threads, int slices, const std::function<void(int, int)>& run) {
-  std::vector<std::thread> others;
-  std::vector<double> times;
-  std::atomic<bool> done{false};
-  for (int i = 1; i < threads; ++i) {
-    others.emplace_back([&, i] { for (int slice = 0; !done; ++slice) run(i, slice); });
-  }
-  for (int slice = 0; slice < slices; ++slice) times.push_back(seconds([&] { run(0, slice); }));
-  done = true;
-  for (auto& thread : others) thread.join();
-  return times;
-}
-
-#if defined(__x86_64__)
-__attribute__((target("avx512f"), noinline)) void read_all(const char* p, size_t bytes) {
-  for (const char* end = p + bytes; p < end; p += 256) {
-    __asm__ volatile(
-        "prefetcht0 6144(%0)\n prefetcht0 6208(%0)\n prefetcht0 6272(%0)\n prefetcht0 6336(%0)\n"
-        "vmovdqa64 (%0), %%zmm0\n vmovdqa64 64(%0), %%zmm1\n"
-        "vmovdqa64 128(%0), %%zmm2\n vmovdqa64 192(%0), %%zmm3\n"
-        :: "r"(p) : "xmm0", "xmm1", "xmm2", "xmm3", "memory");
-  }
-}
-
-#define DOT(i) "vpdpbusd %%zmm30, %%zmm31, %%zmm" #i "\n"
-__attribute__((target("avx512f"), noinline)) void peak(int64_t iterations) {
-  for (int64_t i = 0; i < iterations; ++i) {
-    __asm__ volatile(DOT(0) DOT(1) DOT(2) DOT(3) DOT(4) DOT(5) DOT(6) DOT(7) DOT(8) DOT(9)
-                     DOT(10) DOT(11) DOT(12) DOT(13) DOT(14) DOT(15)
-                     ::: "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8",
-                         "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
-  }
-}
-#endif
 
 struct Case {
   int64_t m;
@@ -108,29 +78,20 @@ int main(int argc, char** argv) {
     if (int code = kbn_run(&problem, nullptr)) std::puts(kbn_error(code)), std::exit(1);
   };
 
-  std::vector<double> read_times, peak_times;
-  const int64_t iterations = 50000;
+  std::vector<double> reads, peaks;
   std::vector<Case> cases{{1, true, {}},  {1, false, {}},  {2, true, {}},   {4, true, {}},
                           {4, false, {}}, {8, false, {}},  {12, false, {}}, {16, false, {}},
                           {64, false, {}}, {256, false, {}}, {1024, false, {}}};
   for (int round = 0; round < rounds; ++round) {
-#if defined(__x86_64__)
-    const size_t slices = copies * bytes / kSlice / threads;
-    for (double t : time_slices(threads, 60, [&](int thread, int slice) {
-           const size_t at = thread * slices + (round * 60 + slice) % slices;
-           read_all(weights + at * kSlice, kSlice);
-         })) read_times.push_back(t / double(kSlice * threads));
-    for (double t : time_slices(threads, 60, [&](int, int) { peak(iterations); })) {
-      peak_times.push_back(t / (double(iterations) * 16 * 64 * threads));
-    }
-#endif
+    reads.push_back(bench_read(weights, copies * bytes, threads, round));
+    peaks.push_back(bench_peak(threads));
     for (auto& c : cases) {
       run(c.m, c.cold);
       const int repeats = std::max(1, int(3e8 * threads / double(c.m * n * k) / (c.m < 4 ? 1 : 0.5)));
       for (int i = 0; i < repeats; ++i) c.times.push_back(seconds([&] { run(c.m, c.cold); }));
     }
   }
-  const double bandwidth = 1e-9 / quartile(read_times), macs = 1e-9 / quartile(peak_times);
+  const double bandwidth = 1e-9 * median(reads), macs = 1e-9 * median(peaks);
   std::printf("isa %s  threads %d  bits %s  k %lld  n %lld  group %lld\n", kbn_isa(), threads,
               argc > 2 ? argv[2] : "2", (long long)k, (long long)n, (long long)group);
   std::printf("cold read %.1f GB/s   vpdpbusd %.0f GMAC/s\n", bandwidth, macs);

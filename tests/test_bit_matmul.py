@@ -118,7 +118,7 @@ def test_forcing_a_kernel(rng, monkeypatch):
         np.testing.assert_array_equal(to_numpy(bit_matmul(x, packed, quantizer)), wanted)
     with pytest.raises(ValueError, match="Unknown kernel"), kernels.use_kernel("warp"):
         pass
-    monkeypatch.setenv("KERAS_BITNET_KERNEL", "warp")
+    monkeypatch.setattr(kernels.select, "DEFAULT", "warp")  # as KERAS_BITNET_KERNEL does
     with pytest.raises(ValueError, match="Received: 'warp'"):
         bit_matmul(x, packed, quantizer)
 

@@ -223,7 +223,7 @@ def test_trains_what_is_around_a_packed_layer(policy, rng):
 
 
 def problem(**changes):
-    facts = {"rows": 1, "in_features": 64, "out_features": 8, "bits": 2, "group_size": None,
+    facts = {"in_features": 64, "out_features": 8, "bits": 2, "group_size": None,
              "dtype": "float32", "activation_bits": 8, "activation_granularity": "token",
              "activation_formula": "absmax", "device": "cpu"}  # fmt: skip
     return kernels.Problem(**{**facts, **changes})

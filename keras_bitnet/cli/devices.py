@@ -49,7 +49,6 @@ def _kernels(name, bits):
     from keras_bitnet.kernels import Problem, explain
 
     problem = Problem(
-        rows=1,
         in_features=1024,
         out_features=1024,
         bits=bits,

@@ -6,7 +6,7 @@ A table is a literal tuple of rows, best first. A row says why it refuses a prob
 
 import contextlib
 import dataclasses
-import math
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -16,15 +16,17 @@ import keras
 
 from keras_bitnet.ops.reference import reference_matmul
 
-VARIABLE = "KERAS_BITNET_KERNEL"
+# Read once: in a small call the look-up would take longer than the product.
+DEFAULT = os.environ.get("KERAS_BITNET_KERNEL") or "auto"
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """The static facts of one packed matmul, known under tracing too.
 
+    How many rows the activations have is none of them, since every kernel takes any.
+
     Attributes:
-        rows: Rows of activations, or `None` when not known while tracing.
         in_features: Inner size.
         out_features: Outputs.
         bits: Storage bits of a weight.
@@ -35,9 +37,9 @@ class Problem:
         activation_formula: `"absmax"`, another name for a quantizer of the user's, or `None`.
         device: Where the activations are ("cpu", "cuda:0", ...), or `None` when not known.
         layout: Layout of the packed codes, `"tiles"` or `"trits"`.
+        static_shape: Whether the shape of the activations is known while tracing.
     """
 
-    rows: int | None
     in_features: int
     out_features: int
     bits: int
@@ -48,35 +50,46 @@ class Problem:
     activation_formula: str | None
     device: str | None
     layout: str = "tiles"
+    static_shape: bool = True
 
     @classmethod
     def of(cls, x, packed, activation_quantizer):
         """Reads the problem off the operands of `ops.bit_matmul`, and checks them."""
-        dtype = keras.backend.standardize_dtype(x.dtype)
-        if not keras.backend.is_float_dtype(dtype):
-            raise ValueError(f"`x` must be a float tensor. Received: dtype={dtype}")
-        *leading, in_features = x.shape
-        if in_features != packed.in_features:
-            raise ValueError(
-                f"The last axis of `x` must be in_features={packed.in_features}. "
-                f"Received: x.shape={tuple(x.shape)}"
-            )
-        return cls(
-            rows=None if None in leading else math.prod(leading),
-            in_features=packed.in_features,
-            out_features=packed.out_features,
-            bits=packed.bits,
-            group_size=packed.group_size,
-            dtype=dtype,
-            activation_bits=getattr(activation_quantizer, "bits", None),
-            activation_granularity=getattr(activation_quantizer, "granularity", None),
-            activation_formula=getattr(activation_quantizer, "formula", None),
-            device=_device(x),
-            layout=packed.layout,
+        return _problem(*_facts(x, packed, activation_quantizer))
+
+
+def _facts(x, packed, activation_quantizer):
+    """The fields of a `Problem` in their order, dtype and device as the backend has them."""
+    if x.shape[-1] != packed.in_features:
+        raise ValueError(
+            f"The last axis of `x` must be in_features={packed.in_features}. "
+            f"Received: x.shape={tuple(x.shape)}"
         )
+    return (
+        packed.in_features,
+        packed.out_features,
+        packed.bits,
+        packed.group_size,
+        x.dtype,
+        getattr(activation_quantizer, "bits", None),
+        getattr(activation_quantizer, "granularity", None),
+        getattr(activation_quantizer, "formula", None),
+        getattr(x, "device", None),
+        packed.layout,
+        all(isinstance(size, int) for size in x.shape),
+    )
 
 
-@dataclasses.dataclass(frozen=True)
+def _problem(*facts):
+    problem = Problem(*facts)
+    dtype = keras.backend.standardize_dtype(problem.dtype)
+    if not keras.backend.is_float_dtype(dtype):
+        raise ValueError(f"`x` must be a float tensor. Received: dtype={dtype}")
+    device = None if problem.device is None else str(problem.device)
+    return dataclasses.replace(problem, dtype=dtype, device=device)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Kernel:
     """One row of a table.
 
@@ -180,20 +193,41 @@ def use_kernel(name):
         _scope.forced = outer
 
 
-def choose(problem):
-    """The first row that does not refuse, or the forced one.
+def choose(x, packed, activation_quantizer):
+    """The first row that does not refuse the operands of `ops.bit_matmul`, or the forced one.
 
     Raises:
-        ValueError: The forced kernel is unknown or cannot run the problem.
+        ValueError: The forced kernel is unknown or cannot run the problem, or the operands do
+            not fit each other.
     """
-    name = getattr(_scope, "forced", None) or os.environ.get(VARIABLE) or "auto"
+    facts = _facts(x, packed, activation_quantizer)
+    return _search(getattr(_scope, "forced", None) or DEFAULT, _table(), facts)
+
+
+def _find(name, table, facts):
+    problem = _problem(*facts)
     forced = _named(name)
     if forced is None:
-        return next(row for row in _table() if row.refuse(problem) is None)
+        return next(row for row in table if row.refuse(problem) is None)
     reason = forced.refuse(problem)
     if reason is not None:
         raise ValueError(f"Kernel '{name}' was forced and cannot run {problem}: {reason}")
     return forced
+
+
+if keras.backend.backend() == "torch":
+    from torch.compiler import is_compiling
+
+    # To ask anew would take most of the time of a small eager call. Not while tracing: there
+    # `torch.compile` warns where it meets a cache. The other backends always trace, and a row of
+    # TensorFlow looks at what traces it.
+    _found = functools.lru_cache(maxsize=1024)(_find)
+
+    def _search(*question):
+        return _find(*question) if is_compiling() else _found(*question)
+
+else:
+    _search = _find
 
 
 def explain(problem):
@@ -227,8 +261,3 @@ def _named(name):
         f"Unknown kernel. Accepted: {['auto', *(row.name for row in _table())]} on the "
         f"'{keras.backend.backend()}' backend. Received: {name!r}"
     )
-
-
-def _device(x):
-    device = getattr(x, "device", None)
-    return None if device is None else str(device)

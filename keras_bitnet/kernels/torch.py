@@ -17,16 +17,18 @@ _SCHEMA = (
     "bool per_tensor, float offset, float epsilon) -> Tensor"
 )
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_NONE = torch.empty(0)
 # What a `torch.library.Library` defines goes away with it.
 _fragments: list[torch.library.Library] = []
 
 
 def run(x, packed, activation_quantizer, bias, activation_scale=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
-    none = torch.empty(0, device=x.device)
+    # A constant where it is no part of a traced program.
+    none = torch.empty(0, device=x.device) if torch.compiler.is_compiling() else _NONE
     x_scale = none if activation_scale is None else ops.reshape(activation_scale, (1,))
     bias = none if bias is None else ops.cast(bias, "float32")
-    return torch.ops.keras_bitnet.bit_matmul(
+    return torch.ops.keras_bitnet.bit_matmul.default(
         x.contiguous(),
         _contiguous(packed.tiles),
         _contiguous(packed.scale),

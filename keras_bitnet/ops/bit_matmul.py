@@ -27,6 +27,7 @@ def bit_matmul(x, packed, activation_quantizer=None, bias=None, activation_scale
         ValueError: The last axis of `x` is not `in_features`, `x` is not float, or the forced
             kernel cannot run this case.
     """
-    x = ops.convert_to_tensor(x)
-    problem = select.Problem.of(x, packed, activation_quantizer)
-    return select.choose(problem).run(x, packed, activation_quantizer, bias, activation_scale)
+    if not ops.is_tensor(x):  # Keras takes microseconds to hand a tensor back
+        x = ops.convert_to_tensor(x)
+    kernel = select.choose(x, packed, activation_quantizer)
+    return kernel.run(x, packed, activation_quantizer, bias, activation_scale)

@@ -44,8 +44,8 @@ def refuse(problem):
     device = (problem.device or "cuda").lower()
     if "cuda" not in device and "gpu" not in device:
         return f"the activations are on {problem.device!r}, not on a CUDA device"
-    if not isinstance(problem.rows, int):
-        return "the number of rows is not known while tracing"
+    if not problem.static_shape:
+        return "the shape of the activations is not known while tracing"
     return _devices()[1] or cuda.refuse(problem)
 
 

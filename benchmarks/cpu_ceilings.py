@@ -1,0 +1,57 @@
+"""What bounds a low-bit matmul on this processor, measured: see `ceilings.cc`."""
+
+import ctypes
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import tempfile
+
+import numpy as np
+
+SOURCE = pathlib.Path(__file__).parent / "ceilings.cc"
+_BYTES = 384 << 20  # far more than a last-level cache holds
+
+
+class Ceilings:
+    """Compiles `ceilings.cc` and measures again and again; the medians count.
+
+    Args:
+        threads: Threads that read and multiply together.
+        has_vnni: Whether the processor has AVX-512 VNNI.
+    """
+
+    def __init__(self, threads, has_vnni):
+        self.threads, self.has_vnni = threads, has_vnni
+        self.memory = np.random.default_rng(0).integers(0, 256, _BYTES, np.uint8)
+        self.reads, self.peaks = [], []
+        compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+        if compiler is None:
+            raise SystemExit("The benchmark needs a C++ compiler to measure what bounds it.")
+        with tempfile.TemporaryDirectory() as folder:
+            library = pathlib.Path(folder) / "ceilings.so"
+            command = [compiler, "-O2", "-std=c++17", "-pthread", "-shared", "-fPIC", SOURCE]
+            subprocess.run([*command, "-o", library], check=True)
+            self.library = ctypes.CDLL(str(library))
+        self.library.bench_read.restype = self.library.bench_peak.restype = ctypes.c_double
+        self.library.bench_read.argtypes = (
+            ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int,
+        )  # fmt: skip
+
+    def measure(self):
+        """Adds one measurement of each."""
+        at = self.memory.ctypes.data
+        self.reads.append(self.library.bench_read(at, _BYTES, self.threads, len(self.reads)))
+        if self.has_vnni:
+            self.peaks.append(self.library.bench_peak(self.threads))
+
+    @property
+    def read(self):
+        """Bytes a second that come from memory."""
+        return statistics.median(self.reads)
+
+    @property
+    def peak(self):
+        """Multiply-adds a second of `vpdpbusd`, or `None`."""
+        return statistics.median(self.peaks) if self.peaks else None
