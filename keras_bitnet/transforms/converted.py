@@ -131,13 +131,13 @@ def _item(value, key):
 
 def _way(layer, path):
     """The layers on the way to a child, `layer` first, and the path from the last of them."""
-    way, value, rest = [layer], layer, ()
+    way, value, rest = [layer], layer, ""
     for key in path.split("."):
         if isinstance(value, keras.Layer) and value is not layer:
-            way, rest = [*way, value], ()
+            way, rest = [*way, value], ""
         value = _item(value, key)
-        rest = (*rest, key)
-    return way, ".".join(rest)
+        rest = f"{rest}.{key}" if rest else key
+    return way, rest
 
 
 def _set_child(layer, path, child):
