@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 BACKENDS ?= jax torch tensorflow
 JOBS ?= 2
+# Its models need nothing that requirements-dev.txt does not bring; its tokenizers and downloads
+# would bring tensorflow-text, kagglehub and more.
+WITHOUT_DEPENDENCIES := keras-hub==0.32.0
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 
@@ -13,6 +16,7 @@ $(INSTALLED): pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps $(WITHOUT_DEPENDENCIES)
 	KERAS_BITNET_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --no-deps \
 		--no-build-isolation --editable .
 	touch $@

@@ -48,6 +48,47 @@ class Subclassed(keras.Model):
         return self.head(self.block(self.alias(self.inputs_layer(x))))
 
 
+class Unsaved(keras.layers.Layer):
+    """Nobody can make it again from its config; the layer around it does."""
+
+    def __init__(self, size, activation, **kwargs):
+        super().__init__(**kwargs)
+        self.size = size
+        self.activation = activation
+
+    def build(self, shape):
+        self.projections = [keras.layers.Dense(self.size, name=name) for name in "ab"]
+        for projection in self.projections:
+            projection.build(shape)
+
+    def call(self, x):
+        return self.projections[0](x) * self.activation(self.projections[1](x))
+
+
+@keras.saving.register_keras_serializable("tests")
+class AroundUnsaved(keras.layers.Layer):
+    def __init__(self, size, **kwargs):
+        super().__init__(**kwargs)
+        self.size = size
+        self.gated = Unsaved(size, keras.activations.tanh, name="gated")
+
+    def build(self, shape):
+        self.gated.build(shape)
+        self.a = keras.layers.Dense(self.size, name="a")
+        self.a.build(shape)
+
+    def call(self, x):
+        return self.a(x) + self.gated(x)
+
+    def get_config(self):
+        return {**super().get_config(), "size": self.size}
+
+
+def around_unsaved():
+    inputs = keras.Input((5, 8))
+    return keras.Model(inputs, keras.layers.Dense(3)(AroundUnsaved(8, name="around")(inputs)))
+
+
 def sequential():
     return keras.Sequential(
         [
@@ -76,7 +117,7 @@ def subclassed():
     return model
 
 
-MODELS = [sequential, functional, subclassed]
+MODELS = [sequential, functional, subclassed, around_unsaved]
 
 
 @pytest.fixture

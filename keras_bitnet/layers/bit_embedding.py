@@ -58,6 +58,7 @@ class BitEmbedding(BitLayer):
         **UNTREATED,
     }
     not_in_spec = frozenset({"activation_quantizer"})  # a lookup has no use for it
+    takes_static = False  # many are only looked up, so that calibration sees no vectors
 
     def __init__(
         self,

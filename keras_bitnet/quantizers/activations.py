@@ -54,8 +54,8 @@ class ActivationQuantizer(keras.Quantizer):
         """Quantizes to integers.
 
         Args:
-            x: Float tensor `(..., features)`. A NaN or an infinity makes the scale NaN or
-                infinite, so that it cannot vanish in an integer.
+            x: Float tensor `(..., features)`. A NaN or an infinity makes the scale NaN,
+                so that it cannot vanish in an integer.
             scale: The static scale, a `float32` scalar, where `granularity` is `"static"`.
 
         Returns:
@@ -65,8 +65,12 @@ class ActivationQuantizer(keras.Quantizer):
         Raises:
             ValueError: There is no scale for a static quantizer, or one for another.
         """
+        x = ops.cast(x, "float32")
         ratio, scale = self._ratio(x, scale)
-        return ops.cast(self._round(ratio), "int8"), scale
+        # A maximum may pass over a NaN (in TensorFlow, compiled with XLA), and so would integers.
+        axis = None if self.granularity == "tensor" else -1
+        finite = ops.all(ops.isfinite(x), axis=axis, keepdims=True)
+        return ops.cast(self._round(ratio), "int8"), ops.where(finite, scale, np.nan)
 
     def quantize_with_gradient(self, x, scale=None):
         """As `quantize`, codes as `float32` with a straight-through gradient to `x`."""
@@ -118,9 +122,9 @@ class ActivationQuantizer(keras.Quantizer):
         return x * inverse, largest * float(np.float32(1 / self.highest))
 
     def _static_ratio(self, x, scale):
-        """As `_ratio`; a token that holds a NaN or an infinity gets it as its scale."""
-        largest = ops.amax(ops.abs(ops.stop_gradient(x)), axis=-1, keepdims=True)
-        scale = ops.where(ops.isfinite(largest), scale, largest)
+        """As `_ratio`; the scale of a token that holds a NaN or an infinity is NaN."""
+        finite = ops.all(ops.isfinite(ops.stop_gradient(x)), axis=-1, keepdims=True)
+        scale = ops.where(finite, scale, constant_like(scale, float("nan")))
         return x * (ops.ones_like(scale) / scale), scale
 
     def _round(self, ratio):

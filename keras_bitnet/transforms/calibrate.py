@@ -157,14 +157,22 @@ def _static(quantizer, momentum):
 
 def _check_data(data):
     """Refuses what has no batch, as far as that is known before it is read."""
+    if data is None:
+        raise ValueError("`data` must be what `model.predict` takes. Received: None")
     sized = [leaf for leaf in keras.tree.flatten(data) if hasattr(leaf, "shape")] or [data]
+    sizes = set()
     for leaf in sized:
         try:
-            size = leaf.shape[0] if hasattr(leaf, "shape") else len(leaf)
+            sizes.add(leaf.shape[0] if hasattr(leaf, "shape") else len(leaf))
         except (TypeError, IndexError):  # a generator; a dataset without an end
             continue
-        if size == 0:
-            raise ValueError(f"`data` is empty. Received: {_describe(data)}")
+    if 0 in sizes:
+        raise ValueError(f"`data` is empty. Received: {_describe(data)}")
+    if len(sizes) > 1:
+        raise ValueError(
+            "All arrays of `data` must have the same number of examples. Received: "
+            f"{sorted(sizes)} of them"
+        )
 
 
 def _describe(data):
@@ -198,6 +206,8 @@ class _Stream:
             watcher.predict(self.data, **self.options)
         except UnboundLocalError as error:  # Keras's answer to data without a batch
             raise ValueError(f"`data` is empty. Received: {_describe(self.data)}") from error
+        if not bool(ops.convert_to_numpy(watcher.finite)):
+            raise ValueError("`data` holds a NaN or an infinity. Leave those examples out.")
         found = [
             (layer, observer.seen()) for layer, observer in zip(layers, observers, strict=True)
         ]
@@ -214,16 +224,16 @@ class _Stream:
         for layer, seen in found:
             if not np.isfinite(seen.absmax).all():
                 raise ValueError(
-                    f"The inputs of layer '{layer.name}' hold a NaN or an infinity: either `data` "
-                    "does, or the model makes one of it."
+                    f"The inputs of layer '{layer.name}' hold a NaN or an infinity, which the "
+                    "model makes of finite `data`. Leave the layer out with `filters`."
                 )
 
 
 class _Watcher(keras.Model):
     """A model in whose `predict` the observers see the inputs of layers; it returns nothing.
 
-    An empty output for each example, so that `predict` gathers no memory; state in `call`, so
-    that it works compiled on every backend. Being a model of its own it is traced anew, and
+    So `predict` gathers nothing, however long the data is; state in `call`, so that it works
+    compiled on every backend. Being a model of its own it is traced anew, and
     the model inside keeps its compiled functions.
     """
 
@@ -232,11 +242,17 @@ class _Watcher(keras.Model):
         self.watched = model
         self.observers = observers
         self._layers_watched = layers
+        self.finite = self.add_weight(
+            name="finite", shape=(), initializer="ones", dtype="bool", trainable=False
+        )
         self.built = True
 
     def call(self, inputs):
         by_layer = dict(zip(map(id, self._layers_watched), self.observers, strict=True))
         with watch_inputs(self._layers_watched, lambda layer, x: by_layer[id(layer)].update(x)):
             self.watched(inputs, training=False)
-        first = keras.tree.flatten(inputs)[0]
-        return ops.zeros((ops.shape(first)[0], 0))
+        # Of the data itself too: a layer such as a ReLU or a pooling may lose a NaN.
+        for x in keras.tree.flatten(inputs):
+            if keras.backend.is_float_dtype(x.dtype):
+                self.finite.assign(ops.logical_and(self.finite, ops.all(ops.isfinite(x))))
+        return ()

@@ -6,13 +6,20 @@ config, the original layer plus the replaced ones by path, and follows it again 
 It stays an instance of its class.
 """
 
+import contextlib
 import dataclasses
 import functools
+import importlib
+import inspect
 
 import keras
 
 REGISTERED_NAME = "Converted"
-_BOOKKEEPING = {"_layers", "_modules", "_tracker", "_functional"}
+_BOOKKEEPING = {
+    "_layers", "_modules", "_tracker", "_functional",
+    # Of TensorFlow: other backends would not find a layer by these paths.
+    "_self_unconditional_dependency_names", "_self_unconditional_checkpoint_dependencies",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -30,7 +37,7 @@ class Converted:
     @classmethod
     def from_config(cls, config):
         """Makes the original layer and replaces inner layers as the recipe says."""
-        layer = keras.saving.deserialize_keras_object(config["layer"])
+        layer = _deserialize(config["layer"])
         original = {key: value for key, value in config["layer"].items() if key != "config"}
         return _convert(layer, _Recipe(original, dict(config["replaced"]), []))
 
@@ -58,8 +65,10 @@ def make_converted(layer, twins):
 
     Args:
         layer: A composite layer or subclassed model.
-        twins: Unbuilt replacements by path, see `child_layers`.
+        twins: Unbuilt replacements by path, see `get_child`.
 
+    Raises:
+        NotImplementedError, TypeError: The layer cannot be made from its config.
     """
     if isinstance(layer, Converted):
         config = layer.get_config()
@@ -101,15 +110,34 @@ def _leaves(path, value):
 
 
 def get_child(layer, path):
-    """The child at a path of `child_layers`, or `None`."""
-    name, *keys = path.split(".")
-    value = getattr(layer, name, None)
-    for key in keys:
-        if isinstance(value, dict):
-            value = value.get(key)
-        else:
-            value = value[int(key)] if value is not None and int(key) < len(value) else None
+    """The child at a path of `child_layers`, or `None`.
+
+    A path may lead on into a child: `"attention.query_dense"`.
+    """
+    value = layer
+    for key in path.split("."):
+        value = _item(value, key)
     return value
+
+
+def _item(value, key):
+    """An attribute of a layer or an item of a container, or `None`."""
+    if isinstance(value, keras.Layer):
+        return getattr(value, key, None)
+    if isinstance(value, dict):
+        return value.get(key)
+    return value[int(key)] if value is not None and int(key) < len(value) else None
+
+
+def _way(layer, path):
+    """The layers on the way to a child, `layer` first, and the path from the last of them."""
+    way, value, rest = [layer], layer, ""
+    for key in path.split("."):
+        if isinstance(value, keras.Layer) and value is not layer:
+            way, rest = [*way, value], ""
+        value = _item(value, key)
+        rest = f"{rest}.{key}" if rest else key
+    return way, rest
 
 
 def _set_child(layer, path, child):
@@ -141,8 +169,7 @@ def _convert(layer, recipe):
     @functools.wraps(stock_build)
     def build(*args, **kwargs):
         stock_build(*args, **kwargs)
-        with keras.name_scope(layer.name, caller=layer):
-            _follow_recipe(layer)
+        _follow_recipe(layer)
 
     layer.build = build
     return layer
@@ -155,17 +182,23 @@ def _follow_recipe(layer):
         stock = get_child(layer, path)
         if stock is None:
             continue
+        way, rest = _way(layer, path)
         if "same_as" in config:
             child = get_child(layer, config["same_as"])
         else:
             child = keras.saving.deserialize_keras_object(config)
             if stock.built and not child.built:
-                child.build_from_config(stock.get_build_config())
-        _set_child(layer, path, child)
+                with contextlib.ExitStack() as scopes:
+                    for outer in way:
+                        scopes.enter_context(keras.name_scope(outer.name, caller=outer))
+                    child.build_from_config(stock.get_build_config())
+        _set_child(way[-1], rest, child)
         del recipe.pending[path]
         recipe.done.append(path)
-    if recipe.done and layer.built and hasattr(layer, "_track_variables"):
-        layer._track_variables()  # torch's list of parameters
+    inside = [outer for path in recipe.done for outer in _way(layer, path)[0][1:]]
+    for outer in [*reversed(inside), layer] if recipe.done else []:
+        if outer.built and hasattr(outer, "_track_variables"):
+            outer._track_variables()  # torch's list of parameters
 
 
 @functools.cache
@@ -183,6 +216,25 @@ def _converted_class(cls):
     register(converted)
     register(Converted)  # the name keeps standing for the mixin
     return converted
+
+
+def _deserialize(config):
+    """The layer of a config, which may hold more than the constructor takes.
+
+    Some layers of KerasHub write numbers into their config that they derive from the others, and
+    refuse them; they are only ever made by the layer or model around them.
+    """
+    try:
+        return keras.saving.deserialize_keras_object(config)
+    except TypeError:
+        module = importlib.import_module(config["module"])
+        cls = getattr(module, config["class_name"])
+        inits = [base.__init__ for base in cls.__mro__]
+        taken = {name for init in inits for name in inspect.signature(init).parameters}
+        arguments = {key: value for key, value in config["config"].items() if key in taken}
+        if arguments.keys() == config["config"].keys():
+            raise
+        return keras.saving.deserialize_keras_object({**config, "config": arguments})
 
 
 def _serialize_unbuilt(layer):

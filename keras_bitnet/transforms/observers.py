@@ -43,13 +43,15 @@ class Observer(keras.layers.Layer):
 
     def update(self, x):
         """Takes in one batch of inputs `(..., in_features)`."""
-        x = ops.abs(ops.cast(self.see(x), "float32"))
+        x = ops.cast(self.see(x), "float32")
+        # An infinity stays and is found later; a maximum of TensorFlow may pass over a NaN.
+        x = ops.where(ops.isfinite(x), ops.abs(x), np.inf)
         absmax, average, batches = map(
             ops.convert_to_tensor, (self.absmax, self.average, self.batches)
         )
         channels = ops.max(ops.reshape(x, (-1, x.shape[-1])), axis=0)
         largest = ops.max(channels)
-        self.absmax.assign(ops.maximum(absmax, channels))  # a NaN stays, and is found later
+        self.absmax.assign(ops.maximum(absmax, channels))
         moved = _MOMENTUM * average + (1 - _MOMENTUM) * largest
         self.average.assign(ops.where(batches > 0, moved, largest))
         self.batches.assign(batches + 1)

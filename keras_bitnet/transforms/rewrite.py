@@ -4,6 +4,7 @@ One mechanism for quantizing, packing and unpacking. The old model is left as it
 """
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -79,19 +80,25 @@ class _Twins:
         self.rule = rule
         self.changes: list[Change] = []
         self.replaced: set[int] = set()
-        self._made: dict[int, keras.Layer] = {}
+        self._made: dict[int, keras.Layer | CannotRemakeError] = {}
 
     def copy_of(self, layer, path):
         """The twin, or a copy of a layer in which nothing is replaced."""
         if self.of(layer, path) is layer:
             self._made[id(layer)] = _remake(layer, {})
-        return self._made[id(layer)]
+        return self.of(layer, path)
 
     def of(self, layer, path):
         """The twin, or the layer itself where nothing in it is replaced."""
         if id(layer) not in self._made:
-            self._made[id(layer)] = self._make(layer, path)
-        return self._made[id(layer)]
+            try:
+                self._made[id(layer)] = self._make(layer, path)
+            except CannotRemakeError as error:
+                self._made[id(layer)] = error
+        made = self._made[id(layer)]
+        if isinstance(made, CannotRemakeError):
+            raise made
+        return made
 
     def _make(self, layer, path):
         if not isinstance(layer, keras.Layer):  # an operation such as a slice or a mask
@@ -103,21 +110,39 @@ class _Twins:
             return outcome
         if is_graph(layer):
             return _clone_graph(layer, lambda child: self.copy_of(child, _join(path, child.name)))
-        children = child_layers(layer)
-        if not children:
+        if not child_layers(layer):
             if layer.weights:
                 self.changes.append(Change(path, type(layer).__name__, reason=outcome))
             return layer
         # Where nothing changes no copy is made: some layers of others cannot be.
         before = len(self.replaced)
-        twins = {
-            attribute: self.of(child, _join(path, child.name))
-            for attribute, child in children.items()
-        }
-        if len(self.replaced) == before:
-            return layer
-        changed = {a: twin for a, twin in twins.items() if twin is not children[a]}
-        return _remake(layer, changed)
+        twins = self._twins_in(layer, path)
+        return _remake(layer, twins) if len(self.replaced) > before else layer
+
+    def _twins_in(self, layer, path):
+        """What is replaced in a composite layer, by path of `get_child`."""
+        twins = {}
+        for attribute, child in child_layers(layer).items():
+            try:
+                twin = self.of(child, _join(path, child.name))
+            except CannotRemakeError as error:  # this layer makes it; what is in it is replaced
+                twins.update({f"{attribute}.{inner}": twin for inner, twin in error.twins.items()})
+                continue
+            if twin is not child:
+                twins[attribute] = twin
+        return twins
+
+
+class CannotRemakeError(ValueError):
+    """A layer cannot be made again from its config; `twins` are the replaced layers in it."""
+
+    def __init__(self, layer, twins):
+        super().__init__(
+            f"'{layer.name}' ({type(layer).__name__}) cannot be made again from its config. As "
+            "for saving, `get_config` must give the arguments of `__init__`, which must accept "
+            "`name`, `trainable` and `dtype` (as `**kwargs`)."
+        )
+        self.twins = twins
 
 
 def is_graph(layer):
@@ -140,15 +165,12 @@ def named_layers(layer, path="", seen=None):
 def _remake(layer, twins):
     """An unbuilt copy of a layer, with these inner layers replaced."""
     try:
-        return (
-            make_converted(layer, twins) if twins else type(layer).from_config(layer.get_config())
-        )
+        if not twins:
+            with contextlib.suppress(TypeError):
+                return type(layer).from_config(layer.get_config())
+        return make_converted(layer, twins)
     except (NotImplementedError, TypeError) as error:
-        raise ValueError(
-            f"'{layer.name}' ({type(layer).__name__}) cannot be made again from its config. As "
-            "for saving, `get_config` must give the arguments of `__init__`, which must accept "
-            "`name`, `trainable` and `dtype` (as `**kwargs`)."
-        ) from error
+        raise CannotRemakeError(layer, twins) from error
 
 
 def _clone_graph(model, clone_function):
