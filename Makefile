@@ -59,7 +59,7 @@ test: $(READY) emulator browser
 	@for backend in $(BACKENDS); do \
 		echo "== $$backend"; \
 		PATH="$(abspath $(BIN)):$$PATH" KERAS_BACKEND=$$backend \
-			$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests || exit 1; \
+			$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=15 tests || exit 1; \
 	done
 
 ## check: formatting, lint and types.

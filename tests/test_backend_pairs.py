@@ -56,7 +56,7 @@ model = keras.Model([tokens, images], {
     "deep BitSeparableConv2D": layers.BitSeparableConv2D(5, 3)(images),
     "deep BitMultiHeadAttention": layers.BitMultiHeadAttention(2, 4, value_dim=3)(rows, rows),
     "deep BitTransformerEncoder": layers.BitTransformerEncoder(16, 2, sub_norm="rms")(vectors),
-    "deep converted attention": keras.layers.MultiHeadAttention(2, 4, value_dim=3)(rows, rows),
+    "deep converted attention": keras.layers.MultiHeadAttention(2, 4)(rows, rows),
 })
 model = keras_bitnet.quantize_model(model, verbose=0)
 qat = family_outputs(model)

@@ -1,6 +1,7 @@
 """The command line: what it writes, prints and refuses."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -275,5 +276,5 @@ def test_data_files(tmp_path):
 @pytest.mark.parametrize("command", cli.COMMANDS, ids=lambda command: command.NAME)
 def test_examples_of_the_help_are_valid(command):
     for line in command.EXAMPLES:
-        arguments = shlex.split(line.partition(" > ")[0])
+        arguments = shlex.split(re.split(" [<>] ", line)[0])
         assert cli.make_parser().parse_args([command.NAME, *arguments]).command is command
