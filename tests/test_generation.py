@@ -142,6 +142,27 @@ def test_text_goes_through_the_tokenizer(model):
         model.tokenizer = None
 
 
+class Halves(Letters):
+    """A character takes two tokens."""
+
+    def decode(self, ids):
+        whole = super().decode(list(ids)[::2])
+        return whole[:-1] + "\ufffd" if len(ids) % 2 else whole
+
+
+@pytest.mark.parametrize("count", [4, 5])
+def test_a_text_that_ends_within_a_character(model, count):
+    model.tokenizer = Halves()
+    try:
+        text = model.generate("db", max_new_tokens=count, strip_prompt=True)
+        assert text.endswith("\ufffd") == (count == 5)
+        pieces = list(model.stream("db", max_new_tokens=count))
+        assert "".join(pieces) == text
+        assert len(pieces) == count + (count == 5)
+    finally:
+        model.tokenizer = None
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [

@@ -72,7 +72,8 @@ def stream(model, prompt, arguments, before=""):
             sys.stdout.write(piece if len(pieces) > 1 else before + piece)
             sys.stdout.flush()
     end = time.perf_counter()
-    later = len(pieces) - 1  # the first token includes reading the prompt and compiling
+    tokens = sum(not piece.endswith("\ufffd") for piece in pieces)  # but for an unfinished end
+    later = tokens - 1  # the first token includes reading the prompt and compiling
     rate = later / (end - first) if later else None
-    facts = {"new_tokens": len(pieces), "seconds": end - start, "tokens_per_second": rate}
+    facts = {"new_tokens": tokens, "seconds": end - start, "tokens_per_second": rate}
     return "".join(pieces), facts

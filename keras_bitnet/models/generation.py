@@ -54,7 +54,8 @@ class Generation(keras.Model):
 
         Yields:
             For one prompt the next token id; with text the new piece of text. For several a
-            list of them, `None` for sequences that have ended.
+            list of them, `None` for sequences that have ended. Where a text ends within a
+            character of several tokens, one more piece ends it with U+FFFD.
         """
         request = Request(self, prompts, max_length, **options)
         pieces = [_Text(request.tokenizer) for _ in request.prompts]
@@ -64,6 +65,9 @@ class Generation(keras.Model):
                 for t, piece in zip(tokens, pieces, strict=True)
             ]
             yield row[0] if request.is_single else row
+        rest = [piece.rest() for piece in pieces] if request.is_text else []
+        if any(rest):
+            yield rest[0] if request.is_single else rest
 
     def _sample(self, request):
         rows: list[list[int]] = [[] for _ in request.prompts]
@@ -230,6 +234,10 @@ class _Text:
             return ""
         piece, self.shown = text[self.shown :], len(text)
         return piece
+
+    def rest(self):
+        """What `add` kept back, `None` if nothing."""
+        return self.tokenizer.decode(self.ids)[self.shown :] or None
 
 
 def _ids(encoded):
