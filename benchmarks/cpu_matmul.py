@@ -2,9 +2,9 @@
 
     KERAS_BACKEND=jax python benchmarks/cpu_matmul.py [--quick] [--threads 2] [--bits 2]
 
-Every candidate first has to give the right result, then one call of each is timed in turn, over
-and over; the table holds medians. Each candidate owns several copies of its weights and takes
-the next one for each call, so that they come from memory and not from a cache. Writes
+Every candidate first has to give the right result, then they are timed in turns of some calls; the
+table holds medians. Each candidate owns several copies of its weights and takes the next one for
+each call, so that they come from memory and not from a cache. Writes
 `results/cpu_matmul_<backend>_<threads>_threads.json` and `.png` and prints a Markdown table.
 """
 
@@ -55,6 +55,7 @@ BACKEND = keras.backend.backend()
 QUANTIZER = {1: "binary", 2: "ternary", 4: "int4", 8: "int8"}[ARGS.bits]
 CHECKED_COLUMNS = 64
 BUDGET = 1.0  # seconds of samples of a candidate at one size
+TURN, SLOW = 5, 0.02  # calls that a candidate makes in its turn, unless one takes so many seconds
 
 
 class Case:
@@ -217,16 +218,19 @@ def measure(ready, case, rounds, ceilings):
     """Seconds of each call, `{(name, m): [...]}`; a slow candidate takes part in fewer rounds.
 
     The frameworks' idle threads spin for a while and would slow the next candidate, so there is
-    a pause before each, and a call that only wakes its own threads.
+    a pause before each, and a call that only wakes its own threads. Then some calls follow one
+    another, as those of layers do.
     """
     samples = {(name, m): [] for name in ready for m in case.x}
     for i in range(rounds):
-        ceilings.measure()
         for (name, m), taken in samples.items():
             if sum(taken) < BUDGET or len(taken) < 3:
                 time.sleep(0.003)
-                ready[name](m, 2 * i)
-                taken.append(ready[name](m, 2 * i + 1)[0])
+                ready[name](m, 0)
+                calls = 1 if taken and taken[-1] > SLOW else TURN
+                taken += [ready[name](m, i * TURN + j)[0] for j in range(calls)]
+        ceilings.measure()
+        time.sleep(0.5)  # what ran first would be slower after such a load
     return samples
 
 

@@ -20,7 +20,7 @@ namespace {
 
 // After its last task a worker looks out this long for another before it sleeps: the layers of a
 // network follow one another within that time, and waking a thread costs tens of microseconds.
-constexpr std::chrono::microseconds kPatience{30};
+constexpr std::chrono::microseconds kPatience{100};
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
