@@ -234,11 +234,7 @@ def main():
         for kind in KINDS:
             rows += run_kind(kind, width, data, settings)
     compare(rows)
-    seconds = round(time.perf_counter() - start)
-    common.write_json(
-        arguments.output, {**common.header(**settings), "seconds": seconds, "results": rows}
-    )
-    print(table(rows), f"\n{seconds} s")
+    common.publish(arguments.output, settings, start, rows, table)
 
 
 if __name__ == "__main__":

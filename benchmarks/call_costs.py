@@ -41,7 +41,7 @@ LATER = 4
 
 
 def packed_layer(in_features, out_features):
-    """A packed ternary layer without bias, its kernel all zeros until it is filled."""
+    """A packed ternary layer without bias, with random codes."""
     layer = BitLinear(out_features, use_bias=False, packed=True)
     layer.build((None, in_features))
     tiles = np.random.default_rng(0).integers(0, 3, tuple(layer.kernel_tiles.shape), np.uint8)
@@ -146,7 +146,7 @@ def added_memory():
     """Resident bytes that packed layers add, as ratios to their packed bytes.
 
     The first layer pays for what is compiled for its shape, and for a buffer of its initial zeros
-    where the framework keeps it for the next variable; `later` is what one of four more costs.
+    where the framework keeps it for the next variable; a later layer is one of four more.
     """
     x = keras.ops.ones((1, IN))
     keras.ops.convert_to_numpy(packed_layer(IN, 16)(x))

@@ -98,6 +98,13 @@ def write_json(path, content):
     os.replace(file.name, path)
 
 
+def publish(path, settings, start, rows, table):
+    """Writes the rows of a benchmark that began at `start`, and prints `table(rows)`."""
+    seconds = round(time.perf_counter() - start)
+    write_json(path, {**header(**settings), "seconds": seconds, "results": rows})
+    print(table(rows), f"\n{seconds} s")
+
+
 def interleaved_times(functions, repeats=15, warmup=2, clock=time.perf_counter):
     """Times functions in turns, so that what else the machine does hits all of them alike.
 

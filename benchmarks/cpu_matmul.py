@@ -226,7 +226,7 @@ def measure(ready, case, rounds, ceilings):
         for (name, m), taken in samples.items():
             if sum(taken) < BUDGET or len(taken) < 3:
                 time.sleep(0.003)
-                ready[name](m, 0)
+                ready[name](m, i * TURN - 1)  # on a copy that the timed calls reach last
                 calls = 1 if taken and taken[-1] > SLOW else TURN
                 taken += [ready[name](m, i * TURN + j)[0] for j in range(calls)]
         ceilings.measure()

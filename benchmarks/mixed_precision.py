@@ -181,11 +181,7 @@ def main():
     start = time.perf_counter()
     data = tuple((x, y.astype(np.int32)) for x, y in accuracy.load_images())
     rows = gather([run_seed(seed, data, settings) for seed in settings["seeds"]])
-    seconds = round(time.perf_counter() - start)
-    common.write_json(
-        arguments.output, {**common.header(**settings), "seconds": seconds, "results": rows}
-    )
-    print(table(rows), f"\n{seconds} s")
+    common.publish(arguments.output, settings, start, rows, table)
 
 
 if __name__ == "__main__":

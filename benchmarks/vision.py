@@ -174,11 +174,7 @@ def main():
     places = {pair: i for i, pair in enumerate(itertools.product(NETWORKS, KINDS))}
     rows.sort(key=lambda row: places[row["network"], row["kind"]])
     compare(rows)
-    seconds = round(time.perf_counter() - start)
-    common.write_json(
-        arguments.output, {**common.header(**settings), "seconds": seconds, "results": rows}
-    )
-    print(table(rows), f"\n{seconds} s")
+    common.publish(arguments.output, settings, start, rows, table)
 
 
 if __name__ == "__main__":

@@ -76,3 +76,17 @@ def run_python(code, backend=BACKEND, **environment):
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def damaged(content, rng, trials, reach, most):
+    """Copies of a file's bytes with one to `most` of the first `reach` bytes replaced.
+
+    Every third copy is cut short too.
+    """
+    for trial in range(trials):
+        copy = bytearray(content)
+        if trial % 3 == 0:
+            copy = copy[: rng.integers(1, len(copy))]
+        for _ in range(rng.integers(1, most + 1)):
+            copy[rng.integers(0, min(len(copy), reach))] = rng.integers(0, 256)
+        yield bytes(copy)

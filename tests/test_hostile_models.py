@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from helpers import damaged
 from test_gguf import make_model
 
 from keras_bitnet.interop import from_gguf, from_hugging_face, to_gguf, to_hugging_face
@@ -60,12 +61,7 @@ def test_a_damaged_gguf_model_raises_nothing_but_value_errors(tmp_path, rng):
     to_gguf(model, tmp_path / "m.gguf", type="f32")
     whole = (tmp_path / "m.gguf").read_bytes()
     refused = 0
-    for trial in range(60):
-        content = bytearray(whole)
-        if trial % 3 == 0:
-            content = content[: rng.integers(1, len(content))]
-        for _ in range(rng.integers(1, 5)):
-            content[rng.integers(0, min(len(content), 1500))] = rng.integers(0, 256)
+    for content in damaged(whole, rng, trials=60, reach=1500, most=4):
         (tmp_path / "damaged.gguf").write_bytes(content)
         try:
             from_gguf(tmp_path / "damaged.gguf")

@@ -6,6 +6,7 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import damaged
 
 from keras_bitnet.interop import files
 from keras_bitnet.interop.codecs import BLOCK_TYPES
@@ -122,12 +123,7 @@ def test_random_damage_to_a_gguf_file_raises_nothing_but_value_errors(gguf_path,
     whole = gguf_path.read_bytes()
     path = tmp_path / "damaged.gguf"
     refused = 0
-    for trial in range(300):
-        content = bytearray(whole)
-        if trial % 3 == 0:
-            content = content[: rng.integers(1, len(content))]
-        for _ in range(rng.integers(1, 4)):
-            content[rng.integers(0, min(len(content), 400))] = rng.integers(0, 256)
+    for content in damaged(whole, rng, trials=300, reach=400, most=3):
         path.write_bytes(content)
         try:
             with GGUFFile(path) as file:

@@ -155,6 +155,6 @@ def _measure_plan(model, plan, examples, loss):
         return {}
     twin = calibrated(quantize_model(model, plan, verbose=0), examples)
     base, (whole,), _ = probes.effects(
-        model, twin, examples, loss, alone=False, pairs=[unit_pairs(model, twin)]
+        model, twin, examples, [unit_pairs(model, twin)], loss, alone=False
     )
     return whole_measures(base, whole)

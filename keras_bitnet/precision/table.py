@@ -112,9 +112,7 @@ class Table:
         runs = len(examples) * (1 + len(twins) * (1 + len(self.layers)))
         progress = keras.utils.Progbar(runs, unit_name="run") if verbose else None
         report = (lambda: progress.add(1)) if progress else None
-        base, self.uniform, alone = probes.effects(
-            self.model, twins, examples, loss, report, pairs=pairs
-        )
+        base, self.uniform, alone = probes.effects(self.model, twins, examples, pairs, loss, report)
         self.base = base
         for choice in self.choices:
             quantized = iter(alone)

@@ -91,24 +91,6 @@ def bit_layers(model):
     return {path: layer for path, layer in named_layers(model) if isinstance(layer, BitLayer)}
 
 
-def layer_pairs(reference, quantized):
-    """The quantized layers with their float twins: `{path: (float layer, BitLayer)}`.
-
-    Raises:
-        ValueError: There is no quantized layer, or none with a twin at its path.
-    """
-    twins = dict(named_layers(reference))
-    found = bit_layers(quantized)
-    pairs = {path: (twins[path], layer) for path, layer in found.items() if path in twins}
-    if not pairs:
-        raise ValueError(
-            "The models share no quantized layer. Expected a model of `quantize_model` or "
-            "`pack_model` and the float model that it was made from, with the same names. "
-            f"Received: quantized layers {sorted(found)}, layers of the reference {sorted(twins)}"
-        )
-    return pairs
-
-
 def run(model, x):
     """The outputs of a model in inference mode, as a list of arrays."""
     return _arrays(model(x, training=False))
@@ -171,25 +153,23 @@ class Effect:
         self.examples += size
 
 
-def effects(reference, quantized, batches, loss=None, progress=None, alone=True, pairs=None):
+def effects(reference, quantized, batches, pairs, loss=None, progress=None, alone=True):
     """Measures what quantizing each layer alone does to the outputs of the float model.
 
     Args:
         reference: The float model.
         quantized: Its quantized twin, or a list of them.
         batches: List or iterator of `(x, y)`, `y` may be `None`.
+        pairs: List of `{path: (float layer, quantized layer)}`, one entry a twin.
         loss: `loss(y, outputs) -> float`, or `None`.
         progress: Called after each run of a model, or `None`.
         alone: Whether to quantize layers alone, too.
-        pairs: `{path: (float layer, quantized layer)}` of each twin, or `None`: those of
-            `layer_pairs`.
 
     Returns:
         `(base, whole, single)`: `Effect` of the float model; lists, one entry a twin, of the
         `Effect` of the whole twin and of `{path: Effect of that layer alone}`.
     """
     twins = quantized if isinstance(quantized, list) else [quantized]
-    pairs = pairs or [layer_pairs(reference, twin) for twin in twins]
     base = Effect(Comparison())
     whole = [Effect(Comparison()) for _ in twins]
     single = [{path: Effect(Comparison()) for path in found} for found in pairs]

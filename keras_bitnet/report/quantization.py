@@ -168,9 +168,9 @@ def quantization_report(
         reference,
         model,
         examples,
+        [used],
         loss_function(reference, loss, examples),
         (lambda: progress.add(1)) if progress else None,
-        pairs=[used],
     )
     if not np.isfinite(base.outputs.signal):
         raise ValueError(f"Model '{reference.name}' makes a NaN or an infinity of `data`.")
