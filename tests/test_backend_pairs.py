@@ -14,8 +14,12 @@ COMMON = """
 import json, sys, zlib
 import keras, numpy as np
 import keras_bitnet
+from helpers import to_numpy
 from keras_bitnet import ops, quantizers
+from keras_bitnet.interop.tensor_map import projections
 from keras_bitnet.layers import BitLinear
+from keras_bitnet.models import BitNetBackbone, BitNetCausalLM
+from rounding import clear_tokens
 
 GRANULARITIES = [("tensor", None), ("channel", None), ("group", 32)]
 x = np.random.default_rng(1).normal(size=(5, 70)).astype("float32")
@@ -25,15 +29,25 @@ def facts(model):
     for layer in model.layers:
         if isinstance(layer, BitLinear):
             codes, _ = layer.activation_quantizer.quantize(x)
-            s = keras.ops.convert_to_numpy(ops.accumulate(codes, layer.packed_kernel))
+            s = to_numpy(ops.accumulate(codes, layer.packed_kernel))
             sums.append(zlib.crc32(s.astype("<i4").tobytes()))
-    return {"sums": sums, "y": keras.ops.convert_to_numpy(model(x)).tolist()}
+    return {"sums": sums, "y": to_numpy(model(x)).tolist()}
 
 def family_outputs(model):
     rng = np.random.default_rng(2)
     tokens = rng.integers(0, 37, (2, 6))
     images = rng.normal(size=(2, 6, 6, 4)).astype("float32")
-    return {k: keras.ops.convert_to_numpy(v).tolist() for k, v in model([tokens, images]).items()}
+    return {k: to_numpy(v).tolist() for k, v in model([tokens, images]).items()}
+
+def text_facts(model, tokens):
+    data = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    tiles = [to_numpy(p.layer.kernel_tiles).tobytes() for p in projections(model.backbone)
+             if model.packed]
+    return {
+        "class": type(model).__name__, "packed": model.packed, "tiles": zlib.crc32(b"".join(tiles)),
+        "logits": to_numpy(model(data)).tolist(),
+        "text": model.generate(tokens, max_new_tokens=4, strip_prompt=True),
+    }
 """
 
 FAMILY = """
@@ -61,8 +75,26 @@ model = keras.Model([tokens, images], {
 model = keras_bitnet.quantize_model(model, verbose=0)
 qat = family_outputs(model)
 packed = keras_bitnet.pack_model(model, verbose=0)
-packed.save(FAMILY_PATH)
+packed.save(f"{FOLDER}/family.keras")
 family = {"qat": qat, "packed": family_outputs(packed)}
+"""
+
+LANGUAGE_MODELS = """
+model = BitNetCausalLM(BitNetBackbone(
+    vocabulary_size=50, num_layers=2, num_query_heads=4, num_key_value_heads=2, hidden_dim=32,
+    intermediate_dim=48, tie_word_embeddings=False))
+rng = np.random.default_rng(0)
+for variable in sorted(model.trainable_variables, key=lambda v: v.path):
+    scale = variable.name == "scale"
+    variable.assign(rng.uniform(0.5, 1.5, variable.shape) if scale
+                    else rng.normal(0, 0.5, variable.shape))
+packed = keras_bitnet.pack_model(model, verbose=0)
+tokens = clear_tokens(model)
+language_models = {}
+for name, m in {"qat": model, "packed": packed}.items():
+    m.save(f"{FOLDER}/{name}.keras")
+    language_models[name] = text_facts(m, tokens)
+np.save(f"{FOLDER}/tokens.npy", tokens)
 """
 
 SAVE = """
@@ -75,27 +107,37 @@ for name in ("binary", "ternary", "int2", "int4", "int8"):
         outputs.append(BitLinear(19, weight_quantizer=q, bias_initializer="ones")(inputs))
 model = keras.Model(inputs, keras.layers.Concatenate()(outputs))
 packed = keras_bitnet.pack_model(model, verbose=0)
-packed.save(PATH)
-qat = keras.ops.convert_to_numpy(model(x))
-print(json.dumps({**facts(packed), "qat": qat.tolist(), "family": family}))
+packed.save(f"{FOLDER}/linear.keras")
+qat = to_numpy(model(x))
+print(json.dumps({
+    **facts(packed), "qat": qat.tolist(), "family": family, "language_models": language_models,
+}))
 """
 
 LOAD = """
 load = keras.models.load_model
-print(json.dumps([{**facts(load(p)), "family": family_outputs(load(f))} for p, f in PATHS]))
+print(json.dumps([{
+    **facts(load(f"{folder}/linear.keras")),
+    "family": family_outputs(load(f"{folder}/family.keras")),
+    "language_models": {
+        name: text_facts(load(f"{folder}/{name}.keras"), np.load(f"{folder}/tokens.npy"))
+        for name in ("qat", "packed")
+    },
+} for folder in FOLDERS]))
 """
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairs")
-    paths = [(str(folder / f"{b}.keras"), str(folder / f"{b}.family.keras")) for b in BACKENDS]
-    saved = {}
-    for b, (path, family) in zip(BACKENDS, paths, strict=True):
-        code = f"PATH, FAMILY_PATH = {path!r}, {family!r}\n{COMMON}{FAMILY}{SAVE}"
-        saved[b] = run_python(code, b)
-    code = f"PATHS = {paths!r}\n{COMMON}{LOAD}"
-    loaded = {b: dict(zip(BACKENDS, run_python(code, b), strict=True)) for b in BACKENDS}
+    """What each backend saw of what it saved, and of what each other backend saved."""
+    folders = [str(tmp_path_factory.mktemp(b)) for b in BACKENDS]
+    write = COMMON + FAMILY + LANGUAGE_MODELS + SAVE
+    saved = {
+        b: run_python(f"FOLDER = {folder!r}\n{write}", b)
+        for b, folder in zip(BACKENDS, folders, strict=True)
+    }
+    read = f"FOLDERS = {folders!r}\n{COMMON}{LOAD}"
+    loaded = {b: dict(zip(BACKENDS, run_python(read, b), strict=True)) for b in BACKENDS}
     return saved, loaded
 
 
@@ -137,74 +179,18 @@ def test_packing_keeps_the_outputs_of_every_layer(backend, results):
     assert_alike(family["packed"], family["qat"])
 
 
-LM_COMMON = """
-import json, sys, zlib
-import keras, numpy as np
-import keras_bitnet
-from helpers import to_numpy
-from keras_bitnet.interop.tensor_map import projections
-from keras_bitnet.models import BitNetBackbone, BitNetCausalLM
-from rounding import clear_tokens
-
-def facts(model, tokens):
-    data = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
-    tiles = [to_numpy(p.layer.kernel_tiles).tobytes() for p in projections(model.backbone)
-             if model.packed]
-    return {
-        "class": type(model).__name__, "packed": model.packed, "tiles": zlib.crc32(b"".join(tiles)),
-        "logits": to_numpy(model(data)).tolist(),
-        "text": model.generate(tokens, max_new_tokens=4, strip_prompt=True),
-    }
-"""
-
-LM_SAVE = """
-model = BitNetCausalLM(BitNetBackbone(
-    vocabulary_size=50, num_layers=2, num_query_heads=4, num_key_value_heads=2, hidden_dim=32,
-    intermediate_dim=48, tie_word_embeddings=False))
-rng = np.random.default_rng(0)
-for variable in sorted(model.trainable_variables, key=lambda v: v.path):
-    scale = variable.name == "scale"
-    variable.assign(rng.uniform(0.5, 1.5, variable.shape) if scale
-                    else rng.normal(0, 0.5, variable.shape))
-packed = keras_bitnet.pack_model(model, verbose=0)
-tokens = clear_tokens(model)
-saved = {}
-for name, m in {"qat": model, "packed": packed}.items():
-    m.save(f"{FOLDER}/{name}.keras")
-    saved[name] = facts(m, tokens)
-np.save(f"{FOLDER}/tokens.npy", tokens)
-print(json.dumps(saved))
-"""
-
-LM_LOAD = """
-print(json.dumps([{
-    name: facts(keras.models.load_model(f"{f}/{name}.keras"), np.load(f"{f}/tokens.npy"))
-    for name in ("qat", "packed")
-} for f in FOLDERS]))
-"""
-
-
-@pytest.fixture(scope="module")
-def language_models(tmp_path_factory):
-    folders = [str(tmp_path_factory.mktemp(f"lm_{b}")) for b in BACKENDS]
-    saved = {
-        b: run_python(f"FOLDER = {folder!r}\n{LM_COMMON}{LM_SAVE}", b)
-        for b, folder in zip(BACKENDS, folders, strict=True)
-    }
-    code = f"FOLDERS = {folders!r}\n{LM_COMMON}{LM_LOAD}"
-    return saved, {b: dict(zip(BACKENDS, run_python(code, b), strict=True)) for b in BACKENDS}
-
-
 @pytest.mark.parametrize(("writer", "reader"), itertools.product(BACKENDS, BACKENDS))
-def test_pair_of_language_models(writer, reader, language_models):
+def test_pair_of_language_models(writer, reader, results):
     """The same tokens everywhere, trained and packed, and the same logits to 1e-4."""
-    saved, loaded = language_models
+    saved, loaded = results
+    wanted = saved[writer]["language_models"]
+    actual = loaded[reader][writer]["language_models"]
     for kind in ("qat", "packed"):
-        wanted, actual = saved[writer][kind], loaded[reader][writer][kind]
-        assert (actual["class"], actual["packed"]) == ("BitNetCausalLM", kind == "packed")
-        assert actual["tiles"] == wanted["tiles"]
-        assert actual["text"] == wanted["text"]
-        np.testing.assert_allclose(actual["logits"], wanted["logits"], rtol=0, atol=1e-4)
-        np.testing.assert_allclose(
-            actual["logits"], saved[writer]["qat"]["logits"], rtol=0, atol=1e-4
+        assert (actual[kind]["class"], actual[kind]["packed"]) == (
+            "BitNetCausalLM",
+            kind == "packed",
         )
+        assert actual[kind]["tiles"] == wanted[kind]["tiles"]
+        assert actual[kind]["text"] == wanted[kind]["text"]
+        for logits in (wanted[kind]["logits"], wanted["qat"]["logits"]):
+            np.testing.assert_allclose(actual[kind]["logits"], logits, rtol=0, atol=1e-4)
