@@ -54,12 +54,14 @@ browser:
 			|| echo "no browser: the test of the report in one is skipped"; \
 	fi
 
-## test: the whole suite, once per backend, in JOBS processes.
+## test: the whole suite, once per backend, in JOBS processes. Files go in the order of their names:
+# the reordering of xdist would leave the longest, which have few tests, for the end.
 test: $(READY) emulator browser
 	@for backend in $(BACKENDS); do \
 		echo "== $$backend"; \
 		PATH="$(abspath $(BIN)):$$PATH" KERAS_BACKEND=$$backend \
-			$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=15 tests || exit 1; \
+			$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder \
+			--durations=15 tests || exit 1; \
 	done
 
 ## check: formatting, lint and types.

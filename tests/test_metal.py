@@ -48,6 +48,8 @@ def cpu_operator(shader, monkeypatch):
     fragment.impl("metal_matmul", lambda *operands: dispatch.matmul(shader, *operands), "CPU")
     monkeypatch.setattr(metal, "OBSTACLE", None)
     monkeypatch.setattr(metal, "DEVICE", "cpu")
+    # What is chosen here must not be remembered for later tests.
+    monkeypatch.setattr(kernels.select, "_search", kernels.select._find)
     yield torch.ops.keras_bitnet.metal_matmul.default
     fragment._destroy()
 

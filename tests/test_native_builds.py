@@ -19,12 +19,13 @@ def run(*command):
     return result.stdout
 
 
-def build(folder, *options, compiler="c++", flags=""):
+def build(folder, *options, compiler="c++", flags="", optimization="-O2"):
     """Builds the self-check driver with CMake and returns its path."""
     run(
         "cmake",
         *("-S", ROOT, "-B", folder, "-DKBN_SELF_CHECK=ON", "-DKBN_ADAPTERS=OFF"),
-        *(f"-DCMAKE_CXX_COMPILER={compiler}", f"-DCMAKE_CXX_FLAGS={flags}", *options),
+        *(f"-DCMAKE_CXX_COMPILER={compiler}", f"-DCMAKE_CXX_FLAGS={flags}"),
+        *(f"-DCMAKE_CXX_FLAGS_RELEASE={optimization}", *options),
     )
     run("cmake", "--build", folder, "--target", "self_check", "--parallel", "2")
     return folder / "self_check"
@@ -49,14 +50,16 @@ def require_sanitizer(folder, flag):
 def test_address_and_undefined_behaviour(tmp_path):
     flag = "-fsanitize=address,undefined"
     require_sanitizer(tmp_path, flag)
-    program = build(tmp_path / "build", flags=f"{flag} -fno-sanitize-recover=all -g1")
+    program = build(
+        tmp_path / "build", flags=f"{flag} -fno-sanitize-recover=all -g1", optimization="-O1"
+    )
     assert "forked child agrees" in run(program, "fork")
 
 
 def test_data_races(tmp_path):
     flag = "-fsanitize=thread"
     require_sanitizer(tmp_path, flag)
-    program = build(tmp_path / "build", flags=f"{flag} -g1")
+    program = build(tmp_path / "build", flags=f"{flag} -g1", optimization="-O1")
     assert "concurrent callers agree" in run(program)
 
 
