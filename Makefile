@@ -75,12 +75,14 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-## bench: every benchmark; results go to benchmarks/results.
+## bench: accuracy and speed on a CPU, some hours; results go to benchmarks/results. The other
+# benchmarks need a GPU, a download or a day, as each says at its top.
 bench: $(READY)
 	$(BIN)/python benchmarks/accuracy.py
 	@for backend in $(BACKENDS); do \
-		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/training_step.py || exit 1; \
-		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/cpu_matmul.py || exit 1; \
+		for name in training_step call_costs cpu_matmul generation; do \
+			KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$name.py || exit 1; \
+		done; \
 	done
 
 clean:

@@ -11,7 +11,6 @@ import tempfile
 import numpy as np
 
 SOURCE = pathlib.Path(__file__).parent / "ceilings.cc"
-_BYTES = 384 << 20  # far more than a last-level cache holds
 
 
 class Ceilings:
@@ -20,11 +19,13 @@ class Ceilings:
     Args:
         threads: Threads that read and multiply together.
         has_vnni: Whether the processor has AVX-512 VNNI.
+        nbytes: Bytes that are read, no fewer than what is held against them reads: large servers
+            have last-level caches of hundreds of megabytes.
     """
 
-    def __init__(self, threads, has_vnni):
+    def __init__(self, threads, has_vnni=False, nbytes=384 << 20):
         self.threads, self.has_vnni = threads, has_vnni
-        self.memory = np.random.default_rng(0).integers(0, 256, _BYTES, np.uint8)
+        self.memory = np.random.default_rng(0).integers(0, 256, nbytes, np.uint8)
         self.reads, self.peaks = [], []
         compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
         if compiler is None:
@@ -41,8 +42,8 @@ class Ceilings:
 
     def measure(self):
         """Adds one measurement of each."""
-        at = self.memory.ctypes.data
-        self.reads.append(self.library.bench_read(at, _BYTES, self.threads, len(self.reads)))
+        at, size = self.memory.ctypes.data, self.memory.size
+        self.reads.append(self.library.bench_read(at, size, self.threads, len(self.reads)))
         if self.has_vnni:
             self.peaks.append(self.library.bench_peak(self.threads))
 

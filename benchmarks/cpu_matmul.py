@@ -219,11 +219,14 @@ def measure(ready, case, rounds, ceilings):
 
     The frameworks' idle threads spin for a while and would slow the next candidate, so there is
     a pause before each, and a call that only wakes its own threads. Then some calls follow one
-    another, as those of layers do.
+    another, as those of layers do. The order is another one in each round: a heavy neighbour,
+    which leaves the processor slow, is never the same.
     """
     samples = {(name, m): [] for name in ready for m in case.x}
+    rng = np.random.default_rng(0)
     for i in range(rounds):
-        for (name, m), taken in samples.items():
+        for place in rng.permutation(len(samples)):
+            (name, m), taken = list(samples.items())[place]
             if sum(taken) < BUDGET or len(taken) < 3:
                 time.sleep(0.003)
                 ready[name](m, i * TURN - 1)  # on a copy that the timed calls reach last

@@ -5,13 +5,12 @@
 A model of the architecture of BitNet b1.58 2B4T with random codes is made packed, saved, loaded
 by a fresh process that says how long that took and how much memory, and generates at batch 1.
 On a CPU the tokens a second are held against what the memory allows: the bytes that a token
-reads over the bandwidth that as many threads reach on cold memory in the same run. Before
+reads over the bandwidth that as many threads reach on as much cold memory in the same run. Before
 anything is timed, the tokens are checked against a pass over the whole text without a cache.
 Writes `results/generation_<backend>.json`.
 """
 
 import argparse
-import concurrent.futures
 import itertools
 import json
 import os
@@ -50,6 +49,7 @@ ARGS = arguments()
 import common
 import keras
 import numpy as np
+from cpu_ceilings import Ceilings
 from keras import ops
 
 import keras_bitnet
@@ -164,18 +164,6 @@ def generate(model, prompt):
     return times[0], times[2:]
 
 
-def read_bandwidth():
-    """Bytes a second that the threads read from cold memory together, and the spread of it."""
-    parts = [np.ones(1 << 25, np.float32) for _ in range(ARGS.threads)]  # 128 MiB each
-    with concurrent.futures.ThreadPoolExecutor(ARGS.threads) as pool:
-        rates = []
-        for _ in range(12):
-            start = time.perf_counter()
-            list(pool.map(lambda part: float(part.max()), parts))
-            rates.append(sum(part.nbytes for part in parts) / (time.perf_counter() - start))
-    return rates
-
-
 def measure(model):
     """Rows of prefill and decoding, with the bandwidth of the memory measured between them."""
     prompt = [int(t) for t in np.random.default_rng(1).integers(5, 1000, PROMPT)]
@@ -183,10 +171,12 @@ def measure(model):
     check(model, prompt)
     generate(model, prompt)  # traces the programs of this length
     first = time.perf_counter() - start
-    prefills, steps, rates = [], [], []
+    nbytes = bytes_of_token(model)
+    ceilings = Ceilings(ARGS.threads, nbytes=nbytes) if on_cpu() else None
+    prefills, steps = [], []
     for _ in range(ARGS.rounds):
-        if on_cpu():
-            rates += read_bandwidth()
+        if ceilings:
+            ceilings.measure()
         prefill, tokens = generate(model, prompt)
         prefills.append(prefill)
         steps += tokens
@@ -197,13 +187,13 @@ def measure(model):
         "prefill_seconds": prefills,
         "decode_tokens_per_second": decode,
         "step_seconds": common.spread(steps),
-        "bytes_per_token": bytes_of_token(model),
+        "bytes_per_token": nbytes,
     }
-    if rates:
-        bandwidth = statistics.median(rates)
-        allowed = bandwidth / result["bytes_per_token"]
+    if ceilings:
+        ceilings.measure()
+        allowed = ceilings.read / nbytes
         result |= {
-            "read_bytes_per_second": common.spread(rates),
+            "read_bytes_per_second": common.spread(ceilings.reads),
             "tokens_per_second_of_bandwidth": allowed,
             "of_bandwidth": decode / allowed,
         }
