@@ -5,10 +5,11 @@ from typing import ClassVar
 import keras
 from keras import ops, regularizers
 
-from keras_bitnet.layers.base import BitLayer, assign_copy, under_own_names
+from keras_bitnet.layers.base import BitLayer, under_own_names
 from keras_bitnet.layers.bit_linear import BitLinear
 from keras_bitnet.layers.block import BitBlock
 from keras_bitnet.layers.inputs import UNTREATED
+from keras_bitnet.layers.kernel_weights import assign_copy
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")

@@ -5,10 +5,11 @@ from typing import Any, ClassVar
 import keras
 from keras import activations, regularizers
 
-from keras_bitnet.layers.base import assign_copy, under_own_names
+from keras_bitnet.layers.base import under_own_names
 from keras_bitnet.layers.bit_conv import BitConv, BitConv1D, BitConv2D
 from keras_bitnet.layers.bit_depthwise_conv import BitDepthwiseConv1D, BitDepthwiseConv2D
 from keras_bitnet.layers.block import BitBlock
+from keras_bitnet.layers.kernel_weights import assign_copy
 
 
 class BitSeparableConv(BitBlock):

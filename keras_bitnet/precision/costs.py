@@ -2,7 +2,7 @@
 
 import math
 
-from keras_bitnet.layers.base import smallest_layout
+from keras_bitnet.layers.kernel_weights import smallest_layout
 from keras_bitnet.ops import layout
 from keras_bitnet.report.macs import dtype_bits
 from keras_bitnet.report.pairs import inner_layers

@@ -8,7 +8,7 @@ import keras
 
 from keras_bitnet import quantizers
 from keras_bitnet.kernels.select import Problem, explain
-from keras_bitnet.layers.base import smallest_layout
+from keras_bitnet.layers.kernel_weights import smallest_layout
 from keras_bitnet.ops.packed_tensor import PackedTensor
 from keras_bitnet.report.latency import multiplies
 from keras_bitnet.report.pairs import inner_layers

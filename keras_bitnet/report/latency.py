@@ -12,8 +12,9 @@ from keras_bitnet.checks import check_built, check_choice, check_count
 from keras_bitnet.filters import layer_filter
 from keras_bitnet.kernels.select import explain
 from keras_bitnet.layers import BitEmbedding
-from keras_bitnet.layers.base import BitLayer, smallest_layout, under_own_names
+from keras_bitnet.layers.base import BitLayer, under_own_names
 from keras_bitnet.layers.bit_depthwise_conv import BitDepthwiseConv
+from keras_bitnet.layers.kernel_weights import smallest_layout
 from keras_bitnet.report.calls import CannotRunError, record_calls
 from keras_bitnet.report.macs import precision
 from keras_bitnet.report.pairs import BLOCKS, inner_layers, quantized_units

@@ -3,7 +3,8 @@
 import numpy as np
 from keras import ops
 
-from keras_bitnet.layers.base import BitLayer, assign_copy
+from keras_bitnet.layers.base import BitLayer
+from keras_bitnet.layers.kernel_weights import assign_copy
 from keras_bitnet.transforms.quantize import TWINS
 from keras_bitnet.transforms.rewrite import named_layers
 

@@ -7,8 +7,9 @@ import warnings
 from keras import ops
 
 from keras_bitnet.checks import check_choice
-from keras_bitnet.layers.base import BitLayer, assign_copy, smallest_layout
+from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.block import PacksAsWhole
+from keras_bitnet.layers.kernel_weights import assign_copy, smallest_layout
 from keras_bitnet.transforms.converted import Converted, child_layers, get_child
 from keras_bitnet.transforms.rewrite import Rule, copy_own_weights, copy_weights, rewrite
 

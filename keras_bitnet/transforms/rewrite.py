@@ -11,7 +11,7 @@ from collections.abc import Callable
 import keras
 
 from keras_bitnet.checks import check_built
-from keras_bitnet.layers.base import assign_copy
+from keras_bitnet.layers.kernel_weights import assign_copy
 from keras_bitnet.transforms.converted import child_layers, get_child, make_converted
 
 
