@@ -1,9 +1,11 @@
 """What every benchmark needs: facts about the machine, fair timing, results that are whole."""
 
+import concurrent.futures
 import contextlib
 import datetime
 import importlib.metadata
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -103,6 +105,21 @@ def publish(path, settings, start, rows, table):
     seconds = round(time.perf_counter() - start)
     write_json(path, {**header(**settings), "seconds": seconds, "results": rows})
     print(table(rows), f"\n{seconds} s")
+
+
+def in_processes(function, calls, jobs):
+    """Results of `function(*call)` for each of some calls, in their order.
+
+    Args:
+        function: A function of a module, that takes and returns what can be pickled.
+        calls: Tuples of arguments.
+        jobs: Calls at a time, each in a process of its own; 1 makes them here.
+    """
+    if jobs == 1:
+        return [function(*call) for call in calls]
+    context = multiprocessing.get_context("spawn")  # frameworks with threads do not fork
+    with concurrent.futures.ProcessPoolExecutor(jobs, context) as pool:
+        return list(pool.map(function, *zip(*calls, strict=True)))
 
 
 def interleaved_times(functions, repeats=15, warmup=2, clock=time.perf_counter):

@@ -1,13 +1,14 @@
 """A precision for each layer against one for all: equal bytes, real images.
 
-The images and the split are those of `accuracy.py`, the network a perceptron of stock Keras layers
-with batch normalization. From every seed it is trained in float; then, for each size,
-`suggest_precision` finds the precisions on training images alone, with the packed bytes of the
-best uniform network as its budget. Uniform and mixed networks start from the same float weights
-and are compared twice: just rounded, and after the same training with quantization. What meets
-the test images is packed, and its bytes are counted there.
+The images and split are those of `accuracy.py`. The network is one of unlike layers, stock Keras
+layers with batch normalization: three narrow convolutions of a few hundred weights, then a
+perceptron that holds nearly all of them. From every seed it is trained in float; then, for each
+size, `suggest_precision` finds the precisions on training images alone, with the packed bytes of
+the uniform network as its budget. Uniform and mixed networks start from the same float weights and
+are compared twice: just rounded, and after the same training with quantization. What meets the
+test images is packed, and its bytes are counted there.
 
-    KERAS_BACKEND=jax python benchmarks/mixed_precision.py [--quick]
+    KERAS_BACKEND=jax python benchmarks/mixed_precision.py [--quick] [--jobs 2]
 """
 
 import argparse
@@ -23,6 +24,7 @@ from keras import layers
 from keras_bitnet import pack_model, quantize_model, suggest_precision
 from keras_bitnet.quantizers import Binary, Int2, Int4, Int8, Ternary
 
+SIZE = 14  # pixels a side
 # All with a scale for each channel, so that the precisions differ in nothing else.
 CANDIDATES = (
     Binary(granularity="channel"),
@@ -39,12 +41,15 @@ SIZES = {
 MIXED = "suggest_precision"
 
 
-def make_model(features, widths):
-    """Hidden layers with batch normalization, then the layer of the classes."""
-    x = inputs = keras.Input((features,))
-    for i, width in enumerate(widths):
-        x = layers.Dense(width, use_bias=False, name=f"hidden_{i}")(x)
+def make_model(filters, units):
+    """Convolutions, each after the first halves the image, then a hidden layer and the classes."""
+    x = inputs = keras.Input((SIZE, SIZE, 1))
+    for i, count in enumerate(filters):
+        strides = 1 if i == 0 else 2
+        x = layers.Conv2D(count, 3, strides, "same", use_bias=False, name=f"conv_{i}")(x)
         x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+    x = layers.Dense(units, use_bias=False, name="hidden")(layers.Flatten()(x))
+    x = layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
     model = keras.Model(inputs, layers.Dense(accuracy.CLASSES, name="classes")(x))
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return model
@@ -76,7 +81,7 @@ def run_seed(seed, data, settings):
     """All networks from one seed: `[{"size", "kind", "rounded", "trained", "bytes", ...}]`."""
     training, test = data
     keras.utils.set_random_seed(seed)
-    model = make_model(training[0].shape[1], settings["widths"])
+    model = make_model(settings["filters"], settings["units"])
     train(model, training, settings["float_epochs"], settings["float_learning_rate"], settings)
     correct = accuracy.evaluate(model, test)
     rows = [
@@ -162,10 +167,12 @@ def main():
     """Runs everything, writes `results/mixed_precision.json`, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="few epochs and seeds")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
     parser.add_argument("--output", default=common.RESULTS / "mixed_precision.json")
     arguments = parser.parse_args()
     settings = {
-        "widths": [64, 32, 32],
+        "filters": [4, 8, 8],
+        "units": 128,
         "optimizer": "Adam, cosine decay, 3 epochs of warm-up",
         "batch_size": 64,
         "float_epochs": 15,
@@ -179,8 +186,11 @@ def main():
     if arguments.quick:
         settings |= {"float_epochs": 6, "qat_epochs": 3, "seeds": [0, 1]}
     start = time.perf_counter()
-    data = tuple((x, y.astype(np.int32)) for x, y in accuracy.load_images())
-    rows = gather([run_seed(seed, data, settings) for seed in settings["seeds"]])
+    data = tuple(
+        (x.reshape(-1, SIZE, SIZE, 1), y.astype(np.int32)) for x, y in accuracy.load_images()
+    )
+    calls = [(seed, data, settings) for seed in settings["seeds"]]
+    rows = gather(common.in_processes(run_seed, calls, arguments.jobs))
     common.publish(arguments.output, settings, start, rows, table)
 
 

@@ -9,7 +9,8 @@ is packed, and the packed one meets the test images.
 
     KERAS_BACKEND=jax python benchmarks/vision.py [--quick] [--networks CNN ViT] [--kinds ...]
 
-With a choice of networks or kinds the other rows of the results stay as they are.
+With a choice of networks or kinds the other rows of the results stay as they are. `--jobs 8` trains
+eight rows at a time; on one GPU set `XLA_PYTHON_CLIENT_PREALLOCATE=false` for that.
 """
 
 import argparse
@@ -147,6 +148,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="few epochs, seeds and rates")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     parser.add_argument("--output", default=common.RESULTS / "vision.json")
     arguments = parser.parse_args()
     settings = {
@@ -170,7 +172,8 @@ def main():
     )
     chosen = list(itertools.product(arguments.networks, arguments.kinds))
     rows = earlier_rows(arguments.output, chosen)
-    rows += [run_kind(network, kind, data, settings) for network, kind in chosen]
+    calls = [(network, kind, data, settings) for network, kind in chosen]
+    rows += common.in_processes(run_kind, calls, arguments.jobs)
     places = {pair: i for i, pair in enumerate(itertools.product(NETWORKS, KINDS))}
     rows.sort(key=lambda row: places[row["network"], row["kind"]])
     compare(rows)
