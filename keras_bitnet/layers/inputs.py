@@ -30,7 +30,7 @@ class InputTreatment(KeptChannels):
             `max |x|^alpha / max |w|^(1 - alpha)` and multiplies the rows of the kernel by it.
             The division is a weight `input_gain`, or part of the gain of a norm before it.
         rotation: `None` or `"hadamard"`: the inputs are rotated by a block-diagonal Hadamard
-            matrix before they are quantized, the kernel is kept rotated.
+            matrix before they are quantized, the kernel is kept rotated. See `ops.hadamard`.
         kept_channels, kept_bits: See `KeptChannels`.
 
     Source:

@@ -9,14 +9,19 @@ BLOCK = 128  # the widest block that is still far cheaper than the product behin
 
 
 def hadamard(x, block=BLOCK):
-    """Rotates the last axis by a block-diagonal Walsh-Hadamard matrix.
+    """Rotates the last axis by a block-diagonal Walsh-Hadamard matrix with signs.
 
-        y = x @ diag(H, H, ..., H'),   H = H^T,   H @ H = I
+        y = x @ diag(R, R, ..., R'),   R = D H D,   R = R^T,   R @ R = I
 
     Blocks of `block` values; what is left at the end takes smaller powers of two, so any width
     will do: 300 = 128 + 128 + 32 + 8 + 4. The matrix is its own inverse, and a channel of
     magnitude a becomes `block` channels of `a / sqrt(block)`: what a few large channels would
     cost the grid of an integer is shared by all.
+
+    `D` holds the signs of Rudin and Shapiro. Without them the first row of `H` would gather the
+    mean of a block in one value, `sqrt(block)` times as large: after a ReLU, whose values have a
+    mean, that makes an outlier where there was none. With them no value is larger than
+    `sqrt(2)` times that mean.
 
     Args:
         x: Float tensor `(..., width)`.
@@ -30,7 +35,8 @@ def hadamard(x, block=BLOCK):
 
     Source:
         Wang et al. 2025, BitNet v2 (https://arxiv.org/abs/2504.18415); blocks as in QuEST
-        (https://arxiv.org/abs/2502.05003).
+        (https://arxiv.org/abs/2502.05003); signs as in QuaRot
+        (https://arxiv.org/abs/2404.00456), where they are random.
     """
     if block < 1 or block & (block - 1):
         raise ValueError(f"`block` must be a power of two. Received: block={block}")
@@ -66,4 +72,10 @@ def _matrix(size):
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / np.sqrt(size)).astype("float32")
+    signs = np.array([_rudin_shapiro(i) for i in range(size)])
+    return (signs[:, None] * matrix * signs / np.sqrt(size)).astype("float32")
+
+
+def _rudin_shapiro(i):
+    """-1 where the binary digits of `i` hold an odd number of pairs 11, else 1."""
+    return -1 if (i & i >> 1).bit_count() % 2 else 1
