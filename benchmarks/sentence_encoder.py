@@ -39,6 +39,7 @@ from keras_bitnet.quantizers import Int2, Int4, Int8, Ternary
 
 EMBEDDINGS = "_embedding$"  # the tables of tokens, positions and segments
 W8 = {"weight_quantizer": "int8"}
+KEPT = 16  # channels of each layer that stay in 16 bits, where a kind keeps some
 LENGTH = 48  # tokens; the sentences are shorter
 
 
@@ -127,6 +128,12 @@ def kinds(model, calibration, budget):
         "W8A8": ("int8", None),
         "W8A8, static scales": ("int8", "mse"),
         "W8A8, static scales, smoothed": ({**W8, "smoothing": 0.5}, "mse"),
+        f"W8A8, static scales, {KEPT} channels kept": ({**W8, "kept_channels": KEPT}, "mse"),
+        "W8A4": ({**W8, "activation_quantizer": "int4"}, None),
+        "W8A4, Hadamard": (
+            {**W8, "activation_quantizer": "int4", "rotation": "hadamard"},
+            None,
+        ),
         "W4A8, a scale per channel": ("int4", None),
         "W4A8, a scale per 32 weights": (groups(Int4), None),
         f"W4A8, {budget} in the blocks": (keras_bitnet.PrecisionPlan([*tables, *rules]), None),
