@@ -105,7 +105,8 @@ def run_kind(network, kind, data, settings):
     mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
     print(f"{network:4} {kind:24} {mean:6.2f} +- {deviation:.2f}", flush=True)
     return {
-        "network": network, "kind": kind, "mean": mean, "stdev": deviation,
+        "network": network, "kind": kind, "device": common.device_name(),
+        "mean": mean, "stdev": deviation,
         "accuracies": accuracies, "packed_accuracies": packed, "learning_rate": best,
         "validation": {str(rate): values for rate, values in grid.items()},
         "bytes_float32": 4 * NETWORKS[network]().count_params(), "bytes_packed": packed_bytes,
