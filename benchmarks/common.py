@@ -69,6 +69,21 @@ def _cpu_facts():
     return facts
 
 
+def gpu():
+    """Name of the GPU that the backend computes on, or `None`."""
+    import keras
+
+    if keras.backend.backend() == "torch":
+        import torch
+
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
+    return None
+
+
 def versions():
     """Versions of Python, the package and the frameworks that are installed."""
     found = {"python": platform.python_version()}

@@ -227,7 +227,8 @@ def main():
         return
     start = time.perf_counter()
     model = build()
-    result = common.header(preset=ARGS.preset, threads=ARGS.threads, tokens=ARGS.tokens)
+    settings = {"preset": ARGS.preset, "threads": ARGS.threads, "tokens": ARGS.tokens}
+    result = common.header(**settings, gpu=common.gpu())
     result |= {"build_seconds": time.perf_counter() - start, "targets": TARGETS}
     result |= save_and_load(model) | measure(model)
     result["peak_bytes"] = memory()[1] << 10

@@ -231,17 +231,6 @@ def measure(case, rows, repeats):
     return record
 
 
-def gpu():
-    """Name of the GPU."""
-    if BACKEND == "torch":
-        import torch
-
-        return torch.cuda.get_device_name()
-    import jax
-
-    return jax.devices("cuda")[0].device_kind
-
-
 def main():
     """Runs everything and writes the results after every shape."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -260,7 +249,7 @@ def main():
             if m > 256 and (n, k) not in SHAPES[:2]:
                 continue
             records.append(measure(case, m, arguments.repeats))
-        head = common.header(gpu=gpu(), cold_bytes=COLD_BYTES, repeats=arguments.repeats)
+        head = common.header(gpu=common.gpu(), cold_bytes=COLD_BYTES, repeats=arguments.repeats)
         common.write_json(arguments.output, {**head, "rows": records})
 
 

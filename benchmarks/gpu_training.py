@@ -18,7 +18,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import common
 import keras
 import numpy as np
-from gpu_matmul import gpu
 
 from keras_bitnet.layers import BitLinear
 
@@ -116,7 +115,7 @@ def main():
         spreads = {name: common.spread(values) for name, values in times.items()}
         records.append({"in": k, "out": n, "milliseconds": spreads, "ratio": ratios})
         print(f"{k}->{n}:", {name: round(s["median"], 3) for name, s in spreads.items()}, ratios)
-    head = common.header(gpu=gpu(), tokens=TOKENS, steps=STEPS, repeats=REPEATS)
+    head = common.header(gpu=common.gpu(), tokens=TOKENS, steps=STEPS, repeats=REPEATS)
     content = {**head, "rows": records}
     common.write_json(common.RESULTS / f"gpu_training_{BACKEND}.json", content)
 

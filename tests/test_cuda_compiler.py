@@ -92,7 +92,7 @@ def test_reasons(cache, monkeypatch):
     assert "compute capability 7.5" in compiler.reason(75)
     assert "nvidia-cuda-nvrtc" in compiler.reason(90)
     monkeypatch.setattr(compiler, "_compile", lambda bits, name: b"kernels")
-    for bits in (*compiler.WIDTHS, compiler.TRAINING):
+    for bits in (*compiler.WIDTHS, compiler.UNPACKED):
         compiler.cubin(bits, 90)
     assert compiler.reason(90) is None
 
@@ -128,7 +128,11 @@ def test_struct_equals_the_header(tmp_path):
     if COMPILER is None:
         pytest.skip("there is no C++ compiler")
     lines = ['#include "shim.h"', "#include <stddef.h>"]
-    for struct, mirror in (("kbc_matmul", library.MatmulStruct), ("kbc_fake", library.FakeStruct)):
+    for struct, mirror in (
+        ("kbc_matmul", library.MatmulStruct),
+        ("kbc_fake", library.FakeStruct),
+        ("kbc_attention", library.AttentionStruct),
+    ):
         for name, _ in mirror._fields_:
             field = getattr(mirror, name)
             lines.append(

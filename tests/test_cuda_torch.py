@@ -19,7 +19,7 @@ from keras_bitnet.quantizers.activations import ActivationInt8
 if library.reason(0) is not None:
     pytest.skip(library.reason(0), allow_module_level=True)
 
-MATRIX_KERNELS = range(1, 11)  # rows of the table in shim.cc
+MATRIX_KERNELS = range(1, 11)  # rows of the table in matmul.cc
 GROUPED = (5, 6)
 
 

@@ -195,4 +195,5 @@ def test_new_weights_are_used(model):
         scale = other.backbone.layer_norm.scale
         scale.value.data = -scale.value.data
         assert other.generate(PROMPTS[0], max_new_tokens=6) == before
-    assert compiled.is_asynchronous() == (BACKEND == "jax")
+    on_gpu = BACKEND == "torch" and scale.value.device.type == "cuda"
+    assert compiled.is_asynchronous(keras.ops.zeros(3)) == (BACKEND == "jax" or on_gpu)

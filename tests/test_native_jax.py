@@ -208,7 +208,7 @@ VALUES = {
     "kScalarAttribute": "XLA_FFI_AttrType_SCALAR",
     **{
         f"k{name}": f"XLA_FFI_DataType_{name}"
-        for name in ("U8", "S64", "F16", "F32", "F64", "BF16")
+        for name in ("PRED", "S8", "S32", "S64", "U8", "F16", "F32", "F64", "BF16")
     },
 }
 

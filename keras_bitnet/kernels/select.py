@@ -235,6 +235,27 @@ else:
     _search = _find
 
 
+def first_or_forced(table, problem):
+    """A row of the table of another operation: the first that does not refuse, or the forced one.
+
+    Where the table has no row of the forced name, that is a kernel of the packed matmul alone, and
+    the last row runs, the reference.
+
+    Raises:
+        ValueError: The forced kernel cannot run the problem.
+    """
+    name = forced_name()
+    if name == "auto":
+        return next(row for row in table if row.refuse(problem) is None)
+    for row in table:
+        if row.name == name:
+            reason = row.refuse(problem)
+            if reason is not None:
+                raise ValueError(f"Kernel '{name}' was forced and cannot run {problem}: {reason}")
+            return row
+    return table[-1]
+
+
 def explain(problem):
     """Says for each kernel of the present backend whether it would run, and if not, why.
 

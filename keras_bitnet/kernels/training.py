@@ -76,14 +76,4 @@ def choose(problem):
     Raises:
         ValueError: The forced kernel cannot run the problem.
     """
-    table = TABLES.get(keras.backend.backend(), (REFERENCE,))
-    name = select.forced_name()
-    if name == "auto":
-        return next(row for row in table if row.refuse(problem) is None)
-    for row in table:
-        if row.name == name:
-            reason = row.refuse(problem)
-            if reason is not None:
-                raise ValueError(f"Kernel '{name}' was forced and cannot run {problem}: {reason}")
-            return row
-    return REFERENCE  # a kernel of the packed matmul alone
+    return select.first_or_forced(TABLES.get(keras.backend.backend(), (REFERENCE,)), problem)

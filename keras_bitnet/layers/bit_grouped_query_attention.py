@@ -54,7 +54,8 @@ class BitGroupedQueryAttention(BitBlock):
             many layers.
         cache: A cache of `keras_bitnet.layers.make_cache`. The keys and values of this call are
             written at `cache_index`; the queries see what `attention_mask`, then of the length
-            of the cache, lets them, by default every token up to their own.
+            of the cache, lets them of the tokens up to the last new one, by default every token
+            up to their own.
         cache_index: A Python integer, or an integer scalar tensor. At the integer 0 the keys are
             those of this call alone, and attention is that of a call without cache.
 
@@ -163,44 +164,53 @@ class BitGroupedQueryAttention(BitBlock):
     ):
         """Computes the attention; see the class."""
         gate = None if self.gate_dense is None else self.gate_dense(query)
-        query, key, value = self.project(
-            query, value, key, positions=positions, rotary=rotary, cache_index=cache_index
-        )
+        rotary = self._rotary(query.shape[1] or ops.shape(query)[1], positions, rotary, cache_index)
+        query, key, value = self._project(query, value, key)
         masks = {"query": query_mask, "value": value_mask, "key": key_mask}
-        first = cache is None or (isinstance(cache_index, int) and cache_index == 0)
         scores = None
-        if cache is not None:
-            cache = key_value_cache.write(cache, key, value, cache_index)
-        if first:
+        if cache is None or (isinstance(cache_index, int) and cache_index == 0):
+            query, key = _turned(query, key, rotary)
+            causal = use_causal_mask
+            if cache is not None:
+                cache = key_value_cache.write(cache, key, value, 0)
+                causal = causal or attention_mask is None
             if attention_mask is not None:
                 attention_mask = attention_mask[..., : key.shape[1]]
-            causal = use_causal_mask or (cache is not None and attention_mask is None)
             y, scores = self._attend(
                 query, key, value, masks, attention_mask, causal, training, return_attention_scores
             )
         else:
             mask = self._cache_mask(attention_mask, query.shape[1], cache, cache_index)
-            y = key_value_cache.attend(cache, query, mask, self.head_dim**-0.5)
+            y, cache = key_value_cache.attend_next(
+                cache, query, key, value, cache_index, self.head_dim**-0.5, mask, rotary
+            )
         y = self.output_dense(y if gate is None else y * gate)
         if return_attention_scores:
             return y, scores
         return y if cache is None else (y, cache)
 
-    def project(self, query, value, key=None, positions=None, rotary=None, cache_index=None):
+    def project(self, query, value, key=None, rotary=None):
         """Queries, keys and values as they meet: `(batch, length, heads, head_dim)` each.
 
         Their inner products are the "attention relations" that distillation can compare.
         """
-        length = query.shape[1] if query.shape[1] is not None else ops.shape(query)[1]
+        rotary = self._rotary(query.shape[1] or ops.shape(query)[1], None, rotary, None)
+        query, key, value = self._project(query, value, key)
+        return *_turned(query, key, rotary), value
+
+    def _project(self, query, value, key):
         key = self.key_dense(value if key is None else key)
-        query, value = self.query_dense(query), self.value_dense(value)
-        if self.rope_max_wavelength is not None:
-            if rotary is None:
-                if positions is None:
-                    positions = ops.arange(length, dtype="int32")[None] + (cache_index or 0)
-                rotary = self.rotary_tables(positions)
-            query, key = rotate(query, rotary), rotate(key, rotary)
-        return query, key, value
+        return self.query_dense(query), key, self.value_dense(value)
+
+    def _rotary(self, length, positions, rotary, cache_index):
+        """The tables for queries and keys, or `None` where they are not turned."""
+        if self.rope_max_wavelength is None:
+            return None
+        if rotary is None:
+            if positions is None:
+                positions = ops.arange(length, dtype="int32")[None] + (cache_index or 0)
+            rotary = self.rotary_tables(positions)
+        return rotary
 
     def rotary_tables(self, positions):
         """The tables of the rotary embedding of this layer for positions `(..., length)`."""
@@ -263,13 +273,13 @@ class BitGroupedQueryAttention(BitBlock):
         return merged
 
     def _cache_mask(self, mask, targets, cache, cache_index):
+        """With the window, if there is one; `None` is every token up to a query's own."""
+        if not self.sliding_window:
+            return mask
         sources = ops.arange(cache["key"].shape[2])[None, None]
         ends = ops.arange(targets)[None, :, None] + cache_index
-        if mask is None:
-            mask = sources <= ends
-        if self.sliding_window:
-            mask = ops.logical_and(mask, ends - sources < self.sliding_window)
-        return mask
+        near = ends - sources < self.sliding_window
+        return ops.logical_and(near, sources <= ends if mask is None else mask)
 
     def compute_output_shape(self, query_shape, value_shape, key_shape=None):
         """The shape of the queries."""
@@ -292,6 +302,10 @@ class BitGroupedQueryAttention(BitBlock):
             "rope_max_wavelength": self.rope_max_wavelength,
             "rope_scaling_factor": self.rope_scaling_factor,
         }
+
+
+def _turned(query, key, rotary):
+    return (query, key) if rotary is None else (rotate(query, rotary), rotate(key, rotary))
 
 
 def _check_heads(head_dim, num_query_heads, num_key_value_heads, rope_max_wavelength):

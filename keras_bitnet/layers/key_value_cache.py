@@ -10,6 +10,8 @@ import numpy as np
 from keras import ops
 
 from keras_bitnet import quantizers
+from keras_bitnet.kernels import attention
+from keras_bitnet.layers.rotary import rotate
 
 BACKEND = keras.backend.backend()
 
@@ -88,6 +90,38 @@ def attend(cache, query, mask, scale):
         return ops.cast(ops.reshape(y, query.shape), query.dtype)
     y = ops.reshape(y, (batch, heads, length, head_dim))
     return ops.cast(ops.transpose(y, (0, 2, 1, 3)), query.dtype)
+
+
+def attend_next(cache, query, key, value, index, scale, mask=None, rotary=None):
+    """Writes new tokens and attends to them and those before them.
+
+    Args:
+        cache: A cache, not to be used again after.
+        query: Tensor `(batch, length, query_heads, head_dim)`.
+        key, value: Tensors `(batch, length, heads, head_dim)`.
+        index: Where the first new token goes: an integer or an integer scalar tensor.
+        scale: Factor of the scores.
+        mask: Boolean tensor `(batch or 1, length, cache length)`: what each query may see, nothing
+            behind the last new token; by default every token up to its own.
+        rotary: What `rotary_tables` gave for the new tokens, by which queries and keys are turned
+            first, or `None`.
+
+    Returns:
+        `(y, cache)`: a tensor of the shape and dtype of `query`, and the cache with the tokens.
+    """
+    kernel = attention.choose(cache, query)
+    return kernel.run(cache, query, key, value, index, scale, mask, rotary)
+
+
+def reference_attend_next(cache, query, key, value, index, scale, mask=None, rotary=None):
+    """What `attend_next` means, in plain `keras.ops`."""
+    if rotary is not None:
+        query, key = rotate(query, rotary), rotate(key, rotary)
+    cache = write(cache, key, value, index)
+    if mask is None:
+        ends = ops.arange(query.shape[1], dtype="int32")[None, :, None] + index
+        mask = ops.arange(cache["key"].shape[2], dtype="int32")[None, None] <= ends
+    return attend(cache, query, mask, scale), cache
 
 
 def _heads_first(x):

@@ -1,8 +1,9 @@
-"""One compiled program per shape for functions of a model and a cache that is used up.
+"""One compiled program per shape for functions of a model and a state that is used up.
 
 The program is traced once for the shapes of its arguments, all of which are tensors. Weights are
-read where they are, and the buffers of the cache are written in place. PyTorch traces what is
-called over and over only, and replays it as one CUDA graph on such a device.
+read where they are, and the tensors of the state, the cache among them, are written in place: what
+a step takes and gives stays on the device, at the same addresses. PyTorch traces what is called
+over and over only, and replays it as one CUDA graph on such a device.
 """
 
 import functools
@@ -10,6 +11,7 @@ import warnings
 from typing import Any
 
 import keras
+from keras import ops
 
 BACKEND = keras.backend.backend()
 
@@ -18,8 +20,8 @@ def compile_function(function, model, repeated=False):
     """Returns `function` compiled for the present backend.
 
     Args:
-        function: `function(cache, *tensors) -> (result, cache)`, in `keras.ops` and layers of
-            `model`.
+        function: `function(state, *tensors) -> (result, state)`, in `keras.ops` and layers of
+            `model`. A state is a structure of tensors, a result a tensor or a structure of them.
         model: The model whose weights it reads.
         repeated: Whether it is called often with the same shapes, so that on PyTorch recording
             it is worth its time; else it is eager there.
@@ -29,38 +31,79 @@ def compile_function(function, model, repeated=False):
     """
     if BACKEND == "torch":
         return _torch(function, model, repeated)
-    return {"jax": _jax, "tensorflow": _tensorflow}[BACKEND](function, model)
+    return {"jax": _Jax, "tensorflow": _tensorflow}[BACKEND](function, model)
 
 
 def begin(program):
     """Prepares a compiled function for a row of calls."""
-    if isinstance(program, _TorchStep):
+    if isinstance(program, _Jax | _TorchStep):
         program.begin()
 
 
-def is_asynchronous():
-    """Whether a call returns before its result is there, so that the next can be queued."""
-    return BACKEND == "jax"
+def is_asynchronous(tensor):
+    """Whether a program that gives this tensor returns before it is there: more can be queued."""
+    return BACKEND == "jax" or (BACKEND == "torch" and _on_gpu(tensor))
 
 
-def _jax(function, model):
-    import jax
+def start_copy(tensor):
+    """Starts to copy a tensor to the host.
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def run(state, cache, arguments):
-        with keras.StatelessScope(zip(model.variables, state, strict=True)):
-            return function(cache, *arguments)
+    Args:
+        tensor: A tensor; a program may use it up or write over it at once.
 
-    state: Any = None
+    Returns:
+        A function that waits for the copy and gives it, a NumPy array.
+    """
+    if BACKEND == "jax":
+        copy = ops.copy(tensor)
+        copy.copy_to_host_async()
+        return functools.partial(ops.convert_to_numpy, copy)
+    if BACKEND == "torch" and _on_gpu(tensor):
+        return _torch_copy(tensor)
+    copy = ops.convert_to_numpy(ops.copy(tensor))
+    return lambda: copy
 
-    def call(cache, *arguments):
-        nonlocal state
-        if state is None or any(a is not b.value for a, b in zip(*state, strict=True)):
-            variables = model.variables
-            state = ([v.value for v in variables], variables)
-        return run(state[0], cache, arguments)
 
-    return call
+def _torch_copy(tensor):
+    import torch
+
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait():
+        done.synchronize()
+        return copy.numpy()
+
+    return wait
+
+
+def _on_gpu(tensor):
+    return tensor.device.type == "cuda"
+
+
+class _Jax:
+    """A jitted function to which the state is donated."""
+
+    def __init__(self, function, model):
+        import jax
+
+        self.model = model
+        self.weights: Any = None
+
+        @functools.partial(jax.jit, donate_argnums=1)
+        def run(weights, state, arguments):
+            with keras.StatelessScope(zip(model.variables, weights, strict=True)):
+                return function(state, *arguments)
+
+        self.run = run
+
+    def begin(self):
+        self.weights = [v.value for v in self.model.variables]
+
+    def __call__(self, state, *arguments):
+        return self.run(self.weights, state, arguments)
 
 
 def _tensorflow(function, model):
@@ -68,8 +111,8 @@ def _tensorflow(function, model):
 
     run = tf.function(function, autograph=False)
 
-    def call(cache, *arguments):
-        return run(cache, *(tf.convert_to_tensor(a) for a in arguments))
+    def call(state, *arguments):
+        return run(state, *(tf.convert_to_tensor(a) for a in arguments))
 
     return call
 
@@ -81,10 +124,10 @@ def _torch(function, model, repeated):
 def _torch_eager(function):
     import torch
 
-    def call(cache, *arguments):
-        device = cache[0]["key"].device
+    def call(state, *arguments):
+        device = keras.tree.flatten(state)[0].device
         with torch.inference_mode():
-            return function(cache, *(torch.as_tensor(a, device=device) for a in arguments))
+            return function(state, *(torch.as_tensor(a, device=device) for a in arguments))
 
     return call
 
@@ -98,46 +141,48 @@ class _TorchStep:
 
     def __init__(self, function, model):
         self.function, self.model = function, model
-        self.state: Any = None
+        self.weights: Any = None
         self.recorded: dict = {}
 
     def begin(self):
-        self.state = [v.value.detach() for v in self.model.variables]
+        self.weights = [v.value.detach() for v in self.model.variables]
 
-    def __call__(self, cache, *arguments):
+    def __call__(self, state, *arguments):
         import torch
 
-        device = cache[0]["key"].device
-        leaves = [tensor for layer in cache for tensor in layer.values()]
+        leaves = keras.tree.flatten(state)
+        device = leaves[0].device
         inputs = [torch.as_tensor(a, device=device) for a in arguments]
         key = tuple((tuple(t.shape), t.dtype, t.device) for t in (*leaves, *inputs))
         with torch.inference_mode():
             if key not in self.recorded:
-                step = self._record([tuple(layer) for layer in cache], leaves, inputs)
-                on_gpu = device.type == "cuda"
-                self.recorded[key] = _CudaGraph(step, leaves, inputs) if on_gpu else step
-            result, leaves = self.recorded[key](self.state, leaves, inputs)
-        following = iter(leaves)
-        return result, [{name: next(following) for name in layer} for layer in cache]
+                self.recorded[key] = self._record(state, leaves, inputs)
+            step, structure = self.recorded[key]
+            flat = step(self.weights, leaves, inputs)
+        return keras.tree.pack_sequence_as(structure, flat)
 
-    def _record(self, names, leaves, inputs):
+    def _record(self, state, leaves, inputs):
+        """The recorded function of flat arguments, and the structure of what it gives."""
         import torch
 
-        variables = self.model.variables
+        variables, structure = self.model.variables, None
 
-        def run(state, leaves, inputs):
-            leaves = iter(leaves)
-            cache = [{name: next(leaves) for name in layer} for layer in names]
-            with keras.StatelessScope(zip(variables, state, strict=True)):
-                result, cache = self.function(cache, *inputs)
-            return result, [tensor for layer in cache for tensor in layer.values()]
+        def run(weights, leaves, inputs):
+            nonlocal structure
+            with keras.StatelessScope(zip(variables, weights, strict=True)):
+                both = self.function(keras.tree.pack_sequence_as(state, leaves), *inputs)
+            structure = keras.tree.map_structure(lambda _: 0, both)
+            return keras.tree.flatten(both)
 
-        # Recording runs the function, which writes into the cache: into that of a copy.
-        example = (self.state, [tensor.clone() for tensor in leaves], inputs)
+        # Recording runs the function, which writes into the state: into that of a copy.
+        example = (self.weights, [tensor.clone() for tensor in leaves], inputs)
         with warnings.catch_warnings():
             # Of values that become constants: shapes, which are those of every call.
             warnings.simplefilter("ignore")
-            return torch.jit.trace(run, example, check_trace=False, strict=False)
+            step = torch.jit.trace(run, example, check_trace=False, strict=False)
+        if _on_gpu(leaves[0]):
+            step = _CudaGraph(step, leaves, inputs)
+        return step, structure
 
 
 class _CudaGraph:
@@ -149,38 +194,51 @@ class _CudaGraph:
         self.step = step
         self.leaves = [tensor.clone() for tensor in leaves]
         self.inputs = [tensor.clone() for tensor in inputs]
-        self.state: Any = None
+        self.given: Any = None  # the first tensor of the state that was given last
+        self.weights: Any = None
         self.graph: Any = None
-        self.result: Any = None
+        self.results: Any = None
         self.stream = torch.cuda.Stream()
 
-    def _capture(self, state):
+    def _run(self, weights):
+        """Runs the step, which ends with its state in the buffers. Returns the results."""
+        flat = self.step(weights, self.leaves, self.inputs)
+        count = len(flat) - len(self.leaves)
+        for own, written in zip(self.leaves, flat[count:], strict=True):
+            if own.data_ptr() != written.data_ptr():
+                own.copy_(written)
+        return flat[:count]
+
+    def _capture(self, weights):
         import torch
 
-        self.state = state
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             for _ in range(4):  # whatever is compiled or allocated at first use
-                self.step(state, self.leaves, self.inputs)
+                self._run(weights)
         torch.cuda.current_stream().wait_stream(self.stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=self.stream):
-            self.result, self.written = self.step(state, self.leaves, self.inputs)
+            self.results = self._run(weights)
 
-    def __call__(self, state, leaves, inputs):
-        same = self.state is not None and all(
-            a.data_ptr() == b.data_ptr() for a, b in zip(state, self.state, strict=True)
+    def __call__(self, weights, leaves, inputs):
+        same = self.weights is not None and all(
+            a.data_ptr() == b.data_ptr() for a, b in zip(weights, self.weights, strict=True)
         )
-        if state is not self.state and not same:
-            self._capture(state)
-        self.state = state
+        if weights is not self.weights and not same:
+            self._capture(weights)
+        self.weights = weights
+        if leaves[0] is self.given:
+            leaves = self.leaves
+        elif leaves[0].data_ptr() == self.leaves[0].data_ptr():
+            raise RuntimeError(
+                "Another generation of the same shapes has begun on this model since, and its "
+                "cache took the place of this one's. End one first, or give both prompts at once."
+            )
         for own, given in zip((*self.leaves, *self.inputs), (*leaves, *inputs), strict=True):
             if own is not given:
                 own.copy_(given)
         self.graph.replay()
-        return _cloned(self.result), self.leaves
-
-
-def _cloned(result):
-    """Copies: the next replay writes over the tensors of a graph."""
-    return tuple(x.clone() for x in result) if isinstance(result, tuple) else result.clone()
+        self.given = self.leaves[0].detach()
+        # Of the results copies: the next replay writes over them.
+        return [*(result.clone() for result in self.results), self.given, *self.leaves[1:]]

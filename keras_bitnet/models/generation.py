@@ -79,39 +79,36 @@ class Generation(keras.Model):
 
     def _tokens(self, request):
         """Yields a list of one token for each sequence, `None` for those that have ended."""
-        batch, start = request.tokens.shape
-        uniform = request.uniform()
+        padding, uniform = (ops.convert_to_tensor(x) for x in (request.padding, request.uniform()))
         prefill = self.program(first_tokens, request.sampler)
         step = self.program(next_tokens, request.sampler, repeated=True)
-        cache = self.backbone.make_cache(batch, request.cache_length, request.cache_dtype)
-        tokens, cache = prefill(cache, request.tokens, request.padding, uniform[0])
-        active = [True] * batch
+        cache = self.backbone.make_cache(
+            len(request.prompts), request.cache_length, request.cache_dtype
+        )
+        _, state = prefill({"cache": cache}, request.tokens, padding, uniform)
+        active = [True] * len(request.prompts)
         for i in range(request.new_tokens):
-            following, last = None, i + 1 == request.new_tokens
-            if not last and compiled.is_asynchronous():
-                following, cache = step(
-                    cache, tokens, np.int32(start + i), request.padding, uniform[i + 1]
-                )
-            row = [int(t) for t in ops.convert_to_numpy(tokens)]
+            tokens, last = compiled.start_copy(state["tokens"]), i + 1 == request.new_tokens
+            ahead = not last and compiled.is_asynchronous(state["tokens"])
+            if ahead:
+                _, state = step(state, padding, uniform)
+            row = [int(t) for t in tokens()]
             yield [t if on else None for t, on in zip(row, active, strict=True)]
             active = [
                 on and t not in request.stop_tokens for t, on in zip(row, active, strict=True)
             ]
             if last or not any(active):
                 return
-            if following is None:
-                following, cache = step(
-                    cache, tokens, np.int32(start + i), request.padding, uniform[i + 1]
-                )
-            tokens = following
+            if not ahead:
+                _, state = step(state, padding, uniform)
 
     def program(self, function, *arguments, repeated=False):
-        """`function(model, *arguments, cache, *tensors)` compiled, made once for each."""
+        """`function(model, *arguments, state, *tensors)` compiled, made once for each."""
         programs = self.__dict__.setdefault("_programs", _Programs())
         key = (function, *arguments)
         if key not in programs.made:
             programs.made[key] = compiled.compile_function(
-                lambda cache, *tensors: function(self, *arguments, cache, *tensors), self, repeated
+                lambda state, *tensors: function(self, *arguments, state, *tensors), self, repeated
             )
         compiled.begin(programs.made[key])
         return programs.made[key]
@@ -124,16 +121,37 @@ class _Programs:
         self.made = {}
 
 
-def first_tokens(model, sampler, cache, tokens, padding, uniform):
-    """Reads the prompts, padded on the left, and chooses the first tokens."""
-    x, cache = model.backbone.call_with_cache(tokens, cache, 0, padding)
-    return sampler(model.backbone.logits(x[:, -1]), uniform), cache
+def first_tokens(model, sampler, state, tokens, padding, uniform):
+    """Reads the prompts, padded on the left, and chooses the first tokens.
+
+    Args:
+        model: The language model.
+        sampler: A `Sampler`.
+        state: `{"cache"}`, empty.
+        tokens: Integers `(batch, length)`.
+        padding: Integers `(batch,)`, how many tokens of a row are padding.
+        uniform: Numbers in [0, 1), `(cache length, batch)`: each row chooses the tokens of its
+            place in the sequence.
+
+    Returns:
+        `((), state)` with `{"cache", "tokens", "index"}`: the tokens `(batch,)` that were chosen,
+        not yet in the cache, and their place, a scalar. It all stays on the device.
+    """
+    x, cache = model.backbone.call_with_cache(tokens, state["cache"], 0, padding)
+    index = ops.convert_to_tensor(tokens.shape[1], "int32")
+    return _chosen(model, sampler, x[:, -1], cache, index, uniform)
 
 
-def next_tokens(model, sampler, cache, tokens, index, padding, uniform):
-    """Reads one token for each sequence and chooses the next."""
-    x, cache = model.backbone.call_with_cache(tokens[:, None], cache, index, padding)
-    return sampler(model.backbone.logits(x[:, 0]), uniform), cache
+def next_tokens(model, sampler, state, padding, uniform):
+    """Reads one token for each sequence and chooses the next; see `first_tokens`."""
+    tokens, index = state["tokens"][:, None], state["index"]
+    x, cache = model.backbone.call_with_cache(tokens, state["cache"], index, padding)
+    return _chosen(model, sampler, x[:, 0], cache, index + 1, uniform)
+
+
+def _chosen(model, sampler, x, cache, index, uniform):
+    tokens = sampler(model.backbone.logits(x), ops.take(uniform, index, axis=0))
+    return (), {"cache": cache, "tokens": tokens, "index": index}
 
 
 class Request:
@@ -210,9 +228,13 @@ class Request:
         return frozenset([stop_tokens] if np.ndim(stop_tokens) == 0 else stop_tokens)
 
     def uniform(self):
-        """The numbers that choose the tokens, `(new_tokens, batch)`."""
-        random = np.random.default_rng(self.seed)
-        return random.random((self.new_tokens, len(self.prompts)), "float32")
+        """The numbers that choose the token of each place, `(cache_length, batch)`."""
+        random, start = np.random.default_rng(self.seed), self.tokens.shape[1]
+        numbers = np.zeros((self.cache_length, len(self.prompts)), "float32")
+        numbers[start : start + self.new_tokens] = random.random(
+            (self.new_tokens, len(self.prompts)), "float32"
+        )
+        return numbers
 
     def restore(self, rows):
         """Token ids in the form of the prompts."""

@@ -4,6 +4,7 @@ NAME = "cuda"
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_INPUTS = 98_304  # a row of activations lies in the shared memory of every GPU
 MOST_OUTPUTS = 2_000_000
+MOST_HEAD_DIM = 256
 
 
 def refuse(problem):
@@ -31,4 +32,23 @@ def refuse(problem):
         return f"{problem.in_features} inputs; accepted: at most {MOST_INPUTS}"
     if problem.out_features > MOST_OUTPUTS:
         return f"{problem.out_features} outputs; accepted: at most {MOST_OUTPUTS}"
+    return None
+
+
+def refuse_attention(problem):
+    """Why no CUDA kernel computes an attention, whatever the GPU, or `None`.
+
+    Args:
+        problem: `keras_bitnet.kernels.attention.Attention`.
+    """
+    if problem.tokens != 1:
+        return f"{problem.tokens} new tokens; accepted: 1"
+    if problem.dtype not in DTYPES:
+        return f"queries of dtype {problem.dtype}; accepted: {', '.join(DTYPES)}"
+    if problem.cache_dtype not in (*DTYPES, "int8"):
+        return f"a cache of dtype {problem.cache_dtype}; accepted: {', '.join(DTYPES)}, int8"
+    if problem.head_dim % 4 or problem.head_dim > MOST_HEAD_DIM:
+        return f"heads of size {problem.head_dim}; accepted: multiples of 4 up to {MOST_HEAD_DIM}"
+    if problem.gradient:
+        return "the queries need a gradient"
     return None

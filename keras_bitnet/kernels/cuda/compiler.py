@@ -1,10 +1,9 @@
 """Compiles the CUDA sources: ahead of time with nvcc, else with NVRTC when a width is first used.
 
-A compiled file (cubin) holds the kernels of one width of weights, or those of training, for one
-architecture. It is named
-after the sources, so a file of other sources is never taken for it. It is looked for beside the
-package, then in the user's cache; what is compiled goes to the cache, whole or not at all, so
-that several processes may compile at once.
+A compiled file (cubin) holds the kernels of one width of weights, or those that read no packed
+weights, for one architecture. It is named after the sources, so a file of other sources is never
+taken for it. It is looked for beside the package, then in the user's cache; what is compiled goes
+to the cache, whole or not at all, so that several processes may compile at once.
 
 This file imports nothing of the package: the build runs it as
 
@@ -29,7 +28,7 @@ FOLDER = pathlib.Path(__file__).parent
 SOURCES = FOLDER / "src"
 BUILT = FOLDER / "cubins"
 WIDTHS = (1, 2, 4, 8)
-TRAINING = 0  # stands for a width where the kernels of training are meant, which have none
+UNPACKED = 0  # stands for a width: the kernels that read no packed weights
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 OLDEST = 80
 CACHE_VARIABLE = "KERAS_BITNET_CACHE"
@@ -43,7 +42,7 @@ class CompileError(RuntimeError):
 
 def _main(bits):
     """The source of a width, and the width that it is compiled for."""
-    return ("training.cu", 8) if bits == TRAINING else ("bitnet.cu", bits)
+    return ("unpacked.cu", 8) if bits == UNPACKED else ("bitnet.cu", bits)
 
 
 def architecture(capability):
@@ -55,7 +54,7 @@ def cubin(bits, capability):
     """The compiled kernels of a width, from a file or compiled now.
 
     Args:
-        bits: 1, 2, 4 or 8, or `TRAINING`.
+        bits: 1, 2, 4 or 8, or `UNPACKED`.
         capability: Ten times the compute capability of the device.
 
     Returns:
@@ -90,7 +89,7 @@ def reason(capability):
     name = f"compute capability {capability // 10}.{capability % 10}"
     if capability < OLDEST:
         return f"a GPU of {name}; accepted: 8.0 and later"
-    if all(find(bits, capability) for bits in (*WIDTHS, TRAINING)) or shutil.which("nvcc"):
+    if all(find(bits, capability) for bits in (*WIDTHS, UNPACKED)) or shutil.which("nvcc"):
         return None
     library = nvrtc()
     if library is None:
@@ -239,7 +238,7 @@ def main():
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES)
     arguments = parser.parse_args()
     for name in arguments.architectures:
-        for bits in (*WIDTHS, TRAINING):
+        for bits in (*WIDTHS, UNPACKED):
             path = arguments.folder / _name(bits, name)
             if not path.exists():
                 _write(path, _compile_with_nvcc(bits, name))

@@ -17,7 +17,7 @@ TARGET = "keras_bitnet_matmul_cuda"
 
 
 @functools.cache
-def _devices():
+def devices():
     """Numbers of the CUDA devices of this process, as the driver counts, and why there are none."""
     if not hasattr(jax, "ffi"):
         return (), f"JAX {jax.__version__} has no `jax.ffi`"
@@ -37,21 +37,26 @@ def _devices():
     return found, None
 
 
-def refuse(problem):
-    """Why the kernel cannot run a problem, or `None`. An unknown device is no reason: where the
-    compiled program turns out to run on a CPU, it takes the CPU's kernel.
+def device_reason(device):
+    """Why no kernel runs on a device of JAX, given by its name, or `None`. An unknown device is no
+    reason: where the compiled program turns out to run on a CPU, it takes what runs there.
     """
-    device = (problem.device or "cuda").lower()
-    if "cuda" not in device and "gpu" not in device:
-        return f"the activations are on {problem.device!r}, not on a CUDA device"
+    name = (device or "cuda").lower()
+    if "cuda" not in name and "gpu" not in name:
+        return f"the values are on {device!r}, not on a CUDA device"
+    return devices()[1]
+
+
+def refuse(problem):
+    """Why the kernel cannot run a problem, or `None`."""
     if not problem.static_shape:
         return "the shape of the activations is not known while tracing"
-    return _devices()[1] or cuda.refuse(problem)
+    return device_reason(problem.device) or cuda.refuse(problem)
 
 
 def run(x, packed, activation_quantizer, bias, activation_scale=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
-    for device in _devices()[0]:
+    for device in devices()[0]:
         library.load(device, packed.bits)
     bias = None if bias is None else ops.convert_to_tensor(bias)
     if activation_scale is not None:

@@ -7,7 +7,7 @@ import threading
 
 from keras_bitnet.kernels.cuda import compiler
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _lock = threading.Lock()
 
 
@@ -67,6 +67,43 @@ class FakeStruct(ctypes.Structure):
     )
 
 
+class AttentionStruct(ctypes.Structure):
+    """`kbc_attention` of `src/shim.h`, field by field."""
+
+    _fields_ = (
+        ("batch", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("key_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("cache_dtype", ctypes.c_int32),
+        ("tables", ctypes.c_int32),
+        ("masks", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("query", ctypes.c_void_p),
+        ("key", ctypes.c_void_p),
+        ("value", ctypes.c_void_p),
+        ("cosines", ctypes.c_void_p),
+        ("sines", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("index", ctypes.c_void_p),
+        ("key_cache", ctypes.c_void_p),
+        ("value_cache", ctypes.c_void_p),
+        ("key_scale", ctypes.c_void_p),
+        ("value_scale", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+    )
+
+
+# What queues a problem, by its struct.
+_RUN = {
+    MatmulStruct: "kbc_run",
+    FakeStruct: "kbc_run_fake",
+    AttentionStruct: "kbc_run_attention",
+}
+
+
 def path():
     """Where the launcher lies, built or not."""
     return pathlib.Path(__file__).parent / "libbitnet_cuda.so"
@@ -95,8 +132,7 @@ def _open():
         ("kbc_load", text, (number, number, text)),
         ("kbc_loaded", number, (number, number)),
         ("kbc_workspace", ctypes.c_int64, (pointer,)),
-        ("kbc_run", text, (pointer, number, pointer)),
-        ("kbc_run_fake", text, (pointer, number, pointer)),
+        *((run, text, (pointer, number, pointer)) for run in _RUN.values()),
     ):
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
@@ -131,7 +167,7 @@ def reason(device):
 
 
 def load(device, bits):
-    """Gives a device the kernels of a width or of training, compiled now where they are not yet.
+    """Gives a device the kernels of a width or `UNPACKED`, compiled now where they are not yet.
 
     Raises:
         CompileError: They cannot be compiled.
@@ -153,13 +189,11 @@ def workspace(problem):
 
 
 def run(problem, device, stream):
-    """Queues a `MatmulStruct` or a `FakeStruct` on a stream.
+    """Queues a `MatmulStruct`, a `FakeStruct` or an `AttentionStruct` on a stream.
 
     Raises:
         RuntimeError: The launcher refuses an argument, or the driver the launch.
     """
-    launcher = library()
-    function = launcher.kbc_run_fake if isinstance(problem, FakeStruct) else launcher.kbc_run
-    wrong = function(ctypes.byref(problem), device, stream)
+    wrong = getattr(library(), _RUN[type(problem)])(ctypes.byref(problem), device, stream)
     if wrong is not None:
         raise RuntimeError(f"The CUDA kernel does not run: {wrong.decode()}")

@@ -15,7 +15,11 @@ typedef struct Kernel_* Kernel;
 struct LaunchAttribute {
   int id;
   char padding[4];
-  char value[64];
+  union {
+    char bytes[64];
+    int number;
+    unsigned sizes[3];
+  } value;
 };
 
 struct LaunchConfig {
@@ -29,10 +33,9 @@ enum {
   kMultiprocessors = 16,
   kCapabilityMajor = 75,
   kCapabilityMinor = 76,
-  kSharedMemoryTotal = 81,
   kSharedMemoryOptin = 97,
 };
-enum { kProgrammaticStreamSerialization = 6 };
+enum { kClusterDimension = 4, kProgrammaticStreamSerialization = 6 };
 
 // X(name, name in the library, arguments); all return 0 or a code.
 #define KBC_CUDA_FUNCTIONS(X)                                                                    \

@@ -36,3 +36,23 @@ struct Fake {
   float half;              // levels of a weight lie at half + integers
   int binary;              // levels are the sign: highest where the ratio is >= 0, else lowest
 };
+
+// Attention of one new token to a cache, see attention.cuh.
+struct Attention {
+  const void* query;         // (batch, heads, head_dim)
+  const void* key;           // (batch, key_heads, head_dim), of the new token, as `value`
+  const void* value;
+  const float* cosines;      // (batch or 1, head_dim), or null: queries and keys are not turned
+  const float* sines;
+  const unsigned char* mask; // (batch or 1, length), 0: not seen; null: all tokens up to the new one
+  const int* index;          // (1), the place of the new token
+  void* key_cache;           // (batch, key_heads, length, head_dim), as `value_cache`
+  void* value_cache;
+  float* key_scale;          // (batch, key_heads, length), of a cache of int8, as `value_scale`
+  float* value_scale;
+  void* y;                   // as `query`
+  int heads, key_heads, head_dim, length;
+  int dtype;                 // of query, key, value and y, as in Matmul
+  int table_step, mask_step; // from a sequence to the next, 0: one for all
+  float scale;               // of the scores
+};

@@ -57,6 +57,30 @@ typedef struct kbc_fake {
   void* workspace;        // 256 bytes where `per_tensor`, else null
 } kbc_fake;
 
+// Attention of one new token of each sequence to the tokens before it and itself, which it is written
+// to a cache for. Meaning: `attend_next` in keras_bitnet/layers/key_value_cache.py.
+typedef struct kbc_attention {
+  int64_t batch;
+  int64_t length;         // tokens that a cache can hold
+  int32_t heads, key_heads, head_dim;
+  int32_t dtype;          // of query, key, value and y: 0 float32, 1 bfloat16, 2 float16
+  int32_t cache_dtype;    // of the caches: the same, or 3: int8 with scales
+  int32_t tables, masks;  // how many there are: 1 or batch
+  float scale;            // of the scores
+  const void* query;      // (batch, heads, head_dim)
+  const void* key;        // (batch, key_heads, head_dim)
+  const void* value;      // as key
+  const void* cosines;    // float32 (tables, head_dim) of a rotary embedding, or null: none
+  const void* sines;      // as cosines
+  const void* mask;       // bytes (masks, length), 0: not seen; null: all up to the new token
+  const void* index;      // int32 (1), where the new token goes
+  void* key_cache;        // (batch, key_heads, length, head_dim), at a multiple of 16
+  void* value_cache;      // as key_cache
+  void* key_scale;        // float32 (batch, key_heads, length) of an int8 cache, else null
+  void* value_scale;      // as key_scale
+  void* y;                // (batch, heads, head_dim)
+} kbc_attention;
+
 KBC_API int kbc_abi_version(void);
 
 // Opens the driver. Returns null, or why there is none (the same text every time).
@@ -65,7 +89,7 @@ KBC_API int kbc_device_count(void);
 // Ten times the compute capability of a device (90 for 9.0), 0 where there is no such device.
 KBC_API int kbc_capability(int device);
 
-// Gives a device the kernels of one width, 0: those of training. Later calls for the same width do nothing. Returns
+// Gives a device the kernels of one width, 0: those that read no packed weights. Later calls for the same width do nothing. Returns
 // null, or what is wrong; texts belong to the calling thread, until its next call.
 KBC_API const char* kbc_load(int device, int bits, const void* cubin);
 KBC_API int kbc_loaded(int device, int bits);
@@ -76,3 +100,5 @@ KBC_API int64_t kbc_workspace(const kbc_matmul* problem);
 KBC_API const char* kbc_run(const kbc_matmul* problem, int device, void* stream);
 // Queues a fake quantization on a stream of a device. Returns null, or what is wrong.
 KBC_API const char* kbc_run_fake(const kbc_fake* problem, int device, void* stream);
+// Queues the attention on a stream of a device. Returns null, or what is wrong.
+KBC_API const char* kbc_run_attention(const kbc_attention* problem, int device, void* stream);

@@ -1,5 +1,4 @@
-// The product as an XLA FFI handler, for JAX. Operands x, tiles, scale, bias, x_scale, where an empty
-// bias or x_scale means none; results y and a workspace of kbc_workspace() bytes.
+// The product and the attention as XLA FFI handlers, for JAX. An empty operand means none.
 #include <string.h>
 
 #include <string>
@@ -60,7 +59,13 @@ int64_t size(const Buffer* b) {
   return product;
 }
 
-// Fills a problem from what XLA passes, and checks every shape that the kernels trust.
+int32_t dtype_of(const Buffer* b) {
+  return b->dtype == kF32 ? 0 : b->dtype == kBF16 ? 1 : b->dtype == kF16 ? 2 : b->dtype == kS8 ? 3 : -1;
+}
+
+// Each fills a problem from what XLA passes, and checks every shape that the kernels trust.
+
+// Operands x, tiles, scale, bias, x_scale; results y and a workspace of kbc_workspace() bytes.
 const char* describe(const CallFrame* frame, kbc_matmul* p) {
   if (frame->arguments.size != 5 || frame->results.size != 2) return "wrong number of operands";
   int64_t bits, activation_bits, per_tensor;
@@ -80,7 +85,7 @@ const char* describe(const CallFrame* frame, kbc_matmul* p) {
   p->rows = 1;
   for (int64_t i = 0; i + 1 < x->rank; ++i) p->rows *= x->dims[i];
   p->bits = static_cast<int32_t>(bits);
-  p->dtype = x->dtype == kF32 ? 0 : x->dtype == kBF16 ? 1 : x->dtype == kF16 ? 2 : -1;
+  p->dtype = dtype_of(x);
   p->activation_bits = static_cast<int32_t>(activation_bits);
   p->per_tensor = static_cast<int32_t>(per_tensor);
   p->offset = static_cast<float>(offset);
@@ -109,6 +114,60 @@ const char* describe(const CallFrame* frame, kbc_matmul* p) {
   return nullptr;
 }
 
+// Operands query, key, value, cosines, sines, mask, index and the two or, of int8, four tensors of the
+// cache; results y and those tensors again, in the same memory.
+const char* describe(const CallFrame* frame, kbc_attention* p) {
+  const int64_t count = frame->arguments.size, kept = count - 7;
+  if ((kept != 2 && kept != 4) || frame->results.size != 1 + kept) return "wrong number of operands";
+  double scale;
+  if (!read(frame->attributes, "scale", kF64, &scale)) return "an attribute is missing";
+  Buffer **in = frame->arguments.buffers, **out = frame->results.buffers;
+  const Buffer *query = in[0], *key = in[1], *cosines = in[3], *mask = in[5], *cache = in[7];
+  if (query->rank != 4 || key->rank != 4 || cache->rank != 4 || query->dims[1] != 1 || key->dims[1] != 1)
+    return "wrong rank or length of an operand";
+  if (query->dims[3] < 1 || cache->dims[2] < 1) return "a size is out of range";
+  p->batch = query->dims[0];
+  p->heads = static_cast<int32_t>(query->dims[2]);
+  p->head_dim = static_cast<int32_t>(query->dims[3]);
+  p->key_heads = static_cast<int32_t>(cache->dims[1]);
+  p->length = cache->dims[2];
+  p->dtype = dtype_of(query);
+  p->cache_dtype = dtype_of(cache);
+  p->scale = static_cast<float>(scale);
+  const int64_t row = p->head_dim, rows = p->batch * p->key_heads, tables = size(cosines) / row;
+  const int64_t masks = size(mask) / p->length;
+  p->tables = static_cast<int32_t>(tables ? tables : 1);
+  p->masks = static_cast<int32_t>(masks ? masks : 1);
+  if (size(key) != rows * row || size(in[2]) != rows * row || size(cache) != rows * p->length * row ||
+      size(in[8]) != size(cache) || size(in[4]) != size(cosines) || size(cosines) != tables * row ||
+      size(mask) != masks * p->length || size(in[6]) != 1 || size(out[0]) != size(query))
+    return "wrong shape of an operand";
+  if (dtype_of(key) != p->dtype || dtype_of(in[2]) != p->dtype || dtype_of(out[0]) != p->dtype ||
+      dtype_of(in[8]) != p->cache_dtype || cosines->dtype != kF32 || in[4]->dtype != kF32 ||
+      mask->dtype != kPRED || in[6]->dtype != kS32 || (kept == 4) != (p->cache_dtype == 3))
+    return "wrong dtype of an operand";
+  for (int64_t i = 0; i < kept; ++i)
+    if (out[1 + i]->data != in[7 + i]->data) return "the cache is not written in place";
+  p->query = query->data;
+  p->key = key->data;
+  p->value = in[2]->data;
+  p->cosines = tables ? cosines->data : nullptr;
+  p->sines = tables ? in[4]->data : nullptr;
+  p->mask = masks ? mask->data : nullptr;
+  p->index = in[6]->data;
+  p->key_cache = cache->data;
+  p->value_cache = in[8]->data;
+  if (kept == 4) {
+    if (in[9]->dtype != kF32 || in[10]->dtype != kF32 || size(in[9]) != rows * p->length ||
+        size(in[10]) != rows * p->length)
+      return "the scales of the cache must be float32 (batch, heads, length, 1)";
+    p->key_scale = in[9]->data;
+    p->value_scale = in[10]->data;
+  }
+  p->y = out[0]->data;
+  return nullptr;
+}
+
 // The device of a stream of XLA's.
 const char* device_of(void* stream, int* ordinal) {
   if (const char* wrong = kbc_open()) return wrong;
@@ -120,17 +179,21 @@ const char* device_of(void* stream, int* ordinal) {
   return code ? "the stream has no device" : nullptr;
 }
 
-}  // namespace
-
-KBC_API void* kbc_xla_matmul(xla_ffi::CallFrame* frame) {
+template <class Problem>
+void* handle(CallFrame* frame, const char* (*run)(const Problem*, int, void*)) {
   if (answer_metadata(frame) || frame->stage != kExecuteStage) return nullptr;
-  kbc_matmul problem{};
+  Problem problem{};
   if (const char* wrong = describe(frame, &problem)) return error(frame, wrong);
   StreamGet get{sizeof get, nullptr, frame->context, nullptr};
   auto stream_get = reinterpret_cast<void* (*)(StreamGet*)>(frame->api->stream_get);
   if (void* failed = stream_get(&get)) return failed;
   int device = 0;
   if (const char* wrong = device_of(get.stream, &device)) return error(frame, wrong);
-  const char* wrong = kbc_run(&problem, device, get.stream);
+  const char* wrong = run(&problem, device, get.stream);
   return wrong ? error(frame, wrong) : nullptr;
 }
+
+}  // namespace
+
+KBC_API void* kbc_xla_matmul(CallFrame* frame) { return handle(frame, kbc_run); }
+KBC_API void* kbc_xla_attention(CallFrame* frame) { return handle(frame, kbc_run_attention); }

@@ -10,7 +10,7 @@ namespace xla_ffi {
 enum { kMetadataExtension = 1 };
 enum { kExecuteStage = 3 };
 enum { kInvalidArgument = 3, kInternal = 13 };
-enum { kU8 = 6, kS64 = 5, kF16 = 10, kF32 = 11, kF64 = 12, kBF16 = 16 };
+enum { kPRED = 1, kS8 = 2, kS32 = 4, kS64 = 5, kU8 = 6, kF16 = 10, kF32 = 11, kF64 = 12, kBF16 = 16 };
 enum { kScalarAttribute = 3 };
 
 struct Extension {

@@ -1,0 +1,85 @@
+"""Which kernel attends to a cache, and why: tables as in `select`, of another operation.
+
+The rows are asked by `attend_next` of `keras_bitnet.layers.key_value_cache`; `reference` is what it
+means in plain `keras.ops`.
+"""
+
+import dataclasses
+
+import keras
+
+from keras_bitnet.kernels import select
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """The static facts of the attention of new tokens to a cache.
+
+    Attributes:
+        tokens: New tokens of each sequence.
+        heads: Query heads.
+        key_heads: Heads of keys and values.
+        head_dim: Size of a head.
+        length: Tokens that the cache can hold.
+        dtype: Dtype of the queries.
+        cache_dtype: Dtype of the cache.
+        gradient: Whether PyTorch records the operation for a gradient.
+        device: Where the queries are, or `None` when not known.
+    """
+
+    tokens: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    length: int
+    dtype: str
+    cache_dtype: str
+    gradient: bool
+    device: str | None
+
+    @classmethod
+    def of(cls, cache, query):
+        """Reads the facts off a cache and queries `(batch, tokens, heads, head_dim)`."""
+        _, tokens, heads, head_dim = query.shape
+        _, key_heads, length, _ = cache["key"].shape
+        dtypes = (keras.backend.standardize_dtype(x.dtype) for x in (query, cache["key"]))
+        gradient = keras.backend.backend() == "torch" and query.requires_grad
+        device = getattr(query, "device", None)
+        device = None if device is None else str(device)
+        return cls(tokens, heads, key_heads, head_dim, length, *dtypes, gradient, device)
+
+
+def _jax_cuda():
+    from keras_bitnet.kernels.cuda import jax_attention
+
+    return jax_attention.CUDA
+
+
+def _torch_cuda():
+    from keras_bitnet.kernels.cuda import torch_attention
+
+    return torch_attention.CUDA
+
+
+def _reference(*arguments):
+    from keras_bitnet.layers import key_value_cache
+
+    return key_value_cache.reference_attend_next(*arguments)
+
+
+REFERENCE = select.Kernel("reference", lambda problem: None, _reference)
+
+TABLES: dict[str, tuple[select.Kernel, ...]] = {
+    "jax": (select.later("cuda", _jax_cuda), REFERENCE),
+    "torch": (select.later("cuda", _torch_cuda), REFERENCE),
+}
+
+
+def choose(cache, query):
+    """The first row that does not refuse, or the forced one, where this table has its name.
+
+    Raises:
+        ValueError: The forced kernel cannot run the problem.
+    """
+    table = TABLES.get(keras.backend.backend(), (REFERENCE,))
+    return select.first_or_forced(table, Attention.of(cache, query))

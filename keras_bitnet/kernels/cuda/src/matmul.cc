@@ -1,0 +1,198 @@
+// Chooses, sizes and launches the kernels of bitnet.cu: products.
+#include <string>
+
+#include "launch.h"
+
+namespace {
+
+using namespace launcher;
+
+// One row of bitnet.cu that multiplies several rows of activations.
+struct MatrixKernel {
+  const char* name;
+  int threads, rows, columns;  // of a block
+  int stages, slices;          // in shared memory: stages of so many slices of the image
+  bool grouped, wgmma;
+};
+constexpr MatrixKernel kMatrixKernels[] = {
+    {"mma_8", 256, 8, 32, 4, 8, false, false},
+    {"mma_16", 256, 16, 64, 4, 4, false, false},
+    {"mma_32", 256, 32, 64, 3, 4, false, false},
+    {"mma_64", 256, 64, 128, 3, 2, false, false},
+    {"mma_grouped_8", 256, 8, 32, 4, 8, true, false},
+    {"mma_grouped_32", 256, 32, 64, 3, 4, true, false},
+    {"wgmma_16", 384, 16, 256, 16, 1, false, true},
+    {"wgmma_32", 384, 32, 256, 16, 1, false, true},
+    {"wgmma_64", 384, 64, 256, 8, 1, false, true},
+    {"wgmma_128", 384, 128, 256, 10, 1, false, true},
+};
+enum { kMma8, kMma16, kMma32, kMma64, kGrouped8, kGrouped32, kWgmma16, kWgmma128 = 9, kCount };
+
+constexpr int kSlice = 128;
+
+// Groups that end within a block of four tiles: only the kernel of single rows can tell them apart.
+bool row_by_row(const kbc_matmul& p) {
+  return p.rows == 1 || (p.group_size && p.bits < 4 && p.group_size % (128 / p.bits));
+}
+
+int64_t blocks(const kbc_matmul& p, const MatrixKernel& k) {
+  return (p.rows + k.rows - 1) / k.rows * ((p.out_features + k.columns - 1) / k.columns);
+}
+
+// The fastest on an H100, measured at 1 to 2048 rows and 2560 to 28672 outputs.
+int choose(const kbc_matmul& p, const Device& device) {
+  if (p.group_size) return p.rows <= 8 ? kGrouped8 : kGrouped32;
+  const int64_t enough = device.multiprocessors * 3 / 4;
+  if (device.capability == 90) {
+    // The largest block that the rows fill and of which there are enough for the whole GPU.
+    int row = kWgmma16;
+    while (row < kWgmma128 && kMatrixKernels[row].rows < p.rows) ++row;
+    while (row > kWgmma16 && blocks(p, kMatrixKernels[row]) < enough) --row;
+    if (p.rows > 16 || (p.bits < 8 && blocks(p, kMatrixKernels[row]) >= enough)) return row;
+  }
+  if (p.rows <= 8 || (p.rows <= 16 && p.out_features <= 32 * device.multiprocessors)) return kMma8;
+  return p.rows <= 16 ? kMma16 : p.rows <= 32 ? kMma32 : kMma64;
+}
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Where things lie in the workspace.
+struct Workspace {
+  int64_t image = 0, row_scale = 0, row_sum = 0, largest = 0, bytes = 0;
+
+  explicit Workspace(const kbc_matmul& p) {
+    if (!row_by_row(p)) {
+      row_scale = round_up(p.in_features, kSlice) * round_up(p.rows, 8);
+      row_sum = row_scale + round_up(4 * p.rows, 256);
+      bytes = largest = row_sum + round_up(4 * p.rows, 256);
+    }
+    if (p.per_tensor && p.rows > 1) bytes += 256;
+  }
+};
+
+Matmul parameters(const kbc_matmul& p) {
+  const int64_t four = p.dtype == 0 ? 16 : 8;  // bytes of four elements
+  const Workspace place(p);
+  char* workspace = static_cast<char*>(p.workspace);
+  const double highest = p.activation_bits == 8 ? 127 : 7;
+  const int step = p.offset == static_cast<float>(static_cast<int>(p.offset)) ? 1 : 2;
+  Matmul m{};
+  m.x = p.x;
+  m.tiles = p.tiles;
+  m.scale = static_cast<const float*>(p.scale);
+  m.x_scale = static_cast<const float*>(p.x_scale);
+  m.bias = static_cast<const float*>(p.bias);
+  m.y = p.y;
+  if (p.per_tensor && p.rows > 1) m.largest = reinterpret_cast<unsigned*>(workspace + place.largest);
+  m.image = reinterpret_cast<unsigned char*>(workspace + place.image);
+  m.row_scale = reinterpret_cast<float*>(workspace + place.row_scale);
+  m.row_sum = reinterpret_cast<int*>(workspace + place.row_sum);
+  m.rows = static_cast<int>(p.rows);
+  m.n = static_cast<int>(p.out_features);
+  m.k = static_cast<int>(p.in_features);
+  m.k_tiles = static_cast<int>((p.in_features * p.bits + 31) / 32);
+  m.group_size = static_cast<int>(p.group_size ? p.group_size : p.in_features);
+  m.scale_columns = p.scale_columns;
+  m.dtype = p.dtype;
+  m.x_aligned = p.in_features % 4 == 0 && aligned(p.x, four);
+  m.y_aligned = p.out_features % 4 == 0 && aligned(p.y, four);
+  m.weights_ready = p.weights == KBC_WEIGHTS_READY;
+  m.step = step;
+  m.step_offset = static_cast<int>(step * p.offset);
+  m.epsilon = p.epsilon;
+  m.highest = static_cast<float>(highest);
+  m.inverse_highest = static_cast<float>(1 / highest);
+  m.inverse_step = 1.0f / step;
+  return m;
+}
+
+const char* check(const kbc_matmul& p) {
+  if (p.bits == 0 || library_of(p.bits) < 0) return "bits must be 1, 2, 4 or 8";
+  if (p.dtype < 0 || p.dtype > 2) return "dtype must be 0, 1 or 2";
+  if (p.activation_bits != 8 && p.activation_bits != 4) return "activation_bits must be 8 or 4";
+  if (p.rows < 0 || p.in_features < 1 || p.out_features < 1 || p.group_size < 0)
+    return "a size is out of range";
+  if (p.rows > INT32_MAX / 8 || p.in_features > 98304 || p.out_features > 2000000)
+    return "a size is too large";
+  if (p.group_size % 32) return "group_size must be a multiple of 32";
+  if (p.scale_columns != 1 && p.scale_columns != p.out_features)
+    return "scale_columns must be 1 or out_features";
+  if (!aligned(p.tiles, 16)) return "tiles must lie at a multiple of 16 bytes";
+  if (Workspace(p).bytes && !aligned(p.workspace, 16))
+    return "workspace must lie at a multiple of 16 bytes";
+  return nullptr;
+}
+
+// One row of bitnet.cu that multiplies single rows of activations.
+struct RowKernel {
+  const char* name;
+  int warps, stages, teams;
+  int64_t most_tiles;  // of a row of tiles, for which it is the best
+};
+constexpr RowKernel kRowKernels[] = {
+    {"gemv_4_", 4, 8, 1, 384}, {"gemv_8_", 8, 8, 1, 704}, {"gemv_16_", 16, 6, 1, INT64_MAX}};
+constexpr RowKernel kGroupedRows = {"gemv_grouped_", 8, 6, 2, INT64_MAX};
+
+// Single rows: quantized and multiplied by one kernel.
+const char* run_rows(Device& device, const kbc_matmul& p, Matmul m, void* stream) {
+  const RowKernel* k = p.group_size ? &kGroupedRows : kRowKernels;
+  while (k->most_tiles < m.k_tiles) ++k;
+  const unsigned shared = static_cast<unsigned>(k->stages * k->warps * 32 * 16 + round_up(m.k_tiles, 8) * 32 / p.bits);
+  // Few blocks leave room for those of the next launch, which fetch weights while these compute;
+  // with much to do it is better to have many. Measured on an H100.
+  const int64_t rows_each = (m.n + 15) / 16 / device.multiprocessors;
+  const int64_t resident = rows_each < 2 ? 1 : 16 / k->warps * (rows_each < 8 ? 1 : 2);
+  const int64_t blocks = ((m.n + 15) / 16 + k->teams - 1) / k->teams, slots = device.multiprocessors * resident;
+  const std::string kind = k->name;
+  const std::string name = kind + kDtypes[p.dtype];
+  constexpr int64_t kMostRows = 65535;
+  const int64_t x_row = p.in_features * (p.dtype ? 2 : 4), y_row = p.out_features * (p.dtype ? 2 : 4);
+  for (int64_t first = 0; first < p.rows; first += kMostRows) {
+    const int64_t rows = p.rows - first < kMostRows ? p.rows - first : kMostRows;
+    m.x = static_cast<const char*>(p.x) + first * x_row;
+    m.y = static_cast<char*>(p.y) + first * y_row;
+    const Launch l{name.c_str(), static_cast<unsigned>(blocks < slots ? blocks : slots),
+                   static_cast<unsigned>(rows), static_cast<unsigned>(32 * k->warps), shared,
+                   p.weights != KBC_WEIGHTS_SETTLE};
+    if (const char* wrong = launch(device, p.bits, l, &m, stream)) return wrong;
+  }
+  return nullptr;
+}
+
+// Several rows: quantized by one kernel, multiplied by the next.
+const char* run_matrix(Device& device, const kbc_matmul& p, const Matmul& m, void* stream) {
+  const std::string quantize = std::string("quantize_") + kDtypes[p.dtype];
+  const Launch first{quantize.c_str(), static_cast<unsigned>(p.rows), 1, kQuantizeThreads, 0,
+                     p.weights != KBC_WEIGHTS_SETTLE};
+  if (const char* wrong = launch(device, p.bits, first, &m, stream)) return wrong;
+  if (p.kernel < 0 || p.kernel > kCount) return "kernel is out of range";
+  const MatrixKernel& k = kMatrixKernels[p.kernel ? p.kernel - 1 : choose(p, device)];
+  if (k.grouped != (p.group_size != 0)) return "this kernel is for other scales";
+  if (k.wgmma && device.capability != 90) return "this kernel is for compute capability 9.0";
+  const Launch second{k.name, static_cast<unsigned>((p.rows + k.rows - 1) / k.rows),
+                      static_cast<unsigned>((p.out_features + k.columns - 1) / k.columns),
+                      static_cast<unsigned>(k.threads),
+                      static_cast<unsigned>(k.stages * k.slices * k.rows * kSlice), true};
+  return launch(device, p.bits, second, &m, stream);
+}
+
+const char* run_here(Device& device, const kbc_matmul& p, void* stream) {
+  const Matmul m = parameters(p);
+  if (m.largest) {
+    if (const char* wrong = clear_word(m.largest, stream)) return wrong;
+    const std::string name = std::string("largest_") + kDtypes[p.dtype];
+    const Launch l{name.c_str(), static_cast<unsigned>(p.rows), 1, kQuantizeThreads, 0, false};
+    if (const char* wrong = launch(device, p.bits, l, &m, stream)) return wrong;
+  }
+  return row_by_row(p) ? run_rows(device, p, m, stream) : run_matrix(device, p, m, stream);
+}
+
+}  // namespace
+
+int64_t kbc_workspace(const kbc_matmul* problem) { return Workspace(*problem).bytes; }
+
+const char* kbc_run(const kbc_matmul* problem, int device, void* stream) {
+  if (const char* wrong = check(*problem)) return wrong;
+  if (problem->rows == 0) return nullptr;
+  return on_device(device, [&](Device& d) { return run_here(d, *problem, stream); });
+}

@@ -1,0 +1,107 @@
+"""Attention of one new token to a cache by a CUDA kernel, for PyTorch: one operator."""
+
+import torch
+
+from keras_bitnet.kernels import cuda
+from keras_bitnet.kernels.cuda import compiler, library
+from keras_bitnet.kernels.cuda.torch import DTYPES, device_reason
+from keras_bitnet.kernels.select import Kernel
+
+_SCHEMA = (
+    "attend_next_cuda(Tensor query, Tensor key, Tensor value, Tensor? cosines, Tensor? sines, "
+    "Tensor? mask, Tensor index, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+    "Tensor(c!)? key_scale, Tensor(d!)? value_scale, float scale) -> Tensor"
+)
+_CACHE = ("key", "value", "key_scale", "value_scale")
+_CACHE_DTYPES = {**DTYPES, torch.int8: 3}
+
+
+def refuse(problem):
+    """Why the kernel cannot run an `Attention`, or `None`."""
+    return device_reason(problem.device) or cuda.refuse_attention(problem)
+
+
+def run(cache, query, key, value, index, scale, mask=None, rotary=None):
+    """As `attend_next`, for a problem that was not refused; the cache is written in place."""
+    cosines, sines = (None, None) if rotary is None else rotary
+    index = torch.as_tensor(index, dtype=torch.int32, device=query.device)
+    buffers = (cache.get(name) for name in _CACHE)
+    y = torch.ops.keras_bitnet.attend_next_cuda(
+        query, key, value, cosines, sines, mask, index, *buffers, scale
+    )
+    return y, cache
+
+
+def _launch(
+    query, key, value, cosines, sines, mask, index, key_cache, value_cache, key_scale, value_scale,
+    scale,
+):  # fmt: skip
+    query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    cosines, sines, mask = (x if x is None else x.contiguous() for x in (cosines, sines, mask))
+    caches = {"key_cache": key_cache, "value_cache": value_cache}
+    scales = {} if key_scale is None else {"key_scale": key_scale, "value_scale": value_scale}
+    _check(query, key, value, cosines, sines, mask, index, caches, scales)
+    (batch, _, heads, head_dim), device = query.shape, query.get_device()
+    y = torch.empty_like(query)
+    tables = {} if cosines is None else {"cosines": cosines, "sines": sines}
+    masks = {} if mask is None else {"mask": mask}
+    tensors = {"query": query, "key": key, "value": value, "index": index, "y": y, **caches,
+               **scales, **tables, **masks}  # fmt: skip
+    problem = library.AttentionStruct(
+        batch=batch,
+        length=key_cache.shape[2],
+        heads=heads,
+        key_heads=key_cache.shape[1],
+        head_dim=head_dim,
+        dtype=DTYPES[query.dtype],
+        cache_dtype=_CACHE_DTYPES[key_cache.dtype],
+        tables=len(cosines) if tables else 1,
+        masks=len(mask) if masks else 1,
+        scale=scale,
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+    )
+    library.load(device, compiler.UNPACKED)
+    library.run(problem, device, torch.cuda.current_stream(device).cuda_stream)
+    return y
+
+
+def _check(query, key, value, cosines, sines, mask, index, caches, scales):
+    """A graph that was saved and loaded may bring operands that the package never saw."""
+    cache = caches["key_cache"]
+    (batch, _, heads, head_dim), (_, key_heads, length, _) = query.shape, cache.shape
+    rows, places = {(batch, 1, key_heads, head_dim)}, (batch, key_heads, length)
+    turned = {(n, 1, 1, head_dim) for n in (1, batch)}
+    wanted = [
+        ("query", query, query.dtype, {(batch, 1, heads, head_dim)}),
+        ("key", key, query.dtype, rows),
+        ("value", value, query.dtype, rows),
+        ("cosines", cosines, torch.float32, turned),
+        ("sines", sines, torch.float32, turned),
+        ("mask", mask, torch.bool, {(n, 1, length) for n in (1, batch)}),
+        ("index", index, torch.int32, {(), (1,)}),
+        *((name, x, cache.dtype, {(*places, head_dim)}) for name, x in caches.items()),
+        *((name, x, torch.float32, {(*places, 1)}) for name, x in scales.items()),
+    ]
+    for name, tensor, dtype, shapes in wanted:
+        if tensor is None:
+            continue
+        right = tensor.dtype == dtype and tuple(tensor.shape) in shapes
+        if not right or tensor.device != query.device or not tensor.is_contiguous():
+            raise ValueError(
+                f"`{name}` must be a contiguous {dtype} tensor on {query.device} of one of the "
+                f"shapes {shapes}. Received: {tensor.dtype} tensor on {tensor.device} of shape "
+                f"{tuple(tensor.shape)}"
+            )
+
+
+def _fake(query, *operands):
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+# What a `torch.library.Library` defines goes away with it.
+_library = torch.library.Library("keras_bitnet", "FRAGMENT")
+_library.define(_SCHEMA)
+_library.impl("attend_next_cuda", _launch, "CUDA")
+torch.library.register_fake("keras_bitnet::attend_next_cuda", _fake)
+
+CUDA = Kernel(cuda.NAME, refuse, run)

@@ -1,0 +1,193 @@
+"""Attention to a cache by the CUDA kernel against NumPy and the reference; with a GPU only."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND, relative_error, to_numpy
+from keras import ops
+from test_models import make_model
+
+from keras_bitnet import kernels
+from keras_bitnet.kernels import attention
+from keras_bitnet.kernels.cuda import library
+from keras_bitnet.layers import key_value_cache
+from keras_bitnet.layers.rotary import rotary_tables, rotate
+
+if BACKEND not in ("jax", "torch"):
+    pytest.skip("TensorFlow runs the reference on a GPU", allow_module_level=True)
+if library.reason(0) is not None:
+    pytest.skip(library.reason(0), allow_module_level=True)
+
+# batch, query heads, key heads, head_dim, cache length, index of the new token
+SIZES = (
+    (1, 20, 5, 128, 320, 300), (3, 8, 8, 64, 40, 0), (2, 6, 1, 256, 700, 699), (1, 7, 7, 4, 17, 1),
+    (2, 12, 2, 100, 2000, 1234), (40, 4, 1, 32, 64, 63), (1, 9, 3, 132, 5000, 4999),
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16")
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
+
+
+def tensor(array, dtype="float32"):
+    return ops.cast(ops.convert_to_tensor(array.astype("float32")), dtype)
+
+
+def floats(x):
+    return to_numpy(ops.cast(x, "float32")).astype("float64")
+
+
+def problem(rng, size, dtype, cache_dtype):
+    """A cache full of numbers, behind the new token too, and the arguments of `attend_next`."""
+    batch, heads, key_heads, head_dim, length, index = size
+    cache = key_value_cache.make_cache(batch, length, key_heads, head_dim, cache_dtype)
+    rows = (rng.normal(size=(batch, length, key_heads, head_dim)) for _ in range(2))
+    cache = key_value_cache.write(cache, *(tensor(x, dtype) for x in rows), 0)
+    query = tensor(rng.normal(size=(batch, 1, heads, head_dim)), dtype)
+    key, value = (tensor(rng.normal(size=(batch, 1, key_heads, head_dim)), dtype) for _ in range(2))
+    mask = rng.random((batch, 1, length)) < 0.7
+    mask[..., index] = True
+    mask[..., index + 1 :] = False
+    places = ops.convert_to_tensor(rng.integers(0, length, (batch, 1)), "int32")
+    rotary = rotary_tables(places, head_dim, 10000.0)
+    at = ops.convert_to_tensor(index, "int32")
+    return cache, (query, key, value, at, head_dim**-0.5, ops.convert_to_tensor(mask), rotary)
+
+
+def run(name, cache, arguments):
+    cache = {key: ops.copy(x) for key, x in cache.items()}
+    with kernels.use_kernel(name):
+        return key_value_cache.attend_next(cache, *arguments)
+
+
+def cached(cache, name):
+    return floats(cache[name]) * (floats(cache[f"{name}_scale"]) if len(cache) == 4 else 1)
+
+
+def expected(cache, query, index, scale, mask):
+    """In float64, of a cache that holds the new token; `query` is turned already."""
+    keys, values = cached(cache, "key"), cached(cache, "value")
+    batch, key_heads, _, head_dim = keys.shape
+    query = floats(query).reshape(batch, key_heads, -1, head_dim) * scale
+    scores = np.einsum("bhgd,bhkd->bhgk", query, keys)
+    seen = np.arange(keys.shape[2]) <= index
+    if mask is not None:
+        seen = seen & to_numpy(mask)[:, :, None]
+    scores = np.where(seen, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bhgk,bhkd->bhgd", weights, values).reshape(batch, 1, -1, head_dim)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cache_dtype", [*DTYPES, "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_numpy(dtype, cache_dtype, masked, rng):
+    for size in SIZES:
+        cache, arguments = problem(rng, size, dtype, cache_dtype)
+        query, key, value, at, scale, mask, rotary = arguments
+        mask, rotary = (mask, rotary) if masked else (None, None)
+        y, written = run("cuda", cache, (query, key, value, at, scale, mask, rotary))
+        assert y.shape == query.shape
+        assert y.dtype == query.dtype
+        turned = query if rotary is None else rotate(query, rotary)
+        wanted = expected(written, turned, size[-1], scale, mask)
+        # A pair that is turned may be rounded otherwise, where XLA contracts its products.
+        assert relative_error(floats(y), wanted) < TOLERANCE[dtype] * (1 + 4 * masked), size
+        check_written(cache, written, key if rotary is None else rotate(key, rotary), value, size)
+
+
+def check_written(before, after, key, value, size):
+    index = size[-1]
+    for name, row in (("key", key), ("value", value)):
+        others = np.delete(floats(before[name]), index, axis=2)
+        np.testing.assert_array_equal(np.delete(floats(after[name]), index, axis=2), others)
+        found = cached(after, name)[:, :, index]
+        apart = relative_error(found, floats(row)[:, 0])
+        assert apart < {4: 8e-3}.get(len(after), TOLERANCE["bfloat16"])
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="XLA contracts products and divides otherwise")
+@pytest.mark.parametrize("cache_dtype", [*DTYPES, "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_writes_the_bits_of_the_reference(dtype, cache_dtype, rng):
+    for size in SIZES:
+        cache, arguments = problem(rng, size, dtype, cache_dtype)
+        (y, ours), (wanted, theirs) = (
+            run(name, cache, arguments) for name in ("cuda", "reference")
+        )
+        assert relative_error(floats(y), floats(wanted)) < TOLERANCE[dtype], size
+        for name, x in theirs.items():
+            np.testing.assert_array_equal(floats(ours[name]), floats(x))
+
+
+def test_what_nobody_sees_does_not_matter(rng):
+    cache, arguments = problem(rng, (1, 8, 2, 64, 300, 200), "float32", "float32")
+    y, _ = run("cuda", cache, arguments)
+    hidden = ~to_numpy(arguments[5])[:, 0]
+    others = {
+        name: tensor(np.where(hidden[:, None, :, None], 7.0, floats(x)))
+        for name, x in cache.items()
+    }
+    np.testing.assert_array_equal(floats(run("cuda", others, arguments)[0]), floats(y))
+    late = {
+        name: tensor(np.where(np.arange(300)[:, None] >= 200, np.nan, floats(x)))
+        for name, x in cache.items()
+    }
+    np.testing.assert_array_equal(floats(run("cuda", late, arguments)[0]), floats(y))
+
+
+def test_nan_is_not_lost(rng):
+    cache, arguments = problem(rng, (1, 8, 2, 64, 300, 200), "float32", "int8")
+    query, key, *rest = arguments
+    bad = tensor(np.where(np.arange(64) == 3, np.nan, floats(key)))
+    y, written = run("cuda", cache, (query, bad, *rest))
+    assert np.isnan(floats(y)).all()
+    assert np.isnan(floats(written["key_scale"])[:, :, 200]).all()
+
+
+def test_a_longer_cache_has_the_same_result(rng):
+    # More blocks share the tokens; their order of sums differs.
+    _, arguments = problem(rng, (2, 8, 2, 128, 64, 50), "float32", "float32")
+    cache, _ = problem(rng, (2, 8, 2, 128, 64, 50), "float32", "float32")
+    query, key, value, at, scale, _, rotary = arguments
+    short, _ = run("cuda", cache, (query, key, value, at, scale, None, rotary))
+    long = {name: ops.pad(x, ((0, 0), (0, 0), (0, 4000), (0, 0))) for name, x in cache.items()}
+    y, _ = run("cuda", long, (query, key, value, at, scale, None, rotary))
+    assert relative_error(floats(y), floats(short)) < 1e-6
+
+
+def test_refusals(rng):
+    cache, (query, *_) = problem(rng, (1, 8, 2, 64, 300, 200), "float32", "float32")
+    facts = attention.Attention.of(cache, query)
+    rows = {row.name: row for row in attention.TABLES[BACKEND]}
+    assert rows["cuda"].refuse(facts) is None
+    for changes, reason in (
+        ({"tokens": 2}, "2 new tokens"),
+        ({"head_dim": 6}, "heads of size 6"),
+        ({"head_dim": 260}, "heads of size 260"),
+        ({"dtype": "float64"}, "queries of dtype float64"),
+        ({"cache_dtype": "float64"}, "a cache of dtype float64"),
+        ({"gradient": True}, "gradient"),
+        ({"device": "cpu"}, "not on a CUDA device"),
+    ):
+        assert reason in rows["cuda"].refuse(dataclasses.replace(facts, **changes))
+
+
+def test_generation_takes_the_kernel(rng, monkeypatch):
+    keras.utils.set_random_seed(1)
+    wide = keras.initializers.RandomNormal(stddev=0.5)
+    model = make_model(kernel_initializer=wide)
+    prompts, ran = [[3, 1, 4, 1, 5], [9, 2], [6]], []
+    rows = attention.TABLES[BACKEND]
+    counting = kernels.Kernel("cuda", rows[0].refuse, lambda *a: ran.append(1) or rows[0].run(*a))
+    monkeypatch.setitem(attention.TABLES, BACKEND, (counting, rows[1]))
+    with kernels.use_kernel("reference"):
+        wanted = model.generate(prompts, max_new_tokens=12)
+    assert not ran
+    model.__dict__.pop("_programs")
+    for options in ({}, {"temperature": 1e-3, "seed": 1}):
+        assert model.generate(prompts, max_new_tokens=12, **options) == wanted
+    assert ran
+    beams = model.generate(prompts, max_new_tokens=6, beams=3)
+    assert beams[1] == model.generate(prompts[1], max_new_tokens=6, beams=3)
