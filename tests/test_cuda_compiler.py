@@ -92,7 +92,7 @@ def test_reasons(cache, monkeypatch):
     assert "compute capability 7.5" in compiler.reason(75)
     assert "nvidia-cuda-nvrtc" in compiler.reason(90)
     monkeypatch.setattr(compiler, "_compile", lambda bits, name: b"kernels")
-    for bits in (*compiler.WIDTHS, compiler.UNPACKED):
+    for bits in compiler.KINDS:
         compiler.cubin(bits, 90)
     assert compiler.reason(90) is None
 

@@ -1,7 +1,7 @@
 """Compiles the CUDA sources: ahead of time with nvcc, else with NVRTC when a width is first used.
 
-A compiled file (cubin) holds the kernels of one width of weights, or those that read no packed
-weights, for one architecture. It is named after the sources, so a file of other sources is never
+A compiled file (cubin) holds the kernels of one width of weights, of training or of attention, for
+one architecture. It is named after the sources, so a file of other sources is never
 taken for it. It is looked for beside the package, then in the user's cache; what is compiled goes
 to the cache, whole or not at all, so that several processes may compile at once.
 
@@ -28,7 +28,9 @@ FOLDER = pathlib.Path(__file__).parent
 SOURCES = FOLDER / "src"
 BUILT = FOLDER / "cubins"
 WIDTHS = (1, 2, 4, 8)
-UNPACKED = 0  # stands for a width: the kernels that read no packed weights
+# They stand for a width where kernels are meant that have none.
+TRAINING, ATTENTION = 0, -1
+KINDS = (*WIDTHS, TRAINING, ATTENTION)
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 OLDEST = 80
 CACHE_VARIABLE = "KERAS_BITNET_CACHE"
@@ -41,8 +43,9 @@ class CompileError(RuntimeError):
 
 
 def _main(bits):
-    """The source of a width, and the width that it is compiled for."""
-    return ("unpacked.cu", 8) if bits == UNPACKED else ("bitnet.cu", bits)
+    """The source of a kind of kernels, and the width that it is compiled for."""
+    names = {TRAINING: "training.cu", ATTENTION: "attention.cu"}
+    return (names[bits], 8) if bits in names else ("bitnet.cu", bits)
 
 
 def architecture(capability):
@@ -54,7 +57,7 @@ def cubin(bits, capability):
     """The compiled kernels of a width, from a file or compiled now.
 
     Args:
-        bits: 1, 2, 4 or 8, or `UNPACKED`.
+        bits: One of `KINDS`: 1, 2, 4 or 8, or what stands for one.
         capability: Ten times the compute capability of the device.
 
     Returns:
@@ -89,7 +92,7 @@ def reason(capability):
     name = f"compute capability {capability // 10}.{capability % 10}"
     if capability < OLDEST:
         return f"a GPU of {name}; accepted: 8.0 and later"
-    if all(find(bits, capability) for bits in (*WIDTHS, UNPACKED)) or shutil.which("nvcc"):
+    if all(find(bits, capability) for bits in KINDS) or shutil.which("nvcc"):
         return None
     library = nvrtc()
     if library is None:
@@ -238,7 +241,7 @@ def main():
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES)
     arguments = parser.parse_args()
     for name in arguments.architectures:
-        for bits in (*WIDTHS, UNPACKED):
+        for bits in KINDS:
             path = arguments.folder / _name(bits, name)
             if not path.exists():
                 _write(path, _compile_with_nvcc(bits, name))

@@ -37,7 +37,7 @@ def refuse(problem):
 def run(cache, query, key, value, index, scale, mask=None, rotary=None):
     """As `attend_next`, for a problem that was not refused."""
     for device in devices()[0]:
-        library.load(device, compiler.UNPACKED)
+        library.load(device, compiler.ATTENTION)
     index = jnp.asarray(index, "int32")
     return _attend_once(float(scale), cache, query, key, value, index, mask, rotary)
 

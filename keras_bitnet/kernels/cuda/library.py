@@ -167,7 +167,7 @@ def reason(device):
 
 
 def load(device, bits):
-    """Gives a device the kernels of a width or `UNPACKED`, compiled now where they are not yet.
+    """Gives a device the kernels of a kind of `compiler`, compiled now where they are not yet.
 
     Raises:
         CompileError: They cannot be compiled.

@@ -60,7 +60,7 @@ def _launch(
         scale=scale,
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
     )
-    library.load(device, compiler.UNPACKED)
+    library.load(device, compiler.ATTENTION)
     library.run(problem, device, torch.cuda.current_stream(device).cuda_stream)
     return y
 

@@ -83,7 +83,7 @@ def _pointer(tensor):
 
 
 def _queue(problem, device):
-    library.load(device, compiler.UNPACKED)
+    library.load(device, compiler.TRAINING)
     library.run(problem, device, torch.cuda.current_stream(device).cuda_stream)
 
 

@@ -58,11 +58,12 @@ const char* run_here(Device& device, const kbc_attention& p, void* stream) {
       cluster *= 2;
   const char* dtypes[] = {"f32", "bf16", "f16", "i8"};
   const std::string name = std::string(p.head_dim <= 128 ? "attention_128_" : "attention_256_") + dtypes[p.cache_dtype];
-  const unsigned shared = static_cast<unsigned>(kWarps * kQueryHeads * p.head_dim * sizeof(float));
+  const int values = kQueryHeads * (p.head_dim <= 128 ? 128 : 256);
+  const unsigned shared = static_cast<unsigned>((kWarps + cluster) * values * sizeof(float));
   Launch l{name.c_str(), cluster, rows, 32 * kWarps, shared, true};
   l.grid_z = static_cast<unsigned>(p.batch);
   l.cluster = cluster;
-  return launch(device, 0, l, &a, stream);
+  return launch(device, -1, l, &a, stream);
 }
 
 }  // namespace

@@ -107,7 +107,7 @@ Matmul parameters(const kbc_matmul& p) {
 }
 
 const char* check(const kbc_matmul& p) {
-  if (p.bits == 0 || library_of(p.bits) < 0) return "bits must be 1, 2, 4 or 8";
+  if (p.bits < 1 || library_of(p.bits) < 0) return "bits must be 1, 2, 4 or 8";
   if (p.dtype < 0 || p.dtype > 2) return "dtype must be 0, 1 or 2";
   if (p.activation_bits != 8 && p.activation_bits != 4) return "activation_bits must be 8 or 4";
   if (p.rows < 0 || p.in_features < 1 || p.out_features < 1 || p.group_size < 0)

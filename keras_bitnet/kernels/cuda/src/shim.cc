@@ -75,7 +75,10 @@ const char* find(Device& device, int library, const std::string& name, unsigned 
 }  // namespace
 
 int library_of(int64_t bits) {
-  return bits == 0 ? 4 : bits == 1 ? 0 : bits == 2 ? 1 : bits == 4 ? 2 : bits == 8 ? 3 : -1;
+  constexpr int64_t kinds[] = {1, 2, 4, 8, 0, -1};
+  for (int i = 0; i < 6; ++i)
+    if (kinds[i] == bits) return i;
+  return -1;
 }
 
 const char* fail(const std::string& text) {

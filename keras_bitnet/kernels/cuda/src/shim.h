@@ -89,7 +89,7 @@ KBC_API int kbc_device_count(void);
 // Ten times the compute capability of a device (90 for 9.0), 0 where there is no such device.
 KBC_API int kbc_capability(int device);
 
-// Gives a device the kernels of one width, 0: those that read no packed weights. Later calls for the same width do nothing. Returns
+// Gives a device the kernels of one width, 0: those of training, -1: of attention. Later calls for the same width do nothing. Returns
 // null, or what is wrong; texts belong to the calling thread, until its next call.
 KBC_API const char* kbc_load(int device, int bits, const void* cubin);
 KBC_API int kbc_loaded(int device, int bits);

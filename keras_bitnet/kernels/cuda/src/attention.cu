@@ -1,0 +1,11 @@
+// The kernels of attention to a cache, by its dtype and the size of a head: what attention.cc launches.
+#include "attention.cuh"
+
+#define KERNEL(name, ...)                                                             \
+  extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32, 1) name(const Attention p) { \
+    __VA_ARGS__;                                                                      \
+  }
+#define ROW(suffix, T)                               \
+  KERNEL(attention_128_##suffix, attention<T, 1>(p)) \
+  KERNEL(attention_256_##suffix, attention<T, 2>(p))
+ROW(f32, F32) ROW(bf16, BF16) ROW(f16, F16) ROW(i8, I8)
