@@ -1,5 +1,6 @@
 """Attention to a cache by the CUDA kernel against NumPy and the reference; with a GPU only."""
 
+import contextlib
 import dataclasses
 
 import keras
@@ -174,20 +175,37 @@ def test_refusals(rng):
         assert reason in rows["cuda"].refuse(dataclasses.replace(facts, **changes))
 
 
-def test_generation_takes_the_kernel(rng, monkeypatch):
+def test_generation_takes_the_kernel(monkeypatch):
     keras.utils.set_random_seed(1)
-    wide = keras.initializers.RandomNormal(stddev=0.5)
-    model = make_model(kernel_initializer=wide)
+    model = make_model(kernel_initializer=keras.initializers.RandomNormal(stddev=0.5))
     prompts, ran = [[3, 1, 4, 1, 5], [9, 2], [6]], []
-    rows = attention.TABLES[BACKEND]
-    counting = kernels.Kernel("cuda", rows[0].refuse, lambda *a: ran.append(1) or rows[0].run(*a))
-    monkeypatch.setitem(attention.TABLES, BACKEND, (counting, rows[1]))
-    with kernels.use_kernel("reference"):
+    cuda, reference = attention.TABLES[BACKEND]
+    counting = kernels.Kernel("cuda", cuda.refuse, lambda *a: ran.append(1) or cuda.run(*a))
+    monkeypatch.setitem(attention.TABLES, BACKEND, (reference,))
+    with exact_products():
         wanted = model.generate(prompts, max_new_tokens=12)
-    assert not ran
-    model.__dict__.pop("_programs")
-    for options in ({}, {"temperature": 1e-3, "seed": 1}):
-        assert model.generate(prompts, max_new_tokens=12, **options) == wanted
-    assert ran
-    beams = model.generate(prompts, max_new_tokens=6, beams=3)
-    assert beams[1] == model.generate(prompts[1], max_new_tokens=6, beams=3)
+        model.__dict__.pop("_programs")
+        monkeypatch.setitem(attention.TABLES, BACKEND, (counting, reference))
+        for options in ({}, {"temperature": 1e-3, "seed": 1}, {"temperature": 1.0, "top_k": 1}):
+            assert model.generate(prompts, max_new_tokens=12, **options) == wanted
+        assert ran
+        beams = model.generate(prompts, max_new_tokens=6, beams=3)
+        assert beams[1] == model.generate(prompts[1], max_new_tokens=6, beams=3)
+
+
+def exact_products():
+    if BACKEND == "torch":
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.default_matmul_precision("highest")
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="a state of JAX is its own")
+def test_two_generations_at_once_are_told(rng):
+    model = make_model()
+    first, second = (model.stream([1, 2, start], max_new_tokens=6) for start in (3, 4))
+    next(first), next(second)
+    with pytest.raises(RuntimeError, match="Another generation"):
+        list(first)
+    assert len(list(second)) == 5

@@ -4,6 +4,8 @@ import dataclasses
 
 from keras import ops
 
+from keras_bitnet.ops.constants import constant_like
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -57,11 +59,13 @@ class Sampler:
         probabilities = ops.softmax(logits / self.temperature)
         lowest = self._lowest(probabilities)
         if lowest is not None:
-            probabilities = ops.where(probabilities >= lowest, probabilities, 0.0)
+            kept = probabilities >= lowest
+            probabilities = ops.where(kept, probabilities, ops.zeros_like(probabilities))
         below = ops.cumsum(probabilities, axis=-1)
         total, uniform = below[:, -1:], ops.convert_to_tensor(uniform)
         chosen = ops.sum(below <= uniform[:, None] * total, axis=-1)
-        return ops.cast(ops.minimum(chosen, logits.shape[-1] - 1), "int32")
+        chosen = ops.cast(chosen, "int32")
+        return ops.minimum(chosen, constant_like(chosen, logits.shape[-1] - 1))
 
     def _lowest(self, probabilities):
         """The least probability `(batch, 1)` that may be chosen, or `None`."""
@@ -73,4 +77,4 @@ class Sampler:
             return best[:, -1:]
         before = ops.cumsum(best, axis=-1) - best
         kept = before < self.top_p * ops.sum(best, axis=-1, keepdims=True)
-        return ops.min(ops.where(kept, best, 1.0), axis=-1, keepdims=True)
+        return ops.min(ops.where(kept, best, ops.ones_like(best)), axis=-1, keepdims=True)

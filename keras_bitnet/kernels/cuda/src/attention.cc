@@ -58,8 +58,9 @@ const char* run_here(Device& device, const kbc_attention& p, void* stream) {
       cluster *= 2;
   const char* dtypes[] = {"f32", "bf16", "f16", "i8"};
   const std::string name = std::string(p.head_dim <= 128 ? "attention_128_" : "attention_256_") + dtypes[p.cache_dtype];
-  const int values = kQueryHeads * (p.head_dim <= 128 ? 128 : 256);
-  const unsigned shared = static_cast<unsigned>((kWarps + cluster) * values * sizeof(float));
+  // Rows of a head: queries, the new key and value, sums of the warps and of the blocks.
+  const unsigned shared_rows = kQueryHeads + 2 + (kWarps + cluster) * kQueryHeads;
+  const unsigned shared = shared_rows * (p.head_dim <= 128 ? 128 : 256) * sizeof(float);
   Launch l{name.c_str(), cluster, rows, 32 * kWarps, shared, true};
   l.grid_z = static_cast<unsigned>(p.batch);
   l.cluster = cluster;

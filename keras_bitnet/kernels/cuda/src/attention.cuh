@@ -233,10 +233,12 @@ template <class C, int PARTS> DEVICE void attention(const Attention& p) {
   // Of a block, then of all blocks in the first one: largest scores, sums, weighted sums.
   __shared__ float warp_largest[ATTENTION_WARPS][QUERY_HEADS], warp_sum[ATTENTION_WARPS][QUERY_HEADS];
   __shared__ float block_largest[MOST_BLOCKS][QUERY_HEADS], block_sum[MOST_BLOCKS][QUERY_HEADS];
-  __shared__ __align__(16) float query[QUERY_HEADS][HEAD_DIM];
-  __shared__ float new_row[2][HEAD_DIM], new_scale[2];  // key and value
   __shared__ float4 weights[ATTENTION_WARPS][TOKENS];
-  float* const warp_values = reinterpret_cast<float*>(block_memory);  // [warp][query head][HEAD_DIM]
+  __shared__ float new_scale[2];
+  using Row = float[HEAD_DIM];
+  Row* const query = reinterpret_cast<Row*>(block_memory);  // of the query heads
+  Row* const new_row = query + QUERY_HEADS;                 // key and value
+  float* const warp_values = new_row[2];                                               // [warp][query head][HEAD_DIM]
   float* const block_values = warp_values + ATTENTION_WARPS * QUERY_HEADS * HEAD_DIM;  // [block][..][..]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int groups = p.heads / p.key_heads, chunks = (groups + QUERY_HEADS - 1) / QUERY_HEADS;
