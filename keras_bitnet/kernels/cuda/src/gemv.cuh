@@ -72,21 +72,26 @@ template <class N> DEVICE N sum_columns(const N (&v)[4]) {
 // Weights and group scales as they come; GROUPED: the sums of a tile are scaled at once.
 template <bool GROUPED> struct Sums;
 template <> struct Sums<false> {
-  int by_place[4][GROUPS] = {};
+  // Of eight places, for which there are not enough registers, the upper four are shifted down first.
+  static constexpr int PLACES = GROUPS < 4 ? GROUPS : 4;
+  int by_place[4][PLACES] = {};
 
   DEVICE void add(const Matmul&, const uint4& w, const u32 (&x)[GROUPS], int, int) {
 #pragma unroll
     for (int c = 0; c < 4; ++c)
 #pragma unroll
-      for (int i = 0; i < GROUPS; ++i)
-        by_place[c][i] = dot_codes(word(w, c) & (MASK << (BITS * i)), x[i], by_place[c][i]);
+      for (int i = 0; i < GROUPS; ++i) {
+        const u32 codes = word(w, c) >> (BITS * (i / PLACES * PLACES));
+        int& sum = by_place[c][i % PLACES];
+        sum = dot_codes(codes & (MASK << (BITS * (i % PLACES))), x[i], sum);
+      }
   }
   DEVICE int total() const {
     int sums[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int c = 0; c < 4; ++c)
 #pragma unroll
-      for (int i = 0; i < GROUPS; ++i) sums[c] += by_place[c][i] >> (BITS * i);
+      for (int i = 0; i < PLACES; ++i) sums[c] += by_place[c][i] >> (BITS * i);
     return sum_columns(sums);
   }
   using Number = int;
