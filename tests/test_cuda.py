@@ -25,6 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 SIZES = (
     (1, 1, 1), (3, 7, 31), (7, 260, 33), (1, 257, 100), (9, 512, 257), (17, 100, 257),
     (40, 260, 128), (70, 1000, 132), (130, 384, 520), (1, 4096, 48), (33, 31, 4),
+    (1, 8200, 50),
 )  # fmt: skip
 QUANTIZERS = (
     ActivationInt8(), ActivationInt4(), ActivationInt8("tensor"), ActivationInt4("tensor"),

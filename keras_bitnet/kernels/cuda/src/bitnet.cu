@@ -12,6 +12,7 @@
 // Of the kernels of single rows every multiprocessor holds two times 16 warps: those of two launches.
 #define ROW(suffix, T)                                                        \
   KERNEL(gemv_4_##suffix, 128, 8, gemv<T, 4, 8, 4, false>(p))                 \
+  KERNEL(gemv_4x2_##suffix, 256, 4, gemv<T, 8, 8, 4, false>(p))               \
   KERNEL(gemv_8_##suffix, 256, 4, gemv<T, 8, 8, 8, false>(p))                 \
   KERNEL(gemv_16_##suffix, 512, 2, gemv<T, 16, 6, 16, false>(p))              \
   KERNEL(gemv_grouped_##suffix, 256, 2, gemv<T, 8, 6, 4, true>(p))            \

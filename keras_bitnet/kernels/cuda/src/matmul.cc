@@ -127,16 +127,19 @@ const char* check(const kbc_matmul& p) {
 struct RowKernel {
   const char* name;
   int warps, stages, teams;
-  int64_t most_tiles;  // of a row of tiles, for which it is the best
+  int64_t most_tiles;   // of a row of tiles, for which it is the best
+  int64_t most_inputs;  // likewise: how many its threads hold, quantizing them
 };
-constexpr RowKernel kRowKernels[] = {
-    {"gemv_4_", 4, 8, 1, 384}, {"gemv_8_", 8, 8, 1, 704}, {"gemv_16_", 16, 6, 1, INT64_MAX}};
-constexpr RowKernel kGroupedRows = {"gemv_grouped_", 8, 6, 2, INT64_MAX};
+constexpr RowKernel kRowKernels[] = {{"gemv_4_", 4, 8, 1, 384, 6144},
+                                     {"gemv_4x2_", 8, 8, 2, 384, INT64_MAX},
+                                     {"gemv_8_", 8, 8, 1, 704, INT64_MAX},
+                                     {"gemv_16_", 16, 6, 1, INT64_MAX, INT64_MAX}};
+constexpr RowKernel kGroupedRows = {"gemv_grouped_", 8, 6, 2, INT64_MAX, INT64_MAX};
 
 // Single rows: quantized and multiplied by one kernel.
 const char* run_rows(Device& device, const kbc_matmul& p, Matmul m, void* stream) {
   const RowKernel* k = p.group_size ? &kGroupedRows : kRowKernels;
-  while (k->most_tiles < m.k_tiles) ++k;
+  while (k->most_tiles < m.k_tiles || k->most_inputs < m.k) ++k;
   const unsigned shared = static_cast<unsigned>(k->stages * k->warps * 32 * 16 + round_up(m.k_tiles, 8) * 32 / p.bits);
   // Few blocks leave room for those of the next launch, which fetch weights while these compute;
   // with much to do it is better to have many. Measured on an H100.
