@@ -1,6 +1,5 @@
 """The suite runs once per backend: KERAS_BACKEND=jax|torch|tensorflow python -m pytest."""
 
-import contextlib
 import importlib.metadata
 import os
 import pathlib
@@ -9,11 +8,13 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Tests compile a lot and run little.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-flags = ["--xla_cpu_parallel_codegen_split_count=1"]
-with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-    if importlib.metadata.version("jaxlib").startswith("0.10."):  # others end at unknown flags
-        flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+os.environ["XLA_FLAGS"] = " ".join([
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_cpu_parallel_codegen_split_count=1",
+    *("--xla_cpu_use_fusion_emitters=false"  # a version that does not know it ends the process
+      for jaxlib in importlib.metadata.distributions(name="jaxlib")
+      if jaxlib.version.startswith("0.10.")),
+])  # fmt: skip
 # The same small programs come again in other files, workers and the processes that tests start.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax")
