@@ -84,6 +84,12 @@ def gpu():
     return None
 
 
+def memory(field):
+    """Bytes of this process in a field of Linux: `"VmRSS"`, `"VmHWM"` (its peak), `"RssAnon"`."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{field}:"))
+
+
 def versions():
     """Versions of Python, the package and the frameworks that are installed."""
     found = {"python": platform.python_version()}

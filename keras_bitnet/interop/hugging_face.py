@@ -89,7 +89,7 @@ def from_hugging_face(path, *, packed=None, dtype=None, **arguments):
             _read_norm(checkpoint, place.layer, place.hugging_face)
         for place in tensor_map.tables(backbone):
             shape = tensor_map.matrix_shape(place.layer)
-            matrix = checkpoint.read(f"{place.hugging_face}.weight", shape, FLOATS)
+            matrix = checkpoint.rows(f"{place.hugging_face}.weight", shape, FLOATS)
             weights.set_matrix(place.layer, matrix)
     model = BitNetCausalLM(backbone)
     if (path / tokenizer_files.MODEL).is_file():

@@ -125,6 +125,14 @@ class Checkpoint:
         Raises:
             ValueError: It is missing or has another shape or type.
         """
+        self._checked(name, shape, dtypes)
+        return self._open(self._files[name]).get_tensor(name)
+
+    def rows(self, name, shape, dtypes):
+        """A matrix as `read` gives it, but slices of its rows are read when they are asked for."""
+        return Rows(self._checked(name, shape, dtypes))
+
+    def _checked(self, name, shape, dtypes):
         found = self._slice(name)
         if tuple(found.get_shape()) != tuple(shape) or found.get_dtype() not in dtypes:
             raise ValueError(
@@ -132,7 +140,18 @@ class Checkpoint:
                 f"{tuple(dtypes)}. Received: {found.get_dtype()} of shape "
                 f"{tuple(found.get_shape())}"
             )
-        return self._open(self._files[name]).get_tensor(name)
+        return found
+
+
+class Rows:
+    """A matrix in a file: `shape`, and slices of rows as NumPy arrays."""
+
+    def __init__(self, found):
+        self._slice = found
+        self.shape = tuple(found.get_shape())
+
+    def __getitem__(self, rows):
+        return self._slice[rows]
 
 
 def write_checkpoint(folder, tensors, shard_bytes=SHARD_BYTES):

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_bitnet import quantizers
 from keras_bitnet.layers.base import BitLayer
+from keras_bitnet.layers.large_weights import fill
 from keras_bitnet.ops import PackedTensor, layout
 
 BLOCK_WEIGHTS = 1 << 22  # weights in float32 at a time, where a matrix can be packed in blocks
@@ -50,18 +51,23 @@ def set_codes(layer, codes, scale):
 def set_matrix(layer, matrix):
     """Fills a layer with a float matrix `(out, in)`; a packed layer quantizes it.
 
+    Args:
+        layer: Any layer with one matrix.
+        matrix: NumPy array, or an object with a `shape` whose slices of rows are arrays. A table of
+            tokens and a packed kernel with scales per output are filled some rows at a time.
+
     Raises:
         ValueError: It holds a NaN or an infinity.
     """
+    rows = _FloatRows(matrix, layer.name)
     if _packs_in_blocks(layer):
-        _set_in_blocks(layer, matrix)
+        _set_in_blocks(layer, rows)
         return
-    matrix = np.asarray(matrix, np.float32)
-    if not np.isfinite(matrix).all():
-        raise ValueError(f"The weights for layer '{layer.name}' hold a NaN or an infinity.")
     if hasattr(layer, "embeddings"):
-        layer.embeddings.assign(matrix)
-    elif not isinstance(layer, BitLayer):
+        fill(layer.embeddings, rows)
+        return
+    matrix = rows[:]
+    if not isinstance(layer, BitLayer):
         layer.kernel.assign(matrix.T)
     elif layer.packed:
         quantized = layer.weight_quantizer.quantize(ops.transpose(ops.convert_to_tensor(matrix)))
@@ -71,6 +77,24 @@ def set_matrix(layer, matrix):
         kernel = ops.transpose(ops.convert_to_tensor(matrix))
         layer.kernel.assign(layer.matrix_to_kernel(kernel))
         layer.reset_scale()
+
+
+class _FloatRows:
+    """Rows of a matrix as float32, which are finite."""
+
+    def __init__(self, matrix, name):
+        self._matrix, self._name = matrix, name
+        self.shape = tuple(matrix.shape)
+        self.nbytes = 4 * int(np.prod(self.shape))
+
+    def __getitem__(self, rows):
+        block = np.asarray(self._matrix[rows], np.float32)
+        if not np.isfinite(block).all():
+            raise ValueError(f"The weights for layer '{self._name}' hold a NaN or an infinity.")
+        return block
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self[:], dtype)
 
 
 def _packs_in_blocks(layer):
@@ -85,10 +109,7 @@ def _set_in_blocks(layer, matrix):
     rows = max(1, BLOCK_WEIGHTS // (in_features * layout.TILE_OUTPUTS)) * layout.TILE_OUTPUTS
     quantizer, tiles, scales = layer.weight_quantizer, [], []
     for i in range(0, out_features, rows):
-        block = np.asarray(matrix[i : i + rows], np.float32)
-        if not np.isfinite(block).all():
-            raise ValueError(f"The weights for layer '{layer.name}' hold a NaN or an infinity.")
-        codes, scale, offset = quantizer.quantize(ops.convert_to_tensor(block.T))
+        codes, scale, offset = quantizer.quantize(ops.convert_to_tensor(matrix[i : i + rows].T))
         packed = PackedTensor.from_codes(
             codes, scale, offset, quantizer.bits, quantizer.group_size, layer.packed_layout
         )

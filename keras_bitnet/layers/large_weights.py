@@ -64,7 +64,8 @@ def fill(variable, source):
 
     Args:
         variable: Keras variable.
-        source: Array, or `h5py.Dataset` of the shape of the variable.
+        source: Array; or of the shape of the variable an `h5py.Dataset` or anything else with
+            `shape` and `nbytes` whose slices are arrays.
     """
     if isinstance(source, np.ndarray) or (BACKEND == "tensorflow" and _mirrored()):
         variable.assign(np.asarray(source))
@@ -103,7 +104,7 @@ def _fill_tensorflow(variable, source, parts):
             begin=[part.start],
             end=[part.stop],
             strides=[1],
-            value=source[part],
+            value=tf.cast(source[part], variable.dtype),
         )
 
 

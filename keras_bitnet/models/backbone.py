@@ -169,7 +169,12 @@ class BitNetBackbone(BitBlock, keras.Model):
         name = "token_embedding"
         if self.embedding_quantizer is not None:
             return BitEmbedding(*sizes, initializer, name=name, **self._table_arguments())
-        return keras.layers.Embedding(*sizes, initializer, name=name, dtype=self.dtype_policy)
+        # Of the dtype of its variable: the gradient of a row is a sum over all places of its token,
+        # which 16 bits cannot add up.
+        return keras.layers.Embedding(*sizes, initializer, name=name, dtype=self.variable_dtype)
+
+    def _embed(self, token_ids):
+        return ops.cast(self.token_embedding(token_ids), self.compute_dtype)
 
     def _make_output_projection(self):
         fixed = {
@@ -206,7 +211,7 @@ class BitNetBackbone(BitBlock, keras.Model):
             positions = ops.cumsum(ops.cast(padding_mask, "int32"), axis=1) - 1
             positions = ops.maximum(positions, 0)
         rotary = self.rotary_tables(positions)
-        x, attention = self.token_embedding(token_ids), None
+        x, attention = self._embed(token_ids), None
         watched = None if attention_layer is None else self.decoder_layers[attention_layer]
         for layer in self.decoder_layers:
             if layer is watched:
@@ -239,7 +244,7 @@ class BitNetBackbone(BitBlock, keras.Model):
             mask = ops.logical_and(mask, ops.logical_or(seen, sources == at[..., None]))
             at = ops.maximum(at - padding, 0)
         rotary = self.rotary_tables(at)
-        x, caches = self.token_embedding(token_ids), []
+        x, caches = self._embed(token_ids), []
         for layer, layer_cache in zip(self.decoder_layers, cache, strict=True):
             x, layer_cache = layer(
                 x, attention_mask=mask, rotary=rotary, cache=layer_cache, cache_index=cache_index
