@@ -153,6 +153,11 @@ def test_checkpoints_are_written_and_read(shard_bytes, tmp_path, rng):
         for name, array in tensors.items():
             found = checkpoint.read(name, array.shape, [checkpoint.dtype(name)])
             np.testing.assert_array_equal(found, array)
+            rows = checkpoint.rows(name, array.shape, [checkpoint.dtype(name)])
+            assert rows.shape == array.shape
+            np.testing.assert_array_equal(rows[1:3], array[1:3])
+        with pytest.raises(ValueError, match="Received: BF16"):
+            checkpoint.rows("a", (4, 6), ["F32"])
         with pytest.raises(ValueError, match=r"'b' must have shape \(5, 3\)"):
             checkpoint.read("b", (5, 3), ["U8"])
         with pytest.raises(ValueError, match="Received: U8"):

@@ -4,6 +4,7 @@ import zipfile
 
 import h5py
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 from helpers import to_numpy
@@ -121,3 +122,31 @@ def test_float_matrices_are_packed_in_blocks(group_size, rng, monkeypatch):
     matrix[-1, -1] = np.nan
     with pytest.raises(ValueError, match="NaN"):
         weights.set_matrix(packed, matrix)
+
+
+class Rows:
+    """A matrix in a file, which counts the rows that are asked for at once."""
+
+    def __init__(self, matrix):
+        self.matrix, self.shape, self.counts = matrix, matrix.shape, []
+
+    def __getitem__(self, rows):
+        block = self.matrix[rows]
+        self.counts.append(len(block))
+        return block
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_table_of_tokens_is_read_in_parts(dtype, rng, monkeypatch):
+    matrix = rng.standard_normal((50, 40)).astype(ml_dtypes.bfloat16)
+    table = keras.layers.Embedding(50, 40, dtype=dtype)
+    table.build()
+    monkeypatch.setattr(large_weights, "PART_BYTES", 16 * 40 * 4)
+    rows = Rows(matrix)
+    weights.set_matrix(table, rows)
+    found = to_numpy(keras.ops.cast(table.embeddings, "float32"))
+    np.testing.assert_array_equal(found, matrix.astype("float32"))
+    assert rows.counts == [16, 16, 16, 2]
+    matrix[-1, -1] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        weights.set_matrix(table, rows)

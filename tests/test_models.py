@@ -156,3 +156,17 @@ def test_presets_and_bad_arguments():
         make_model()({"ids": np.zeros((1, 3), "int32")})
     with pytest.raises(ValueError, match="BitNetBackbone"):
         BitNetCausalLM(keras.layers.Dense(3))
+
+
+def test_gradients_of_a_frequent_token_add_up_in_float32():
+    """4096 ones are 256 in bfloat16: 256 + 1 = 256."""
+    backbone = BitNetBackbone(**SIZES, dtype="mixed_bfloat16")
+    tokens = keras.Input((4096,), dtype="int32")
+    x = backbone._embed(tokens)
+    assert x.dtype == backbone.compute_dtype == "bfloat16"
+    model = keras.Model(tokens, keras.ops.sum(keras.ops.cast(x, "float32"), axis=(1, 2)))
+    model.compile(keras.optimizers.SGD(1.0), lambda _, found: keras.ops.sum(found))
+    before = to_numpy(backbone.token_embedding.embeddings)[3]
+    model.fit(np.full((1, 4096), 3), np.zeros(1), verbose=0)
+    change = before - to_numpy(backbone.token_embedding.embeddings)[3]
+    np.testing.assert_allclose(change, 4096, rtol=1e-6)

@@ -91,7 +91,7 @@ class _FloatRows:
         block = np.asarray(self._matrix[rows], np.float32)
         if not np.isfinite(block).all():
             raise ValueError(f"The weights for layer '{self._name}' hold a NaN or an infinity.")
-        return block
+        return block if block.flags.writeable else block.copy()  # PyTorch warns otherwise
 
     def __array__(self, dtype=None, copy=None):
         return np.asarray(self[:], dtype)
