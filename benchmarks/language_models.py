@@ -218,7 +218,8 @@ class Comparison:
             found[key] = future.result()
             self.settings |= found[key]["facts"]
             seconds = round(time.perf_counter() - self.start)
-            print(f"{seconds:4} s  {key}: {found[key]['validation']:.4f}", flush=True)
+            losses = [found[key][part] for part in ("validation", "test")]
+            print(f"{seconds:4} s  {key}: {losses}", flush=True)
         return found
 
     def search(self, kinds, start=None):
@@ -286,7 +287,9 @@ class Comparison:
     def compare(self):
         """Adds to every tested row how far its mean is above that of the best float kind."""
         tested = [row for row in self.rows.values() if "mean" in row]
-        best = min(self.rows[k]["mean"] for k in KINDS if "float" in k and "mean" in self.rows[k])
+        best = min(
+            r["mean"] for k, r in self.rows.items() if k in KINDS and "float" in k and "mean" in r
+        )
         for row in tested:
             row["above_best_float"] = row["mean"] - best
         self.save()
@@ -297,6 +300,15 @@ class Comparison:
         seconds = round(time.perf_counter() - self.start)
         header = common.header(**self.settings)
         common.write_json(self.output, {**header, "seconds": seconds, "results": rows})
+
+
+def compare_kinds(pool, settings, output, kinds):
+    """Runs some kinds on the grid as it is; returns the rows."""
+    result = Comparison(pool, settings, output)
+    result.search(kinds)
+    result.test(kinds)
+    result.compare()
+    return result.rows
 
 
 def compare(pool, settings, output):
@@ -342,6 +354,7 @@ def main():
     parser.add_argument("--dtype", default="float32", help="dtype policy, as mixed_bfloat16")
     parser.add_argument("--workers", type=int, default=1, help="trainings side by side")
     parser.add_argument("--quick", action="store_true", help="a small model, few steps and rates")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="these alone, rates as given")
     parser.add_argument("--output", default=common.RESULTS / "language_models.json")
     arguments = parser.parse_args()
     settings = {
@@ -367,7 +380,11 @@ def main():
         begin,
         (arguments.text, settings),
     ) as pool:
-        print(table(compare(pool, settings, arguments.output)))
+        if arguments.kinds:
+            rows = compare_kinds(pool, settings, arguments.output, arguments.kinds)
+        else:
+            rows = compare(pool, settings, arguments.output)
+        print(table(rows))
 
 
 if __name__ == "__main__":
