@@ -173,21 +173,12 @@ class Worker:
             trainer = self.trainer("bitnet")
             trainer.convert(start, seed, rate, steps, *CONVERSIONS[kind])
         found = {part: trainer.loss(part) for part in ("validation", "test")}
-        found["facts"] = {"weights": trainer.model.count_params(), "device": device()}
+        found["facts"] = {"weights": trainer.model.count_params(), "device": common.gpu()}
         if kind == "float":
             found["weights"] = trainer.model.get_weights()
             set_strength(trainer.model, 1.0)
             found["rounded"] = trainer.loss("test")
         return found
-
-
-def device():
-    """Name of the device that trains."""
-    if keras.backend.backend() != "jax":
-        return None
-    import jax
-
-    return jax.devices()[0].device_kind
 
 
 def begin(text, settings):

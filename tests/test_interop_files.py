@@ -156,6 +156,7 @@ def test_checkpoints_are_written_and_read(shard_bytes, tmp_path, rng):
             rows = checkpoint.rows(name, array.shape, [checkpoint.dtype(name)])
             assert rows.shape == array.shape
             np.testing.assert_array_equal(rows[1:3], array[1:3])
+            np.testing.assert_array_equal(rows[2:99], array[2:])
         with pytest.raises(ValueError, match="Received: BF16"):
             checkpoint.rows("a", (4, 6), ["F32"])
         with pytest.raises(ValueError, match=r"'b' must have shape \(5, 3\)"):

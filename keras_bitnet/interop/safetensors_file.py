@@ -151,7 +151,8 @@ class Rows:
         self.shape = tuple(found.get_shape())
 
     def __getitem__(self, rows):
-        return self._slice[rows]
+        start, stop, _ = rows.indices(self.shape[0])  # safetensors refuses ends beyond the last
+        return self._slice[start:stop]
 
 
 def write_checkpoint(folder, tensors, shard_bytes=SHARD_BYTES):
