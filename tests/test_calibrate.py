@@ -50,7 +50,7 @@ def feeds(x):
     return found
 
 
-def test_every_form_of_data_gives_the_same_scales(rng):
+def test_every_form_of_data_gives_the_same_scales(rng, recwarn):
     x = rng.normal(size=(64, 12)).astype("float32")
     model = small_model()
     before = [to_numpy(w).copy() for w in model.weights]
@@ -70,6 +70,7 @@ def test_every_form_of_data_gives_the_same_scales(rng):
     for old, now in zip(before, model.weights, strict=True):
         np.testing.assert_array_equal(old, to_numpy(now))
     assert relative_error(to_numpy(calibrated(x)), to_numpy(model(x))) < 0.05
+    assert not [w for w in recwarn if "ran out of data" in str(w.message)]
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)

@@ -1,5 +1,7 @@
 """Calibration: a stream of data decides what quantized layers do with their inputs."""
 
+import warnings
+
 import keras
 import numpy as np
 from keras import ops
@@ -203,7 +205,7 @@ class _Stream:
         observers = [Observer(layer, see(layer), histogram) for layer in layers]
         watcher = _Watcher(self.model, layers, observers)
         try:
-            watcher.predict(self.data, **self.options)
+            self._predict(watcher)
         except UnboundLocalError as error:  # Keras's answer to data without a batch
             raise ValueError(f"`data` is empty. Received: {_describe(self.data)}") from error
         if not bool(ops.convert_to_numpy(watcher.finite)):
@@ -213,6 +215,12 @@ class _Stream:
         ]
         self._check(found)
         return found
+
+    def _predict(self, watcher):
+        with warnings.catch_warnings():
+            if self.options["steps"] is None:  # the end of a generator interrupts nothing
+                warnings.filterwarnings("ignore", "Your input ran out of data")
+            watcher.predict(self.data, **self.options)
 
     def _check(self, found):
         unused = [layer.name for layer, seen in found if seen.batches == 0]
