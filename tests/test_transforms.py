@@ -3,7 +3,8 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from helpers import relative_error, to_numpy
+import test_models
+from helpers import mean_error, relative_error, to_numpy
 
 import keras_bitnet
 from keras_bitnet.layers import BitEinsumDense, BitLinear
@@ -343,3 +344,45 @@ def test_nothing_to_do_warns():
         keras_bitnet.quantize_model(model, verbose=0)
     with pytest.warns(UserWarning, match="No layer was packed"):
         keras_bitnet.pack_model(model, verbose=0)
+
+
+def test_quantized_layers_take_other_arguments(rng):
+    model = keras.Sequential([keras.Input((8,)), BitLinear(6, norm="rms", name="a"), BitLinear(3)])
+    model.layers[0].normalization.scale.assign(rng.uniform(1, 2, 8))
+    model.layers[0].quantization_strength.assign(0.0)
+    spec = {"weight_quantizer": "int8", "activation_quantizer": None}
+    with pytest.warns(UserWarning, match="no layer to quantize"):
+        keras_bitnet.quantize_model(model, spec, verbose=0)
+    changed = keras_bitnet.quantize_model(model, spec, "^a$", requantize=True, verbose=0)
+    assert [layer.weight_quantizer.bits for layer in changed.layers] == [8, 2]
+    assert changed.layers[0].activation_quantizer is None
+    data = rng.normal(size=(5, 8)).astype("float32")
+    np.testing.assert_array_equal(to_numpy(changed(data)), to_numpy(model(data)))  # strength 0
+    rotated = keras_bitnet.quantize_model(
+        changed, {"weight_quantizer": "int8", "rotation": "hadamard"}, "^a$", requantize=True,
+        verbose=0,
+    )  # fmt: skip
+    assert relative_error(to_numpy(rotated(data)), to_numpy(model(data))) < 1e-5
+    changed.layers[0].quantization_strength.assign(1.0)
+    for kept in (rotated, keras_bitnet.pack_model(changed, verbose=0)):
+        with pytest.warns(UserWarning, match="no layer to quantize"):
+            keras_bitnet.quantize_model(kept, spec, "^a$", requantize=True, verbose=0)
+
+
+def test_one_projection_of_a_language_model_takes_other_arguments(rng, tmp_path):
+    model = test_models.make_model(weight_quantizer="int8")
+    spec = {"weight_quantizer": "int8", "activation_quantizer": None}
+    mixed = keras_bitnet.quantize_model(
+        model, spec, "decoder_layer_0/feed_forward/down", requantize=True, verbose=0
+    )
+    packed = keras_bitnet.pack_model(mixed, verbose=0)
+    blocks = packed.backbone.decoder_layers
+    assert [b.feed_forward.down_dense.activation_quantizer is None for b in blocks] == [True, False]
+    tokens = test_models.tokens(rng)
+    wanted = to_numpy(mixed(tokens))
+    assert mean_error(to_numpy(packed(tokens)), wanted) < 1e-5
+    assert mean_error(to_numpy(model(tokens)), wanted) > 1e-4
+    packed.save(tmp_path / "m.keras")
+    again = keras.models.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(to_numpy(again(tokens)), to_numpy(packed(tokens)))
+    assert again.generate([[1, 2, 3]], max_length=6) == packed.generate([[1, 2, 3]], max_length=6)

@@ -170,7 +170,8 @@ class BitTransformerDecoder(BitBlock):
 
     def get_config(self):
         """The arguments of the constructor."""
-        feed_forward = self.feed_forward.get_config()
+        # Of the class, as a layer in which some are replaced describes itself otherwise.
+        feed_forward = BitFeedForward.get_config(self.feed_forward)
         return {
             **super().get_config(),
             "intermediate_dim": self.intermediate_dim,

@@ -153,7 +153,7 @@ class BitTransformerEncoder(BitBlock):
 
     def get_config(self):
         """The arguments of the constructor."""
-        feed_forward = self.feed_forward.get_config()
+        feed_forward = BitFeedForward.get_config(self.feed_forward)
         return {
             **super().get_config(),
             "intermediate_dim": feed_forward["intermediate_dim"],

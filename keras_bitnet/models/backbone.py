@@ -9,6 +9,7 @@ from keras_bitnet.layers.bit_linear import BitLinear
 from keras_bitnet.layers.bit_transformer_decoder import BitTransformerDecoder
 from keras_bitnet.layers.block import BitBlock
 from keras_bitnet.layers.key_value_cache import make_cache
+from keras_bitnet.layers.large_weights import UntouchedZeros
 from keras_bitnet.layers.rotary import rotary_tables
 from keras_bitnet.models.presets import preset
 
@@ -165,13 +166,18 @@ class BitNetBackbone(BitBlock, keras.Model):
         return {**chosen, "weight_quantizer": self.embedding_quantizer}
 
     def _make_embedding(self):
-        sizes, initializer = (self.vocabulary_size, self.hidden_dim), self.kernel_initializer
-        name = "token_embedding"
+        sizes, name = (self.vocabulary_size, self.hidden_dim), "token_embedding"
+        initializer = self._table_initializer()
         if self.embedding_quantizer is not None:
             return BitEmbedding(*sizes, initializer, name=name, **self._table_arguments())
         # Of the dtype of its variable: the gradient of a row is a sum over all places of its token,
         # which 16 bits cannot add up.
         return keras.layers.Embedding(*sizes, initializer, name=name, dtype=self.variable_dtype)
+
+    def _table_initializer(self):
+        """A packed model waits for its weights, and random ones take memory several times."""
+        packed = self.packed
+        return UntouchedZeros() if packed else self.block_arguments()["kernel_initializer"]
 
     def _embed(self, token_ids):
         return ops.cast(self.token_embedding(token_ids), self.compute_dtype)
@@ -179,7 +185,7 @@ class BitNetBackbone(BitBlock, keras.Model):
     def _make_output_projection(self):
         fixed = {
             "use_bias": False,
-            "kernel_initializer": self.block_arguments()["kernel_initializer"],
+            "kernel_initializer": self._table_initializer(),
             "name": "output_projection",
         }
         if self.embedding_quantizer is not None:
@@ -315,7 +321,8 @@ class BitNetBackbone(BitBlock, keras.Model):
 
     def get_config(self):
         """The arguments of the constructor."""
-        block = self.decoder_layers[0].get_config()
+        # Of the class, as a layer in which some are replaced describes itself otherwise.
+        block = BitTransformerDecoder.get_config(self.decoder_layers[0])
         return {
             **super().get_config(),
             "vocabulary_size": self.vocabulary_size,

@@ -4,11 +4,13 @@ import warnings
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_bitnet import layers as bit_layers
 from keras_bitnet import quantizers
 from keras_bitnet.filters import layer_filter
-from keras_bitnet.layers.base import under_own_names
+from keras_bitnet.layers.base import BitLayer, under_own_names
+from keras_bitnet.transforms.pack import copy_the_rest
 from keras_bitnet.transforms.precision_plan import PrecisionPlan, layer_arguments
 from keras_bitnet.transforms.rewrite import Rule, rewrite
 
@@ -28,7 +30,9 @@ TWINS: dict[type, Any] = {
 _NOT_KEPT = {"quantization_config", "gptq_unpacked_column_size", "lora_rank", "lora_alpha"}
 
 
-def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_changes=False):
+def quantize_model(
+    model, spec="ternary", filters=None, *, requantize=False, verbose=1, return_changes=False
+):
     """Returns a copy of a model in which layers are replaced by quantized twins, weights kept.
 
     Dense, convolutional and embedding layers (the keys of `TWINS`) have one, also inside other
@@ -47,6 +51,9 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
         filters: Which layers: a regex or a list of them, searched in the path of the layer
             (such as `"encoder/attention/query"`), or a callable `filters(layer) -> bool`.
             All by default.
+        requantize: Whether layers that are quantized already, and not packed, take the arguments
+            too: those of a `BitNetCausalLM`, say. Their weights and strength are kept. Without,
+            they stay as they are.
         verbose: 1 shows progress and what was kept, 0 nothing.
         return_changes: Whether to return `(model, changes)`, with one `Change` per layer.
 
@@ -59,7 +66,11 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
     matches = layer_filter(filters)
 
     def replace(layer, path):
-        if _twin(type(layer)) is None:
+        again = requantize and isinstance(layer, BitLayer)
+        refusal = _requantization_refusal(layer) if again else None
+        if refusal:
+            return refusal
+        if not again and _twin(type(layer)) is None:
             return f"{type(layer).__name__} has no quantized twin"
         if not matches(layer, path):
             return "left out by `filters`"
@@ -69,13 +80,11 @@ def quantize_model(model, spec="ternary", filters=None, *, verbose=1, return_cha
         arguments = _arguments_for(spec, layer, path)
         if arguments is None:
             return "left out by `spec`"
-        return twin_of(layer, arguments)
+        return _requantized(layer, arguments) if again else twin_of(layer, arguments)
 
     paths: list[str] = []
     _check_spec(spec)
-    new_model, changes = rewrite(
-        model, Rule("quantized", replace, lambda old, new: new.take_weights(old)), verbose
-    )
+    new_model, changes = rewrite(model, Rule("quantized", replace, _take_weights), verbose)
     if not any(change.replaced_by for change in changes):
         warnings.warn(
             "`quantize_model` found no layer to quantize. It looks for "
@@ -94,6 +103,33 @@ def twin_of(layer, arguments=None):
     config = {k: v for k, v in layer.get_config().items() if k not in _NOT_KEPT}
     arguments = {k: v for k, v in (arguments or {}).items() if k not in twin.not_in_spec}
     return twin.from_config({**config, **under_own_names(twin, arguments)})
+
+
+def _requantization_refusal(layer):
+    if layer.packed:
+        return "packed already"
+    if layer.smoothing is not None or layer.rotation or layer.kept_channels:
+        return "its kernel is made for inputs that are smoothed, rotated or kept apart"
+    return None
+
+
+def _requantized(layer, arguments):
+    """The unbuilt copy of a quantized layer with other arguments."""
+    cls = type(layer)
+    arguments = {k: v for k, v in arguments.items() if k not in cls.not_in_spec}
+    return cls.from_config({**layer.get_config(), **under_own_names(cls, arguments)})
+
+
+def _take_weights(old, new):
+    if not isinstance(old, BitLayer):
+        new.take_weights(old)
+        return
+    matrix = new.adapt_matrix(new.kernel_to_matrix(ops.copy(old.kernel)))
+    new.kernel.assign(new.matrix_to_kernel(matrix))
+    new.reset_scale()
+    copy_the_rest(old, new)
+    if old.untrained:
+        new.mark_untrained()
 
 
 def _twin(cls):
