@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_bitnet.kernels import cpu, native
+from keras_bitnet.kernels.jax_partition import partitioned
 from keras_bitnet.kernels.select import Kernel
 from keras_bitnet.ops.reference import reference_matmul
 
@@ -74,12 +75,7 @@ def _batched(facts):
 
     @jax.custom_batching.custom_vmap
     def call(*operands):
-        # The platform is not known while tracing.
-        return jax.lax.platform_dependent(
-            *operands,
-            cpu=functools.partial(_ffi_call, facts),
-            default=functools.partial(_reference, facts),
-        )
+        return partitioned(_on_platform, facts, *operands)
 
     @call.def_vmap
     def rule(axis_size, batched, *operands):
@@ -95,6 +91,15 @@ def _batched(facts):
         return jax.lax.map(one, mapped), True
 
     return call
+
+
+def _on_platform(facts, *operands):
+    # The platform is not known while tracing.
+    return jax.lax.platform_dependent(
+        *operands,
+        cpu=functools.partial(_ffi_call, facts),
+        default=functools.partial(_reference, facts),
+    )
 
 
 def _ffi_call(facts, x, tiles, scale, bias, x_scale):

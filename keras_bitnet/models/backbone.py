@@ -303,7 +303,6 @@ class BitNetBackbone(BitBlock, keras.Model):
             device_mesh: `keras.distribution.DeviceMesh` with an axis `model_dim`.
             model_dim: Name of that axis.
         """
-        split_outputs = "(query|key|value|gate|up|token_embedding|output_projection)/kernel_tiles"
         rows = {
             "token_embedding/(embeddings|kernel)": (model_dim, None),
             "output_projection/kernel": (None, model_dim),
@@ -311,8 +310,8 @@ class BitNetBackbone(BitBlock, keras.Model):
             "attention/attention_output/kernel": (model_dim, None, None),
             "feed_forward/(gate|up)/kernel": (None, model_dim),
             "feed_forward/down/kernel": (model_dim, None),
-            split_outputs: (model_dim, None, None, None),
-            "(attention_output|down)/kernel_tiles": (None, model_dim, None, None),
+            # Packed, a token's activations share a scale: they come together before every product.
+            "kernel_tiles": (model_dim, None, None, None),
         }
         layout = keras.distribution.LayoutMap(device_mesh)
         for path, axes in rows.items():

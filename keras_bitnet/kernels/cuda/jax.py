@@ -11,6 +11,7 @@ from keras import ops
 from keras_bitnet.kernels import cuda
 from keras_bitnet.kernels.cpu import Facts, gradients
 from keras_bitnet.kernels.cuda import library
+from keras_bitnet.kernels.jax_partition import partitioned
 from keras_bitnet.kernels.select import REFERENCE, Kernel, Problem
 
 TARGET = "keras_bitnet_matmul_cuda"
@@ -98,12 +99,7 @@ def _batched(facts):
 
     @jax.custom_batching.custom_vmap
     def call(*operands):
-        # The platform is not known while tracing.
-        return jax.lax.platform_dependent(
-            *operands,
-            cuda=functools.partial(_ffi_call, facts),
-            default=functools.partial(_elsewhere, facts),
-        )
+        return partitioned(_on_platform, facts, *operands)
 
     @call.def_vmap
     def rule(axis_size, batched, *operands):
@@ -119,6 +115,15 @@ def _batched(facts):
         return jax.lax.map(one, mapped), True
 
     return call
+
+
+def _on_platform(facts, *operands):
+    # The platform is not known while tracing.
+    return jax.lax.platform_dependent(
+        *operands,
+        cuda=functools.partial(_ffi_call, facts),
+        default=functools.partial(_elsewhere, facts),
+    )
 
 
 def _ffi_call(facts, x, tiles, scale, bias, x_scale):
