@@ -138,7 +138,7 @@ def test_op_checks_its_operands(rng):
              "offset": -1.0, "epsilon": 1e-5}  # fmt: skip
     for columns, bias in ((50, 33), (100, 50)):
         with pytest.raises(tf.errors.InvalidArgumentError, match="tiles must be"):
-            adapter._module.keras_bitnet_matmul(
+            adapter.MODULE.keras_bitnet_matmul(
                 x=tf.ones((2, columns)), tiles=packed.tiles, scale=packed.scale,
                 bias=tf.zeros(bias), x_scale=tf.zeros(0), **facts,
             )  # fmt: skip

@@ -42,11 +42,14 @@ class Attention:
         """Reads the facts off a cache and queries `(batch, tokens, heads, head_dim)`."""
         _, tokens, heads, head_dim = query.shape
         _, key_heads, length, _ = cache["key"].shape
-        dtypes = (keras.backend.standardize_dtype(x.dtype) for x in (query, cache["key"]))
+        dtype, cache_dtype = (
+            keras.backend.standardize_dtype(x.dtype) for x in (query, cache["key"])
+        )
         gradient = keras.backend.backend() == "torch" and query.requires_grad
         device = getattr(query, "device", None)
         device = None if device is None else str(device)
-        return cls(tokens, heads, key_heads, head_dim, length, *dtypes, gradient, device)
+        sizes = (tokens, heads, key_heads, head_dim, length)
+        return cls(*sizes, dtype, cache_dtype, gradient, device)
 
 
 def _jax_cuda():
@@ -61,6 +64,24 @@ def _torch_cuda():
     return torch_attention.CUDA
 
 
+def _jax():
+    from keras_bitnet.kernels import jax_attention
+
+    return jax_attention.NATIVE
+
+
+def _torch():
+    from keras_bitnet.kernels import torch_attention
+
+    return torch_attention.NATIVE
+
+
+def _tensorflow():
+    from keras_bitnet.kernels import tensorflow_attention
+
+    return tensorflow_attention.NATIVE
+
+
 def _reference(*arguments):
     from keras_bitnet.layers import key_value_cache
 
@@ -70,8 +91,9 @@ def _reference(*arguments):
 REFERENCE = select.Kernel("reference", lambda problem: None, _reference)
 
 TABLES: dict[str, tuple[select.Kernel, ...]] = {
-    "jax": (select.later("cuda", _jax_cuda), REFERENCE),
-    "torch": (select.later("cuda", _torch_cuda), REFERENCE),
+    "jax": (select.later("cuda", _jax_cuda), select.later("native", _jax), REFERENCE),
+    "torch": (select.later("cuda", _torch_cuda), select.later("native", _torch), REFERENCE),
+    "tensorflow": (select.later("native", _tensorflow), REFERENCE),
 }
 
 

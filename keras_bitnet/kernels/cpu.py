@@ -26,6 +26,28 @@ def refuse(problem):
     return refuse_operands(problem)
 
 
+def refuse_attention(problem):
+    """Why the native library cannot compute an attention to a cache, or `None`.
+
+    Args:
+        problem: `keras_bitnet.kernels.attention.Attention`. An unknown device is no reason, see
+            `refuse`.
+    """
+    if NO_LIBRARY is not None:
+        return NO_LIBRARY
+    if problem.device and not problem.device.lower().endswith(_CPU_DEVICES):
+        return f"the queries are on {problem.device!r}, not on the CPU"
+    if problem.tokens != 1:
+        return f"{problem.tokens} new tokens; accepted: 1"
+    if problem.dtype not in DTYPES:
+        return f"queries of dtype {problem.dtype}; accepted: {', '.join(DTYPES)}"
+    if problem.cache_dtype not in (*DTYPES, "int8"):
+        return f"a cache of dtype {problem.cache_dtype}; accepted: {', '.join(DTYPES)}, int8"
+    if problem.gradient:
+        return "the queries need a gradient"
+    return None
+
+
 def refuse_operands(problem):
     """Why no kernel that multiplies integers can run a problem, on whatever device, or `None`."""
     if problem.activation_bits is None:

@@ -21,9 +21,13 @@ _OP = "KerasBitnetMatmul"
 
 def refuse(problem):
     """Why the kernel cannot run a problem here, or `None`; asked while tracing."""
-    reason = cpu.refuse(problem) or _error
-    if reason is not None:
-        return reason
+    return cpu.refuse(problem) or reason(problem)
+
+
+def reason(problem):
+    """Why no op of the library can run here, whatever it computes, or `None`."""
+    if _error is not None:
+        return _error
     if not problem.device and tf.config.list_logical_devices("GPU"):
         return "there is a GPU and the activations may be on it; use `tf.device` or `keras.device`"
     graph = tf.compat.v1.get_default_graph()
@@ -36,7 +40,7 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
     bias = _zeros(packed.out_features) if bias is None else ops.cast(bias, "float32")
     x_scale = _zeros(0) if activation_scale is None else tf.reshape(activation_scale, (1,))
-    return _module.keras_bitnet_matmul(
+    return MODULE.keras_bitnet_matmul(
         x=x,
         tiles=tf.convert_to_tensor(packed.tiles),  # a Variable would take TensorFlow's slow path
         scale=tf.convert_to_tensor(packed.scale),
@@ -101,6 +105,7 @@ def _load():
     return module, None
 
 
-_module, _error = _load()
+# TensorFlow's wrappers of the ops, or `None` and why.
+MODULE, _error = _load()
 
 NATIVE = Kernel(cpu.NAME, refuse, run)

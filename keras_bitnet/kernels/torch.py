@@ -105,19 +105,21 @@ def _run_through_ctypes(
 
 
 def _define(library):
-    """Defines the operator: in the library where it can, else here."""
+    """Defines the operator: in the library where it can, else here. Returns whether it could."""
     library.kbn_run_limited.restype = ctypes.c_char_p
     register = getattr(library, "kbn_torch_register", None)  # not built on Windows
-    if register is None or register() != 0:
+    registered = register is not None and register() == 0
+    if not registered:
         fragment = torch.library.Library("keras_bitnet", "FRAGMENT")
         fragment.define(_SCHEMA)
         fragment.impl("bit_matmul", _run_through_ctypes, "CPU")
         _fragments.append(fragment)
     torch.library.register_fake(_OPERATOR, _fake)
     torch.library.register_autograd(_OPERATOR, _backward, setup_context=_setup_context)
+    return registered
 
 
-if native.library() is not None:
-    _define(native.library())
+# Whether the library defined its operators by itself.
+REGISTERED = native.library() is not None and _define(native.library())
 
 NATIVE = Kernel(cpu.NAME, cpu.refuse, run)

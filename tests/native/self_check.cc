@@ -145,6 +145,81 @@ void check_output(Example& example) {
   }
 }
 
+// Attention of a new token to a cache of float32 or int8, with rotary tables and a mask or without.
+void check_attention(int64_t groups, int64_t dim, int64_t tokens, bool int8, bool all, uint32_t seed) {
+  const int64_t batch = 2, heads = 2, rows = batch * heads;
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  const auto numbers = [&](int64_t count) {
+    std::vector<float> v(count);
+    for (float& x : v) x = uniform(random);
+    return v;
+  };
+  auto query = numbers(rows * groups * dim), key = numbers(rows * dim), value = numbers(rows * dim);
+  auto cosines = numbers(dim), sines = numbers(dim), y = numbers(rows * groups * dim);
+  auto keys = numbers(rows * tokens * dim), values = numbers(rows * tokens * dim);
+  std::vector<int8_t> key_codes(keys.size()), value_codes(values.size());
+  for (int8_t& code : key_codes) code = int8_t(random() % 255 - 127);
+  for (int8_t& code : value_codes) code = int8_t(random() % 255 - 127);
+  auto key_scale = numbers(rows * tokens), value_scale = numbers(rows * tokens);
+  for (float& scale : key_scale) scale *= 0.01f;
+  for (float& scale : value_scale) scale *= 0.01f;
+  std::vector<uint8_t> mask(tokens);
+  for (uint8_t& seen : mask) seen = random() % 3 != 0;
+  mask[tokens - 1] = 1;
+  const int32_t index = int32_t(tokens - 1);
+  kbn_attention problem{};
+  problem.batch = batch, problem.length = tokens, problem.heads = heads * groups;
+  problem.key_heads = heads, problem.head_dim = dim, problem.tables = problem.masks = 1;
+  problem.cache_dtype = int8 ? KBN_I8 : KBN_F32, problem.scale = 0.7f, problem.index = &index;
+  problem.query = query.data(), problem.key = key.data(), problem.value = value.data();
+  if (all) problem.cosines = cosines.data(), problem.sines = sines.data();
+  if (all) problem.mask = mask.data();
+  problem.key_cache = int8 ? static_cast<void*>(key_codes.data()) : keys.data();
+  problem.value_cache = int8 ? static_cast<void*>(value_codes.data()) : values.data();
+  if (int8) problem.key_scale = key_scale.data(), problem.value_scale = value_scale.data();
+  problem.y = y.data();
+  require(kbn_attend(&problem, nullptr) == 0, std::string("attend: ") + kbn_error(1));
+
+  const auto turned = [&](const std::vector<float>& x, int64_t head, int64_t i) -> double {
+    const float* row = x.data() + head * dim;
+    if (!all) return row[i];
+    const double other = i < dim / 2 ? -row[i + dim / 2] : row[i - dim / 2];
+    return double(row[i]) * cosines[i] + other * sines[i];
+  };
+  const auto cached = [&](bool is_key, int64_t head, int64_t t, int64_t i) -> double {
+    const int64_t row = head * tokens + t;
+    if (!int8) return (is_key ? keys : values)[row * dim + i];
+    return (is_key ? key_scale : value_scale)[row] *
+           double((is_key ? key_codes : value_codes)[row * dim + i]);
+  };
+  for (int64_t head = 0; head < rows; ++head) {
+    for (int64_t i = 0; i < dim; ++i) {
+      const double step = int8 ? 0.51 / 127 * 2 : 1e-6;
+      const double written = cached(true, head, index, i), row = cached(false, head, index, i);
+      require(std::fabs(written - turned(key, head, i)) <= step, "key in the cache");
+      require(std::fabs(row - value[head * dim + i]) <= step, "value in the cache");
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      std::vector<double> wanted(dim), weights(tokens);
+      double sum = 0;
+      for (int64_t t = 0; t < tokens; ++t) {
+        double score = 0;
+        for (int64_t i = 0; i < dim; ++i) {
+          score += turned(query, head * groups + g, i) * cached(true, head, t, i);
+        }
+        weights[t] = all && !mask[t] ? 0 : std::exp(score * 0.7f);
+        sum += weights[t];
+      }
+      for (int64_t i = 0; i < dim; ++i) {
+        for (int64_t t = 0; t < tokens; ++t) wanted[i] += weights[t] / sum * cached(false, head, t, i);
+        const double got = y[(head * groups + g) * dim + i];
+        require(std::fabs(got - wanted[i]) < 1e-3 * (1 + std::fabs(wanted[i])), "attention");
+      }
+    }
+  }
+}
+
 void check_isa() {
   const struct {
     int bits;
@@ -168,6 +243,11 @@ void check_isa() {
           }
         }
       }
+    }
+  }
+  for (int64_t dim : {2, 20, 128}) {
+    for (int64_t tokens : {1, 16, 77}) {
+      for (int i = 0; i < 4; ++i, ++count) check_attention(1 + i, dim, tokens, i % 2, i / 2, ++seed);
     }
   }
   std::printf("%s: %d problems agree\n", kbn_isa(), count);

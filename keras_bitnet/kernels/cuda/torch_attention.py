@@ -71,7 +71,7 @@ def _check(query, key, value, cosines, sines, mask, index, caches, scales):
     (batch, _, heads, head_dim), (_, key_heads, length, _) = query.shape, cache.shape
     rows, places = {(batch, 1, key_heads, head_dim)}, (batch, key_heads, length)
     turned = {(n, 1, 1, head_dim) for n in (1, batch)}
-    wanted = [
+    wanted: list[tuple] = [
         ("query", query, query.dtype, {(batch, 1, heads, head_dim)}),
         ("key", key, query.dtype, rows),
         ("value", value, query.dtype, rows),

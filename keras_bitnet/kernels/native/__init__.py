@@ -12,7 +12,7 @@ import threading
 
 import numpy as np
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _lock = threading.Lock()

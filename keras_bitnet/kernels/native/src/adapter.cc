@@ -27,10 +27,19 @@ void run_limited(void* limit, int64_t count, void (*task)(void*, int64_t), void*
   kbn::pool_run(threads < count ? threads : count, LimitedLoop::work, &loop);
 }
 
+template <typename Problem>
+const char* run_on(const Problem& problem, int32_t threads) {
+  if (threads < 1 || threads >= kbn::pool_threads()) return kbn_adapter::run(problem, nullptr);
+  kbn_parallel parallel{run_limited, &threads, threads};
+  return kbn_adapter::run(problem, &parallel);
+}
+
 }  // namespace
 
 const char* kbn_run_limited(const kbn_matmul* problem, int32_t threads) {
-  if (threads < 1 || threads >= kbn::pool_threads()) return kbn_adapter::run(*problem, nullptr);
-  kbn_parallel parallel{run_limited, &threads, threads};
-  return kbn_adapter::run(*problem, &parallel);
+  return run_on(*problem, threads);
+}
+
+const char* kbn_attend_limited(const kbn_attention* problem, int32_t threads) {
+  return run_on(*problem, threads);
 }

@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include <initializer_list>
+
 #include "bitnet.h"
 
 namespace kbn_adapter {
@@ -71,7 +73,86 @@ inline const char* run(const kbn_matmul& problem, const kbn_parallel* parallel) 
   return code ? kbn_error(code) : nullptr;
 }
 
+// ---- attention ----
+
+// A tensor of a framework. Dtypes beside those of `kbn_dtype`: kBool, kInt32, or -1.
+enum { kBool = 4, kInt32 = 5 };
+struct Operand {
+  Shape shape;
+  int32_t dtype;
+  void* data;
+};
+
+// The operands of an attention in the order of every framework. One that is missing has no elements
+// and one axis, the scales of a cache that is not int8 may be left out.
+enum {
+  kQuery, kKey, kValue, kCosines, kSines, kMask, kIndex, kKeyCache, kValueCache, kKeyScale,
+  kValueScale, kAttentionOperands
+};
+
+inline bool has_shape(const Shape& shape, int64_t a, int64_t b, int64_t c, int64_t d) {
+  return shape.rank == 4 && shape[0] == a && shape[1] == b && shape[2] == c && shape[3] == d;
+}
+
+// As the other `describe`; fills all but y.
+inline const char* describe(const Operand* in, double scale, kbn_attention* problem) {
+  const Shape query = in[kQuery].shape, cache = in[kKeyCache].shape;
+  if (query.rank != 4 || query[1] != 1) return "query must be (batch, 1, heads, head_dim)";
+  if (cache.rank != 4) return "key_cache must be (batch, key_heads, length, head_dim)";
+  const int64_t batch = query[0], dim = query[3], heads = cache[1], length = cache[2];
+  const auto given = [&](int i) { return in[i].data && (in[i].shape.rank != 1 || in[i].shape[0]); };
+  const auto same = [&](int i, int j) { return in[i].dtype == in[j].dtype; };
+  for (int i : {kKey, kValue})
+    if (!has_shape(in[i].shape, batch, 1, heads, dim) || !same(i, kQuery))
+      return "key and value must be (batch, 1, key_heads, head_dim), of the dtype of query";
+  for (int i : {kKeyCache, kValueCache})
+    if (!has_shape(in[i].shape, batch, heads, length, dim) || !same(i, kKeyCache))
+      return "the caches must be (batch, key_heads, length, head_dim), of one dtype";
+  for (int i : {kKeyScale, kValueScale})
+    if (given(i) && (!has_shape(in[i].shape, batch, heads, length, 1) || in[i].dtype != KBN_F32))
+      return "the scales of a cache must be float32 (batch, key_heads, length, 1)";
+  for (int i : {kCosines, kSines})
+    if (given(i) && (!has_shape(in[i].shape, in[kCosines].shape[0], 1, 1, dim) ||
+                     in[i].dtype != KBN_F32))
+      return "cosines and sines must be float32 (1 or batch, 1, 1, head_dim)";
+  const Shape mask = in[kMask].shape;
+  if (given(kMask) &&
+      (mask.rank != 3 || mask[1] != 1 || mask[2] != length || in[kMask].dtype != kBool))
+    return "mask must be bool (1 or batch, 1, length)";
+  if (in[kIndex].shape.rank > 1 || in[kIndex].dtype != kInt32) return "index must be an int32";
+  const auto numbers = [&](int i) { return static_cast<float*>(given(i) ? in[i].data : nullptr); };
+  *problem = kbn_attention{};
+  problem->batch = batch;
+  problem->length = length;
+  problem->heads = query[2];
+  problem->key_heads = heads;
+  problem->head_dim = dim;
+  problem->dtype = in[kQuery].dtype;
+  problem->cache_dtype = in[kKeyCache].dtype;
+  problem->tables = given(kCosines) ? in[kCosines].shape[0] : 1;
+  problem->masks = given(kMask) ? mask[0] : 1;
+  problem->scale = static_cast<float>(scale);
+  problem->query = in[kQuery].data;
+  problem->key = in[kKey].data;
+  problem->value = in[kValue].data;
+  problem->cosines = numbers(kCosines);
+  problem->sines = numbers(kSines);
+  problem->mask = static_cast<const uint8_t*>(given(kMask) ? in[kMask].data : nullptr);
+  problem->index = static_cast<const int32_t*>(in[kIndex].data);
+  problem->key_cache = in[kKeyCache].data;
+  problem->value_cache = in[kValueCache].data;
+  problem->key_scale = numbers(kKeyScale);
+  problem->value_scale = numbers(kValueScale);
+  return nullptr;
+}
+
+inline const char* run(const kbn_attention& problem, const kbn_parallel* parallel) {
+  const int code = kbn_attend(&problem, parallel);
+  return code ? kbn_error(code) : nullptr;
+}
+
 }  // namespace kbn_adapter
 
 // `kbn_adapter::run` on the library's own pool, on at most `threads` of its threads (0: on all).
 KBN_API const char* kbn_run_limited(const kbn_matmul* problem, int32_t threads);
+KBN_API const char* kbn_attend_limited(const kbn_attention* problem, int32_t threads);

@@ -8,7 +8,7 @@
 #define KBN_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum kbn_dtype { KBN_F32 = 0, KBN_BF16 = 1, KBN_F16 = 2 };
+enum kbn_dtype { KBN_F32 = 0, KBN_BF16 = 1, KBN_F16 = 2, KBN_I8 = 3 };
 enum kbn_layout { KBN_TILES = 0, KBN_TRITS = 1 };
 
 // One packed matmul, y = dequantize(quantize(x)) @ dequantize(tiles) + bias.
@@ -47,12 +47,44 @@ typedef struct kbn_parallel {
   int32_t threads;
 } kbn_parallel;
 
+// Attention of one new token of each sequence to a cache, which its key and value join.
+//
+// The cache is written at `index`, nothing behind it is read. An int8 row is `scale * code`.
+// Meaning: `attend_next` of keras_bitnet/layers/key_value_cache.py.
+typedef struct kbn_attention {
+  int64_t batch;
+  int64_t length;          // tokens that the cache can hold
+  int64_t heads;           // of queries, a multiple of
+  int64_t key_heads;       // those of keys and values
+  int64_t head_dim;        // even where there are tables
+  int32_t dtype;           // kbn_dtype of query, key, value and y
+  int32_t cache_dtype;     // kbn_dtype, KBN_I8 too
+  int64_t tables;          // rows of cosines and sines: 1 or batch
+  int64_t masks;           // rows of mask: 1 or batch
+  float scale;             // of the scores
+  const void* query;       // (batch, heads, head_dim)
+  const void* key;         // (batch, key_heads, head_dim)
+  const void* value;       // the same
+  const float* cosines;    // (tables, head_dim), halves equal, or null: queries and keys are not
+  const float* sines;      // turned
+  const uint8_t* mask;     // (masks, length), 0: not seen; or null: all up to the new token
+  const int32_t* index;    // (1): tokens that the cache holds so far
+  void* key_cache;         // (batch, key_heads, length, head_dim)
+  void* value_cache;       // the same
+  float* key_scale;        // (batch, key_heads, length) of an int8 cache, else null
+  float* value_scale;      // the same
+  void* y;                 // (batch, heads, head_dim)
+} kbn_attention;
+
 KBN_API int kbn_abi_version(void);
 
 // Runs the matmul. Returns 0, or a code for `kbn_error`; on error y is untouched. The text belongs
 // to the calling thread, until its next call.
 KBN_API int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel);
 KBN_API const char* kbn_error(int code);
+
+// Runs the attention; as `kbn_run`.
+KBN_API int kbn_attend(const kbn_attention* problem, const kbn_parallel* parallel);
 
 // The codes (m, k) and scales (m) that `kbn_run` makes of the activations, for tests.
 KBN_API int kbn_quantize(const kbn_matmul* problem, int8_t* x_codes, float* x_scales);

@@ -100,32 +100,75 @@ int check_output(const kbn_matmul& p) {
   return kOk;
 }
 
-int run_checked(const kbn_matmul& problem, const kbn_parallel* parallel, const Probe& probe) {
+int check_attention(const kbn_attention& p) {
+  const bool sizes = p.batch >= 0 && p.length > 0 && p.heads > 0 && p.key_heads > 0 &&
+                     p.head_dim > 0 && p.head_dim < (1 << 24) && p.heads % p.key_heads == 0;
+  if (!sizes || (p.cosines && p.head_dim % 2)) {
+    return fail(kInvalid, "sizes must be positive, heads a multiple of key_heads, head_dim even "
+                "where there are tables. Received: batch=%lld, length=%lld, heads=%lld, "
+                "key_heads=%lld, head_dim=%lld", printable(p.batch), printable(p.length),
+                printable(p.heads), printable(p.key_heads), printable(p.head_dim));
+  }
+  if (p.dtype < KBN_F32 || p.dtype > KBN_F16 || p.cache_dtype < KBN_F32 || p.cache_dtype > KBN_I8) {
+    return fail(kInvalid, "dtype must be 0 to 2, cache_dtype 0 to 3. Received: dtype=%d, "
+                "cache_dtype=%d", p.dtype, p.cache_dtype);
+  }
+  const bool rows = (p.tables == 1 || p.tables == p.batch) && (p.masks == 1 || p.masks == p.batch);
+  const bool scales = (p.cache_dtype == KBN_I8) == (p.key_scale && p.value_scale);
+  if (!rows || !scales || !p.cosines != !p.sines) {
+    return fail(kInvalid, "tables and masks must be 1 or batch=%lld; an int8 cache has scales, no "
+                "other has; cosines and sines come together", printable(p.batch));
+  }
+  const bool given = p.query && p.key && p.value && p.index && p.key_cache && p.value_cache && p.y;
+  if (p.batch > 0 && !given) return fail(kInvalid, "an operand is missing. Received: null");
+  if (p.batch > 0 && (*p.index < 0 || *p.index >= p.length)) {
+    return fail(kInvalid, "index must be in [0, %lld), the tokens that the cache can hold. "
+                "Received: index=%d", printable(p.length), *p.index);
+  }
+  return kOk;
+}
+
+// Has `run` use the present table of kernels, unless there is nothing to do.
+template <typename Run>
+int run_checked(bool nothing, const Run& run) {
   const Kernels* kernels = current_kernels();
   if (kernels == nullptr) {
     return fail(kNoIsa, "KERAS_BITNET_ISA must be 'auto' or one of '%s' on this machine. "
                 "Received: '%s'", available_isas(), isa_of_environment());
   }
-  if (problem.rows == 0) return kOk;
+  if (nothing) return kOk;
   try {
-    run(problem, *kernels, parallel, probe);
+    run(*kernels);
   } catch (const std::bad_alloc&) {
-    return fail(kNoMemory, "No memory for the quantized activations of %lld rows x %lld inputs",
-                printable(problem.rows), printable(problem.in_features));
+    return fail(kNoMemory, "No memory for the working space of a call");
   }
   return kOk;
+}
+
+int run_checked(const kbn_matmul& problem, const kbn_parallel* parallel, const Probe& probe) {
+  return run_checked(problem.rows == 0, [&](const Kernels& kernels) {
+    run(problem, kernels, parallel, probe);
+  });
 }
 
 }  // namespace
 }  // namespace kbn
 
-int kbn_abi_version(void) { return 2; }
+int kbn_abi_version(void) { return 3; }
 
 int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel) {
   int error = kbn::check_weights(*problem);
   if (!error) error = kbn::check_activations(*problem);
   if (!error) error = kbn::check_output(*problem);
   return error ? error : kbn::run_checked(*problem, parallel, {});
+}
+
+int kbn_attend(const kbn_attention* problem, const kbn_parallel* parallel) {
+  const int error = kbn::check_attention(*problem);
+  if (error) return error;
+  return kbn::run_checked(problem->batch == 0, [&](const kbn::Kernels& kernels) {
+    kbn::run(*problem, kernels, parallel);
+  });
 }
 
 int kbn_quantize(const kbn_matmul* problem, int8_t* x_codes, float* x_scales) {

@@ -77,14 +77,8 @@ class Matmul {
     return p.bits == 1 ? kBits1 : p.bits == 2 ? kBits2 : p.bits == 4 ? kBits4 : kBits8;
   }
 
-  void for_each(bool inline_, int64_t count, Task task) {
-    if (inline_ || count < 2) {
-      for (int64_t i = 0; i < count; ++i) task(this, i);
-    } else if (parallel_) {
-      parallel_->run(parallel_->context, count, task, this);
-    } else {
-      pool_run(count, task, this);
-    }
+  void for_each(bool alone, int64_t count, Task task) {
+    run_tasks(parallel_, alone, count, task, this);
   }
 
   // Blocks of nearly equal size.
@@ -116,17 +110,16 @@ class Matmul {
       const float highest = p_.activation_bits == 8 ? 127.0f : 7.0f;
       float absmax = tensor_absmax_;
       if (!p_.per_tensor || p_.x_scale) absmax = kernels_.absmax(x_row(row), p_.dtype, k);
-      const float bound = absmax < p_.epsilon ? p_.epsilon : absmax;
-      float scale = bound * (1.0f / highest), inverse = highest / bound;
-      if (p_.x_scale) scale = *p_.x_scale, inverse = 1.0f / scale;
+      Step step = step_of(absmax, p_.epsilon, highest);
+      if (p_.x_scale) step = {*p_.x_scale, 1.0f / *p_.x_scale};
       if (std::isfinite(absmax)) {
-        kernels_.quantize(x_row(row), p_.dtype, k, inverse, highest, codes);
+        kernels_.quantize(x_row(row), p_.dtype, k, step.inverse, highest, codes);
       } else {
         // The scale carries NaN or infinity to every output, which no integer could.
         std::memset(codes, 0, k);
-        scale = absmax;
+        step.scale = absmax;
       }
-      x_scales_[row] = scale;
+      x_scales_[row] = step.scale;
     }
     std::memset(codes + k, 0, packed_inputs_ - k);
     if (probe_.quantized) {

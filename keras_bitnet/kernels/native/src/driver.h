@@ -1,4 +1,4 @@
-// Cuts one packed matmul in blocks and has a table of kernels run them.
+// Cuts one packed matmul in blocks, or one attention in heads, and has a table of kernels run them.
 #pragma once
 #include "bitnet.h"
 #include "kernels.h"
@@ -16,5 +16,7 @@ struct Probe {
 // The problem must have passed the checks of core.cc. Throws std::bad_alloc.
 void run(const kbn_matmul& problem, const Kernels& kernels, const kbn_parallel* parallel,
          const Probe& probe);
+
+void run(const kbn_attention& problem, const Kernels& kernels, const kbn_parallel* parallel);
 
 }  // namespace kbn

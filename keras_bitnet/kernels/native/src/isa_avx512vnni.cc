@@ -2,7 +2,7 @@
 // and adds them four by four to 16 int32 sums, one for each column of a tile.
 #include <immintrin.h>
 
-#include "portable.h"
+#include "attention.h"
 
 namespace kbn {
 namespace {
@@ -220,7 +220,7 @@ void multiply(const Block& block) {
 extern const Kernels kAvx512Vnni = {
     "avx512vnni", 12, 2, absmax, quantize,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, store,
+    add_scaled, store, attend,
 };
 
 }  // namespace kbn

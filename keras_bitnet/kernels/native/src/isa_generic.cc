@@ -1,5 +1,5 @@
 // Portable C++: correct on every machine, and the meaning that the other tables must match.
-#include "portable.h"
+#include "attention.h"
 
 namespace kbn {
 namespace {
@@ -51,7 +51,7 @@ void multiply(const Block& block) {
 extern const Kernels kGeneric = {
     "generic", 4, 1, absmax, quantize,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, store,
+    add_scaled, store, attend,
 };
 
 }  // namespace kbn

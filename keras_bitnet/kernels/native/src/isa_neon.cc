@@ -1,7 +1,7 @@
 // NEON with dotprod: `sdot` multiplies signed bytes four by four and adds to int32.
 #include <arm_neon.h>
 
-#include "portable.h"
+#include "attention.h"
 
 namespace kbn {
 namespace {
@@ -89,7 +89,7 @@ void multiply(const Block& block) {
 extern const Kernels kNeon = {
     "neon", 4, 1, absmax, quantize,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, store,
+    add_scaled, store, attend,
 };
 
 }  // namespace kbn

@@ -1,4 +1,4 @@
-// The packed matmul as an XLA FFI handler, for JAX. Operands x, tiles, scale, bias, x_scale; result y.
+// The packed matmul and the attention to a cache as XLA FFI handlers, for JAX.
 #include <string.h>
 
 #include <atomic>
@@ -135,8 +135,24 @@ bool answer_metadata(const CallFrame* frame) {
   return false;
 }
 
+int32_t operand_dtype_of(int32_t dtype) {
+  return dtype == kS8     ? KBN_I8
+         : dtype == kS32  ? kbn_adapter::kInt32
+         : dtype == kPRED ? kbn_adapter::kBool
+                          : dtype_of(dtype);
+}
+
+template <typename Problem>
+void* run(const CallFrame* frame, const Problem& problem) {
+  Pool pool{frame, pool_threads(frame)};
+  kbn_parallel parallel{run_on_pool, &pool, static_cast<int32_t>(pool.threads)};
+  const char* wrong = kbn_adapter::run(problem, pool.threads ? &parallel : nullptr);
+  return wrong ? error(frame, kInternal, wrong) : nullptr;
+}
+
 }  // namespace
 
+// Operands x, tiles, scale, bias, x_scale; result y.
 KBN_API void* kbn_xla_matmul(xla_ffi::CallFrame* frame) {
   if (answer_metadata(frame) || frame->stage != kExecuteStage) return nullptr;
   kbn_adapter::Attributes attributes;
@@ -160,8 +176,34 @@ KBN_API void* kbn_xla_matmul(xla_ffi::CallFrame* frame) {
   problem.bias = bias->dims[0] ? static_cast<const float*>(bias->data) : nullptr;
   problem.x_scale = x_scale->dims[0] ? static_cast<const float*>(x_scale->data) : nullptr;
   problem.y = y->data;
-  Pool pool{frame, pool_threads(frame)};
-  kbn_parallel parallel{run_on_pool, &pool, static_cast<int32_t>(pool.threads)};
-  wrong = kbn_adapter::run(problem, pool.threads ? &parallel : nullptr);
-  return wrong ? error(frame, kInternal, wrong) : nullptr;
+  return run(frame, problem);
+}
+
+// Operands as `kbn_adapter` numbers them, without the scales of a cache that has none; results y and
+// the cache again, in the same memory.
+KBN_API void* kbn_xla_attend(xla_ffi::CallFrame* frame) {
+  if (answer_metadata(frame) || frame->stage != kExecuteStage) return nullptr;
+  constexpr int kMost = kbn_adapter::kAttentionOperands;
+  const int64_t count = frame->arguments.size, kept = count - kbn_adapter::kKeyCache;
+  const void* scale = scalar(frame->attributes, "scale", kF64);
+  if ((kept != 2 && kept != 4) || frame->results.size != 1 + kept || !scale)
+    return error(frame, kInvalidArgument, "wrong number of operands or attributes");
+  Buffer **in = frame->arguments.buffers, **out = frame->results.buffers;
+  const int64_t none = 0;
+  kbn_adapter::Operand operands[kMost];
+  for (int i = 0; i < kMost; ++i) {
+    if (i < count)
+      operands[i] = {shape(in[i]), operand_dtype_of(in[i]->dtype), in[i]->data};
+    else
+      operands[i] = {{&none, 1}, KBN_F32, nullptr};
+  }
+  double factor;
+  memcpy(&factor, scale, sizeof factor);
+  kbn_attention problem;
+  const char* wrong = kbn_adapter::describe(operands, factor, &problem);
+  for (int64_t i = 0; i < kept && !wrong; ++i)
+    if (out[1 + i]->data != in[kbn_adapter::kKeyCache + i]->data) wrong = "the cache must be aliased";
+  if (wrong) return error(frame, kInvalidArgument, wrong);
+  problem.y = out[0]->data;
+  return run(frame, problem);
 }

@@ -62,6 +62,49 @@ struct Scaling {
   bool shared;           // one scale for all columns
 };
 
+// One key head of one sequence: the numbers of its new token, and its part of the cache.
+struct Head {
+  int groups;              // query heads
+  int dim;
+  int dtype;               // kbn_dtype of query, key, value and y
+  int cache_dtype;         // kbn_dtype of keys and values, which may be int8
+  float factor;            // of the scores
+  int64_t index;           // tokens before the new one
+  const void* query;       // [groups][dim]
+  const void* key;         // [dim]
+  const void* value;       // [dim]
+  const float* cosines;    // [dim], or null
+  const float* sines;
+  const uint8_t* mask;     // [index + 1], or null
+  void* keys;              // [index + 1][dim]
+  void* values;
+  float* key_scales;       // [index + 1], of int8
+  float* value_scales;
+  void* y;                 // [groups][dim]
+  float* scratch;          // `head_scratch` numbers
+};
+
+constexpr int kLanes = 16;
+
+namespace {  // one copy for each file, as said above
+
+inline int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+inline int64_t head_scratch(int64_t groups, int64_t dim, int64_t tokens) {
+  return groups * (2 * padded(dim) + padded(tokens)) + padded(dim);
+}
+
+// What numbers of this absolute maximum are quantized with: x = scale * code, code = x * inverse.
+struct Step {
+  float scale, inverse;
+};
+inline Step step_of(float absmax, float epsilon, float highest) {
+  const float bound = absmax < epsilon ? epsilon : absmax;
+  return {bound * (1.0f / highest), highest / bound};
+}
+
+}  // namespace
+
 struct Kernels {
   const char* name;
   int rows;     // a block has at most so many rows,
@@ -82,6 +125,9 @@ struct Kernels {
 
   // out = y * x_scale + bias as a `kbn_dtype`; `bias` may be null.
   void (*store)(const float* y, float x_scale, const float* bias, int dtype, int count, void* out);
+
+  // Writes the new token to the cache and attends to all up to it.
+  void (*attend)(const Head& head);
 };
 
 extern const Kernels kGeneric;

@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "bitnet.h"
+
 namespace kbn {
 
 using Task = void (*)(void* arg, int64_t index);
@@ -9,6 +11,18 @@ using Task = void (*)(void* arg, int64_t index);
 // Runs task(arg, i) for every i in [0, count) on the pool and the calling thread; returns when all
 // are done. Any number of threads may call it at once.
 void pool_run(int64_t count, Task task, void* arg);
+
+// The same on the threads of `parallel`, or where it is null on the pool; in this thread alone where
+// it is all too little to wake another.
+inline void run_tasks(const kbn_parallel* parallel, bool alone, int64_t count, Task task, void* arg) {
+  if (alone || count < 2) {
+    for (int64_t i = 0; i < count; ++i) task(arg, i);
+  } else if (parallel) {
+    parallel->run(parallel->context, count, task, arg);
+  } else {
+    pool_run(count, task, arg);
+  }
+}
 
 int pool_threads();
 void pool_set_threads(int count);

@@ -1,4 +1,4 @@
-// The packed matmul as a TensorFlow op, through TensorFlow's stable C API for ops and kernels.
+// The packed matmul and the attention to a cache as TensorFlow ops, through TensorFlow's stable C API for ops and kernels.
 // The functions are declared here and found in the process that loads this library with
 // `tf.load_op_library`, so that one binary serves every version and builds without TensorFlow.
 #if !defined(_WIN32)
@@ -28,7 +28,7 @@ struct TF_OpKernelConstruction;
 struct TF_OpKernelContext;
 struct TF_Tensor;
 
-enum { kFloat = 1, kBfloat16 = 14, kHalf = 19 };  // TF_DataType
+enum { kFloat = 1, kInt32 = 3, kInt8 = 6, kBool = 10, kBfloat16 = 14, kHalf = 19 };  // TF_DataType
 enum { kInvalidArgument = 3, kInternal = 13 };    // TF_Code
 
 using ShapeFunction = void (*)(TF_ShapeInferenceContext*, TF_Status*);
@@ -47,6 +47,7 @@ using Delete = void (*)(void*);
   X(void, TF_OpDefinitionBuilderAddAttr, (TF_OpDefinitionBuilder*, const char*))                 \
   X(void, TF_OpDefinitionBuilderAddInput, (TF_OpDefinitionBuilder*, const char*))                \
   X(void, TF_OpDefinitionBuilderAddOutput, (TF_OpDefinitionBuilder*, const char*))               \
+  X(void, TF_OpDefinitionBuilderSetIsStateful, (TF_OpDefinitionBuilder*, bool))                  \
   X(void, TF_OpDefinitionBuilderSetShapeInferenceFunction,                                       \
     (TF_OpDefinitionBuilder*, ShapeFunction))                                                    \
   X(void, TF_RegisterOpDefinition, (TF_OpDefinitionBuilder*, TF_Status*))                        \
@@ -77,6 +78,7 @@ using Delete = void (*)(void*);
   X(void, TF_GetInput, (TF_OpKernelContext*, int, TF_Tensor**, TF_Status*))                      \
   X(TF_Tensor*, TF_AllocateOutput,                                                               \
     (TF_OpKernelContext*, int, int, const int64_t*, int, size_t, TF_Status*))                    \
+  X(void, TF_SetOutput, (TF_OpKernelContext*, int, const TF_Tensor*, TF_Status*))                \
   X(void, TF_OpKernelContext_Failure, (TF_OpKernelContext*, TF_Status*))                         \
   X(int, TF_TensorType, (const TF_Tensor*))                                                      \
   X(int, TF_NumDims, (const TF_Tensor*))                                                         \
@@ -88,7 +90,7 @@ using Delete = void (*)(void*);
 KBN_TF_FUNCTIONS(X)
 #undef X
 
-constexpr char kOp[] = "KerasBitnetMatmul";
+constexpr char kOp[] = "KerasBitnetMatmul", kAttentionOp[] = "KerasBitnetAttendNext";
 constexpr int kInputs = 5;  // x, tiles, scale, bias, x_scale
 std::atomic<int32_t> max_threads{0};
 
@@ -210,6 +212,76 @@ void compute(void* kernel, TF_OpKernelContext* context) {
   if (TF_GetCode(status.get())) TF_OpKernelContext_Failure(context, status.get());
 }
 
+// ---- attention ----
+
+constexpr int kOperands = kbn_adapter::kAttentionOperands, kCaches = 4;
+
+// y is like the queries, the caches that come out are those that came in.
+void infer_attention_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
+  for (int i = 0; i <= kCaches; ++i) {
+    ShapeOwner shape(TF_NewShapeHandle());
+    const int input = i ? kbn_adapter::kKeyCache + i - 1 : kbn_adapter::kQuery;
+    TF_ShapeInferenceContextGetInput(context, input, shape.get(), status);
+    if (TF_GetCode(status)) return;
+    TF_ShapeInferenceContextSetOutput(context, i, shape.get(), status);
+    if (TF_GetCode(status)) return;
+  }
+}
+
+void* create_attention(TF_OpKernelConstruction* context) {
+  Status status(TF_NewStatus());
+  auto scale = std::make_unique<float>();
+  TF_OpKernelConstruction_GetAttrFloat(context, "scale", scale.get(), status.get());
+  if (!TF_GetCode(status.get())) return scale.release();
+  TF_OpKernelConstruction_Failure(context, status.get());
+  return nullptr;
+}
+
+void destroy_attention(void* kernel) { delete static_cast<float*>(kernel); }
+
+int32_t operand_dtype_of(int dtype) {
+  return dtype == kInt8    ? KBN_I8
+         : dtype == kInt32 ? kbn_adapter::kInt32
+         : dtype == kBool  ? kbn_adapter::kBool
+                           : kbn_dtype_of(dtype);
+}
+
+// Writes into the caches that came in and hands them out, as TensorFlow's InplaceUpdate does.
+void attend(float scale, TF_OpKernelContext* context, TF_Status* status) {
+  TensorOwner in[kOperands];
+  std::vector<int64_t> sizes[kOperands];
+  kbn_adapter::Operand operands[kOperands];
+  for (int i = 0; i < kOperands; ++i) {
+    TF_Tensor* tensor = nullptr;
+    TF_GetInput(context, i, &tensor, status);
+    if (TF_GetCode(status)) return;
+    in[i].reset(tensor);
+    sizes[i] = dims(tensor);
+    operands[i] = {{sizes[i].data(), static_cast<int64_t>(sizes[i].size())},
+                   operand_dtype_of(TF_TensorType(tensor)), TF_TensorData(tensor)};
+  }
+  kbn_attention problem;
+  const char* wrong = kbn_adapter::describe(operands, scale, &problem);
+  if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
+  const auto& shape = sizes[kbn_adapter::kQuery];
+  const size_t bytes = static_cast<size_t>(problem.batch * problem.heads * problem.head_dim) *
+                       (problem.dtype == KBN_F32 ? 4 : 2);
+  TensorOwner y(TF_AllocateOutput(context, 0, TF_TensorType(in[0].get()), shape.data(),
+                                  static_cast<int>(shape.size()), bytes, status));
+  for (int i = 0; i < kCaches && !TF_GetCode(status); ++i)
+    TF_SetOutput(context, 1 + i, in[kbn_adapter::kKeyCache + i].get(), status);
+  if (TF_GetCode(status)) return;
+  problem.y = TF_TensorData(y.get());
+  wrong = kbn_attend_limited(&problem, max_threads.load(std::memory_order_relaxed));
+  if (wrong) TF_SetStatus(status, kInternal, wrong);
+}
+
+void compute_attention(void* kernel, TF_OpKernelContext* context) {
+  Status status(TF_NewStatus());
+  attend(*static_cast<float*>(kernel), context, status.get());
+  if (TF_GetCode(status.get())) TF_OpKernelContext_Failure(context, status.get());
+}
+
 // Returns the name of a function that is missing, or null.
 const char* resolve() {
   void* library = kbn_symbols::loaded("libtensorflow_framework.");
@@ -222,32 +294,65 @@ const char* resolve() {
   return nullptr;
 }
 
-std::string register_op() {
-  if (const char* missing = resolve()) return std::string("TensorFlow lacks ") + missing;
+// An op as its definition and its kernel on the CPU.
+struct Op {
+  const char* name;
+  const char* kernel;
+  std::vector<const char*> attributes, inputs, outputs;
+  bool stateful;
+  ShapeFunction infer_shapes;
+  Create create;
+  Compute compute;
+  Delete destroy;
+};
+
+const Op kOps[] = {
+    {kOp, "KerasBitnetMatmulCPU",
+     {"T: {float, bfloat16, half}", "bits: int", "trits: int", "group_size: int",
+      "activation_bits: int", "per_tensor: int", "offset: float", "epsilon: float"},
+     {"x: T", "tiles: uint8", "scale: float", "bias: float", "x_scale: float"}, {"y: T"}, false,
+     infer_shape, create, compute, destroy},
+    {kAttentionOp, "KerasBitnetAttendNextCPU",
+     {"T: {float, bfloat16, half}", "C: {float, bfloat16, half, int8}", "scale: float"},
+     {"query: T", "key: T", "value: T", "cosines: float", "sines: float", "mask: bool",
+      "index: int32", "key_cache: C", "value_cache: C", "key_scale: float", "value_scale: float"},
+     {"y: T", "new_key_cache: C", "new_value_cache: C", "new_key_scale: float",
+      "new_value_scale: float"}, true,
+     infer_attention_shapes, create_attention, compute_attention, destroy_attention},
+};
+
+std::string register_op(const Op& op) {
   Status status(TF_NewStatus());
-  TF_OpDefinitionBuilder* op = TF_NewOpDefinitionBuilder(kOp);
-  for (const char* attribute : {"T: {float, bfloat16, half}", "bits: int", "trits: int", "group_size: int",
-                                "activation_bits: int", "per_tensor: int", "offset: float",
-                                "epsilon: float"})
-    TF_OpDefinitionBuilderAddAttr(op, attribute);
-  for (const char* input : {"x: T", "tiles: uint8", "scale: float", "bias: float", "x_scale: float"})
-    TF_OpDefinitionBuilderAddInput(op, input);
-  TF_OpDefinitionBuilderAddOutput(op, "y: T");
-  TF_OpDefinitionBuilderSetShapeInferenceFunction(op, infer_shape);
-  TF_RegisterOpDefinition(op, status.get());
+  TF_OpDefinitionBuilder* definition = TF_NewOpDefinitionBuilder(op.name);
+  for (const char* text : op.attributes) TF_OpDefinitionBuilderAddAttr(definition, text);
+  for (const char* text : op.inputs) TF_OpDefinitionBuilderAddInput(definition, text);
+  for (const char* text : op.outputs) TF_OpDefinitionBuilderAddOutput(definition, text);
+  TF_OpDefinitionBuilderSetIsStateful(definition, op.stateful);
+  TF_OpDefinitionBuilderSetShapeInferenceFunction(definition, op.infer_shapes);
+  TF_RegisterOpDefinition(definition, status.get());
   if (TF_GetCode(status.get())) return TF_Message(status.get());
-  TF_KernelBuilder* kernel = TF_NewKernelBuilder(kOp, "CPU", create, compute, destroy);
-  TF_RegisterKernelBuilder("KerasBitnetMatmulCPU", kernel, status.get());
+  TF_KernelBuilder* kernel =
+      TF_NewKernelBuilder(op.name, "CPU", op.create, op.compute, op.destroy);
+  TF_RegisterKernelBuilder(op.kernel, kernel, status.get());
   return TF_GetCode(status.get()) ? TF_Message(status.get()) : "";
+}
+
+std::string register_ops() {
+  if (const char* missing = resolve()) return std::string("TensorFlow lacks ") + missing;
+  for (const Op& op : kOps) {
+    const std::string wrong = register_op(op);
+    if (!wrong.empty()) return wrong;
+  }
+  return "";
 }
 
 // TensorFlow collects the ops that a library registers while it is being loaded; it offers
 // kernel libraries no other entry point here.
-const std::string registration_error = register_op();
+const std::string registration_error = register_ops();
 
 }  // namespace
 
-// Why the op could not be registered when this library was loaded; empty where it was.
+// Why the ops could not be registered when this library was loaded; empty where it was.
 KBN_API const char* kbn_tensorflow_error(void) { return registration_error.c_str(); }
 
 // Threads that one op may use, the calling one included; 0: as many as the library's pool has.

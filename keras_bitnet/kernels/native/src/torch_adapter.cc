@@ -33,6 +33,9 @@ using Slot = uint64_t;     // one value on the dispatcher's stack, bits of an in
     (int64_t, const int64_t*, const int64_t*, int32_t, int32_t, int32_t, Handle*))             \
   X(int32_t, aoti_torch_delete_tensor_object, (Handle))                                        \
   X(int32_t, aoti_torch_dtype_uint8, (void))                                                   \
+  X(int32_t, aoti_torch_dtype_int8, (void))                                                    \
+  X(int32_t, aoti_torch_dtype_int32, (void))                                                   \
+  X(int32_t, aoti_torch_dtype_bool, (void))                                                    \
   X(int32_t, aoti_torch_dtype_float32, (void))                                                 \
   X(int32_t, aoti_torch_dtype_bfloat16, (void))                                                \
   X(int32_t, aoti_torch_dtype_float16, (void))
@@ -46,6 +49,10 @@ constexpr char kSchema[] =
     "bit_matmul(Tensor x, Tensor tiles, Tensor scale, Tensor bias, Tensor x_scale, "
     "int out_features, int bits, int trits, int group_size, int activation_bits, "
     "bool per_tensor, float offset, float epsilon) -> Tensor";
+constexpr char kAttentionSchema[] =
+    "attend_next(Tensor query, Tensor key, Tensor value, Tensor cosines, Tensor sines, Tensor mask, "
+    "Tensor index, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) key_scale, "
+    "Tensor(d!) value_scale, float scale) -> Tensor";
 constexpr int kTensors = 5;
 constexpr int64_t kMaxRank = 32;
 
@@ -84,6 +91,21 @@ int32_t kbn_dtype_of(int32_t dtype) {
                                                 : -1;
 }
 
+int32_t operand_dtype_of(int32_t dtype) {
+  return dtype == aoti_torch_dtype_int8()    ? KBN_I8
+         : dtype == aoti_torch_dtype_int32() ? kbn_adapter::kInt32
+         : dtype == aoti_torch_dtype_bool()  ? kbn_adapter::kBool
+                                             : kbn_dtype_of(dtype);
+}
+
+const char* read_all(Tensor* tensors, int count) {
+  for (int i = 0; i < count; ++i) {
+    if (!tensors[i].read()) return "an operand cannot be read";
+    if (!tensors[i].contiguous) return "the operands must be contiguous";
+  }
+  return nullptr;
+}
+
 // Allocates y like x with `columns` for its last axis.
 bool allocate(const Tensor& x, int64_t columns, Tensor* y) {
   int64_t sizes[kMaxRank], strides[kMaxRank], stride = 1;
@@ -100,10 +122,7 @@ bool allocate(const Tensor& x, int64_t columns, Tensor* y) {
 const char* compute(Slot* stack, Tensor* tensors, Tensor* y) {
   Tensor &x = tensors[0], &tiles = tensors[1], &scale = tensors[2], &bias = tensors[3],
          &x_scale = tensors[4];
-  for (int i = 0; i < kTensors; ++i) {
-    if (!tensors[i].read()) return "an operand cannot be read";
-    if (!tensors[i].contiguous) return "the operands must be contiguous";
-  }
+  if (const char* wrong = read_all(tensors, kTensors)) return wrong;
   kbn_adapter::Attributes attributes;
   int64_t* integers[] = {&attributes.out_features, &attributes.bits, &attributes.trits,
                          &attributes.group_size, &attributes.activation_bits,
@@ -132,12 +151,28 @@ const char* compute(Slot* stack, Tensor* tensors, Tensor* y) {
   return kbn_run_limited(&problem, get_num_threads ? get_num_threads() : 0);
 }
 
-// Errors leave as an exception, the way in which PyTorch's own stable headers report them.
+const char* attend(Slot* stack, Tensor* tensors, Tensor* y) {
+  constexpr int kCount = kbn_adapter::kAttentionOperands;
+  if (const char* wrong = read_all(tensors, kCount)) return wrong;
+  kbn_adapter::Operand operands[kCount];
+  for (int i = 0; i < kCount; ++i)
+    operands[i] = {tensors[i].shape(), operand_dtype_of(tensors[i].dtype), tensors[i].data};
+  kbn_attention problem;
+  const char* wrong = kbn_adapter::describe(operands, float_of(stack[kCount]), &problem);
+  if (wrong) return wrong;
+  if (!allocate(tensors[0], problem.head_dim, y)) return "no memory for the result";
+  problem.y = y->data;
+  return kbn_attend_limited(&problem, get_num_threads ? get_num_threads() : 0);
+}
+
+// One operator: `run(stack, tensors, y)` says what is wrong. Errors leave as an exception, the way in
+// which PyTorch's own stable headers report them.
+template <int kCount, const char* (*run)(Slot*, Tensor*, Tensor*)>
 void kernel(Slot* stack, uint64_t, uint64_t) {
-  Tensor tensors[kTensors], y;
-  for (int i = 0; i < kTensors; ++i) tensors[i].handle = tensor_of(stack[i]);
-  if (const char* wrong = compute(stack, tensors, &y))
-    throw std::runtime_error(std::string("keras_bitnet::bit_matmul: ") + wrong);
+  Tensor tensors[kCount], y;
+  for (int i = 0; i < kCount; ++i) tensors[i].handle = tensor_of(stack[i]);
+  if (const char* wrong = run(stack, tensors, &y))
+    throw std::runtime_error(std::string("keras_bitnet: ") + wrong);
   stack[0] = static_cast<Slot>(reinterpret_cast<uintptr_t>(y.handle));
   y.handle = nullptr;  // the stack owns it now
 }
@@ -160,14 +195,17 @@ bool register_operator() {
   return resolve() &&
          !aoti_torch_library_init_fragment("keras_bitnet", "torch_adapter.cc", __LINE__, &definition) &&
          !aoti_torch_library_def(definition, kSchema) &&
+         !aoti_torch_library_def(definition, kAttentionSchema) &&
          !aoti_torch_library_init_impl("keras_bitnet", "CPU", "torch_adapter.cc", __LINE__,
                                        &implementation) &&
-         !aoti_torch_library_impl(implementation, "bit_matmul", kernel);
+         !aoti_torch_library_impl(implementation, "bit_matmul", kernel<kTensors, compute>) &&
+         !aoti_torch_library_impl(implementation, "attend_next",
+                                  kernel<kbn_adapter::kAttentionOperands, attend>);
 }
 
 }  // namespace
 
-// Defines `keras_bitnet::bit_matmul`. Returns 0, or 1: this PyTorch lacks the stable functions.
+// Defines `keras_bitnet::bit_matmul` and `keras_bitnet::attend_next`. Returns 0, or 1: this PyTorch lacks the stable functions.
 KBN_API int kbn_torch_register(void) {
   static const bool registered = register_operator();
   return registered ? 0 : 1;

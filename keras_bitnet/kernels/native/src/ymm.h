@@ -2,7 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "portable.h"
+#include "attention.h"
 
 namespace kbn {
 namespace {

@@ -1,0 +1,43 @@
+"""Attention of one new token to a cache by the native CPU library, for PyTorch: one operator."""
+
+import torch
+
+from keras_bitnet.kernels import cpu
+from keras_bitnet.kernels.select import Kernel
+from keras_bitnet.kernels.torch import REGISTERED
+
+_OPERATOR = "keras_bitnet::attend_next"
+_NONE = torch.empty(0)
+_CACHE = ("key", "value", "key_scale", "value_scale")
+
+
+def refuse(problem):
+    """Why the kernel cannot run an `Attention`, or `None`."""
+    if not REGISTERED:
+        return cpu.NO_LIBRARY or f"PyTorch {torch.__version__} lacks the stable C functions"
+    return cpu.refuse_attention(problem)
+
+
+def run(cache, query, key, value, index, scale, mask=None, rotary=None):
+    """As `attend_next`, for a problem that was not refused; the cache is written in place."""
+    # A constant where it is no part of a traced program.
+    none = torch.empty(0, device=query.device) if torch.compiler.is_compiling() else _NONE
+    cosines, sines = rotary or (none, none)
+    operands = (query, key, value, cosines, sines, none if mask is None else mask)
+    y = torch.ops.keras_bitnet.attend_next.default(
+        *(operand.contiguous() for operand in operands),
+        torch.as_tensor(index, dtype=torch.int32),
+        *(cache.get(name, none) for name in _CACHE),
+        scale,
+    )
+    return y, cache
+
+
+def _fake(query, *operands):
+    return torch.empty_like(query, memory_format=torch.contiguous_format)
+
+
+if REGISTERED:
+    torch.library.register_fake(_OPERATOR, _fake)
+
+NATIVE = Kernel(cpu.NAME, refuse, run)
