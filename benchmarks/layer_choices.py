@@ -157,8 +157,13 @@ def lookup_case(rng, tokens, vocabulary, features, repeats):
 
 
 def ratio(runs, name, base, repeats):
-    """Times two functions in turns: seconds of both, and the median of the ratios."""
-    times = common.interleaved_times(runs, repeats=repeats, warmup=3)
+    """Times two functions in turns: seconds of both, and the median of the ratios.
+
+    `repeats` turns, or as many more as fit into a second: calls of microseconds scatter most.
+    """
+    trial = common.interleaved_times(runs, repeats=3, warmup=3)
+    fit = int(1 / sum(map(min, trial.values())))
+    times = common.interleaved_times(runs, repeats=min(max(repeats, fit), 2001))
     ratios = [a / b for a, b in zip(times[name], times[base], strict=True)]
     seconds = {f"{key}_seconds": common.spread(values) for key, values in times.items()}
     return {**seconds, "ratio": statistics.median(ratios)}

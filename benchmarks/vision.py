@@ -1,11 +1,13 @@
 """Convolutions and attention on real images: float against low bits.
 
 The data, split, schedule and search of the learning rate are those of `accuracy.py`: 5,000 MNIST
-images at 14 x 14, 4,000 to train and 1,000 to test. Two networks of stock Keras layers, a small
-CNN and a small vision transformer (patches of 2 x 2); `quantize_model` replaces all of their
-convolutions, dense layers and attention projections, the first and the last too. A kind is
-a spec for `quantize_model`, so another row is one line. After training each quantized network
-is packed, and the packed one meets the test images.
+images at 14 x 14, 4,000 to train and 1,000 to test. Networks of stock Keras layers: a small CNN; a
+small vision transformer (patches of 2 x 2); one block of it with the squared ReLU of BitNet and a
+wider feed-forward network, which make large activations. `quantize_model` replaces all of their
+convolutions, dense layers and attention projections, the first and the last too. A kind is a spec
+for `quantize_model`, so another row is one line. After training each quantized network is packed,
+and the packed one meets the test images. One with 8-bit activations meets them once more with
+activations of 4 bits, without being trained for that.
 
     KERAS_BACKEND=jax python benchmarks/vision.py [--quick] [--networks CNN ViT] [--kinds ...]
 
@@ -28,11 +30,16 @@ import numpy as np
 from keras import layers
 
 from keras_bitnet import pack_model, quantize_model
+from keras_bitnet.layers import BitLayer, relu_squared
+from keras_bitnet.quantizers import ActivationInt4
 
 SIZE, PATCH = 14, 2
 KINDS = {
     "float": None,
     "W1.58A8": {"weight_quantizer": "ternary", "activation_quantizer": "int8"},
+    "W1.58A8, Hadamard": {
+        "weight_quantizer": "ternary", "activation_quantizer": "int8", "rotation": "hadamard",
+    },
     "W1.58A4": {"weight_quantizer": "ternary", "activation_quantizer": "int4"},
     "W1.58A4, Hadamard": {
         "weight_quantizer": "ternary", "activation_quantizer": "int4", "rotation": "hadamard",
@@ -64,8 +71,8 @@ def make_cnn():
     return keras.Model(inputs, layers.Dense(accuracy.CLASSES)(layers.Flatten()(x)))
 
 
-def make_vit(features=48, blocks=2, heads=4):
-    """Two blocks of attention and feed-forward on 49 patches, norm before."""
+def make_vit(features=48, blocks=2, heads=4, widening=2, activation="gelu"):
+    """Blocks of attention and feed-forward on 49 patches, norm before."""
     inputs = keras.Input((SIZE, SIZE, 1))
     x = layers.Conv2D(features, PATCH, PATCH)(inputs)
     x = AddPositions()(layers.Reshape((-1, features))(x))
@@ -73,13 +80,17 @@ def make_vit(features=48, blocks=2, heads=4):
         y = layers.LayerNormalization()(x)
         y = layers.MultiHeadAttention(heads, features // heads)(y, y)
         x = layers.Add()([x, y])
-        y = layers.Dense(2 * features, "gelu")(layers.LayerNormalization()(x))
+        y = layers.Dense(widening * features, activation)(layers.LayerNormalization()(x))
         x = layers.Add()([x, layers.Dense(features)(y)])
     x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
     return keras.Model(inputs, layers.Dense(accuracy.CLASSES)(x))
 
 
-NETWORKS = {"CNN": make_cnn, "ViT": make_vit}
+NETWORKS = {
+    "CNN": make_cnn,
+    "ViT": make_vit,
+    "ViT, squared ReLU": functools.partial(make_vit, blocks=1, widening=4, activation=relu_squared),
+}
 
 
 def make(network, spec):
@@ -91,26 +102,41 @@ def make(network, spec):
 def run_kind(network, kind, data, settings):
     """Finds the learning rate of one kind on validation images, then trains every seed."""
     spec = KINDS[kind]
-    settings = {**settings, "epochs": settings["epochs"][network]}
+    settings = {**settings, **{k: settings[k][network] for k in ("epochs", "learning_rates")}}
     trainer = accuracy.Trainer(functools.partial(make, network, spec), spec is not None, settings)
     train, test = data
-    best, grid = accuracy.find_learning_rate(trainer, train, settings)
-    accuracies, packed, packed_bytes = [], [], None
+    best, grid = settings["learning_rates"][0], {}
+    if len(settings["learning_rates"]) > 1:
+        best, grid = accuracy.find_learning_rate(trainer, train, settings)
+    accuracies, packed, four_bits, packed_bytes = [], [], [], None
     for seed in settings["seeds"]:
         accuracies.append(trainer.accuracy(train, test, seed, best))
         if spec is not None:
             small = pack_model(trainer.model, verbose=0)
             packed.append(accuracy.evaluate(small, test))
             packed_bytes = _bytes(small)
+            if spec["activation_quantizer"] == "int8":
+                four_bits.append(accuracy.evaluate(with_four_bits(trainer.model), test))
     mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
     print(f"{network:4} {kind:24} {mean:6.2f} +- {deviation:.2f}", flush=True)
     return {
         "network": network, "kind": kind, "device": common.device_name(),
         "mean": mean, "stdev": deviation,
-        "accuracies": accuracies, "packed_accuracies": packed, "learning_rate": best,
+        "accuracies": accuracies, "packed_accuracies": packed,
+        "four_bit_activations": four_bits, "learning_rate": best,
         "validation": {str(rate): values for rate, values in grid.items()},
         "bytes_float32": 4 * NETWORKS[network]().count_params(), "bytes_packed": packed_bytes,
     }  # fmt: skip
+
+
+def with_four_bits(model):
+    """A copy of a quantized model whose activations have 4 bits instead."""
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    for layer in copy._flatten_layers():
+        if isinstance(layer, BitLayer):
+            layer.activation_quantizer = ActivationInt4()
+    return copy
 
 
 def _bytes(model):
@@ -135,11 +161,21 @@ def table(rows):
     """The results as Markdown."""
     cells = [
         (r["network"], r["kind"], f"{r['mean']:.2f} ± {r['stdev']:.2f}",
-         f"{0 - r['below_float']:+.2f}", f"{r['learning_rate']:g}",
+         f"{0 - r['below_float']:+.2f}",
+         f"{statistics.mean(r['four_bit_activations']):.2f}" if r["four_bit_activations"] else "",
+         f"{r['learning_rate']:g}",
          r["bytes_packed"] or r["bytes_float32"])
         for r in rows
     ]  # fmt: skip
-    headers = ("Network", "Kind", "Test accuracy, %", "to float", "learning rate", "bytes")
+    headers = (
+        "Network",
+        "Kind",
+        "Test accuracy, %",
+        "to float",
+        "then A4",
+        "learning rate",
+        "bytes",
+    )
     return common.markdown(headers, cells)
 
 
@@ -153,18 +189,22 @@ def main():
     parser.add_argument("--output", default=common.RESULTS / "vision.json")
     arguments = parser.parse_args()
     settings = {
-        "epochs": {"CNN": 20, "ViT": 40},
+        "epochs": {"CNN": 20, "ViT": 40, "ViT, squared ReLU": 20},
         "batch_size": 64,
         "optimizer": "Adam, cosine decay, 3 epochs of warm-up",
         "warmup_share": 0.4,
-        "learning_rates": [1e-3, 2e-3, 6e-3],
+        "learning_rates": {
+            "CNN": [1e-3, 2e-3, 6e-3],
+            "ViT": [1e-3, 2e-3, 6e-3],
+            "ViT, squared ReLU": [4e-3],
+        },
         "grid_seeds": [100],
         "seeds": [0, 1, 2, 3, 4],
     }
     if arguments.quick:
         settings |= {
             "epochs": dict.fromkeys(NETWORKS, 4),
-            "learning_rates": [4e-3],
+            "learning_rates": {network: [4e-3] for network in NETWORKS},
             "seeds": [0, 1],
         }
     start = time.perf_counter()
