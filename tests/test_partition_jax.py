@@ -30,6 +30,7 @@ for adapter in (native, cuda):
         (128, "channel", ActivationInt8("tensor"), "trits"),
         (128, 32, ActivationInt8(), "tiles"),
         (100, "channel", ActivationInt8(), "tiles"),
+        (16, "channel", ActivationInt8(), "tiles"),
         (128, "channel", StaticActivation(8), "tiles"),
     ):
         _, packed = make_packed(rng, 256, n, 2, granularity, layout=layout)
@@ -62,7 +63,7 @@ print(json.dumps(results))
 
 def test_split_over_devices():
     results = run_python(CODE, XLA_FLAGS="--xla_force_host_platform_device_count=4")
-    assert len(results) == 40
+    assert len(results) == 48
     for result in results:
         assert result["equal"], result
         assert result["gradient"] < 1e-5, result

@@ -87,7 +87,8 @@ def _size(mesh, entry):
 def _rule(facts, x, tiles, scale, bias, x_scale):
     """The same for Shardy: which axes of operands and result are split together."""
     rows = [f"r{i}" for i in range(len(x.shape) - 1)]
-    tiled = facts.out_features % _TILE_OUTPUTS == 0
+    # Of a single row of tiles there is nothing to split, and Shardy refuses factors of 1 in a product.
+    tiled = facts.out_features % _TILE_OUTPUTS == 0 and facts.out_features > _TILE_OUTPUTS
     outputs = "(t s)" if tiled else "n"
     operands = [
         " ".join([*(f"p{i}" if facts.per_tensor else r for i, r in enumerate(rows)), "k"]),
