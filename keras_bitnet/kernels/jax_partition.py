@@ -87,7 +87,7 @@ def _size(mesh, entry):
 def _rule(facts, x, tiles, scale, bias, x_scale):
     """The same for Shardy: which axes of operands and result are split together."""
     rows = [f"r{i}" for i in range(len(x.shape) - 1)]
-    # Of a single row of tiles there is nothing to split, and Shardy refuses factors of 1 in a product.
+    # Of one row of tiles there is nothing to split, and Shardy refuses products with factors of 1.
     tiled = facts.out_features % _TILE_OUTPUTS == 0 and facts.out_features > _TILE_OUTPUTS
     outputs = "(t s)" if tiled else "n"
     operands = [
