@@ -235,9 +235,9 @@ def unpacked_model(path, folder):
 
 def compare(arguments, save, earlier):
     """Everything, each backend in a process of its own; `save` gets the result after each."""
-    rows = []
+    rows, theirs = [], llama_cpp_answers(arguments.model, arguments.tokens) or earlier
     for backend in arguments.backends:
-        first = backend == arguments.backends[0]
+        first = not rows
         kinds = arguments.kinds if first else ON_EVERY_BACKEND
         with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
             command = [sys.executable, __file__, "--worker", *kinds, "--output", file.name]
@@ -249,12 +249,10 @@ def compare(arguments, save, earlier):
             row["to_float"] = row["perplexity"] / rows[0]["perplexity"]
             if "answers" in row:
                 row["tokens_equal_to_float"] = equal_answers(row["answers"], rows[0]["answers"])
-        save({"results": rows})
-    theirs = llama_cpp_answers(arguments.model, arguments.tokens) or earlier
-    if theirs is not None:
-        theirs["tokens_equal_to_float"] = equal_answers(theirs["answers"], rows[0]["answers"])
-        theirs["parts"] = near_ties(arguments.model, rows[0]["answers"], theirs["answers"])
-        save({"results": rows, "llama.cpp": theirs})
+        if theirs is not None and first:
+            theirs["tokens_equal_to_float"] = equal_answers(theirs["answers"], rows[0]["answers"])
+            theirs["parts"] = near_ties(arguments.model, rows[0]["answers"], theirs["answers"])
+        save({"results": rows, "llama.cpp": theirs} if theirs else {"results": rows})
     return rows
 
 
