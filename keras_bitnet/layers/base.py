@@ -132,7 +132,7 @@ class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):
             y = y + ops.cast(low_rank * (self.lora_alpha / self.lora_rank), y.dtype)
         y = self.shape_outputs(y)
         if self.normalization is not None and self.norm_position == "post":
-            y = self.normalization(y)
+            y = self.normalization.call(y)
         return y
 
     def shape_outputs(self, y):

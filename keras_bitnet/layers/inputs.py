@@ -86,7 +86,8 @@ class InputTreatment(KeptChannels):
 
     def normalize_inputs(self, x):
         """The norm before the product, if the layer has one."""
-        return self.normalization(x) if self._norm_first else x
+        # `call` alone: what Keras does around it took half of the time of one row in eager PyTorch.
+        return self.normalization.call(x) if self._norm_first else x
 
     def smooth(self, x):
         """Inputs divided by the smoothing factors, `(..., in_features)`."""
