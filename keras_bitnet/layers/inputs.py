@@ -86,7 +86,7 @@ class InputTreatment(KeptChannels):
 
     def normalize_inputs(self, x):
         """The norm before the product, if the layer has one."""
-        # `call` alone: what Keras does around it took half of the time of one row in eager PyTorch.
+        # `call` alone: what Keras does around it took as long again in eager PyTorch.
         return self.normalization.call(x) if self._norm_first else x
 
     def smooth(self, x):
