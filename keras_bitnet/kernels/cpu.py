@@ -19,11 +19,22 @@ def refuse(problem):
         problem: `keras_bitnet.kernels.Problem`. An unknown device is no reason: JAX takes the
             reference where the compiled program turns out not to run on a CPU.
     """
+    return _refuse_place(problem) or refuse_operands(problem)
+
+
+def _refuse_place(problem):
     if NO_LIBRARY is not None:
         return NO_LIBRARY
     if problem.device and not problem.device.lower().endswith(_CPU_DEVICES):
         return f"the activations are on {problem.device!r}, not on the CPU"
-    return refuse_operands(problem)
+    return None
+
+
+def refuse_norm(problem):
+    """Why the native library cannot compute a `keras_bitnet.kernels.norm.Norm`, or `None`."""
+    if problem.dtype not in DTYPES:
+        return f"numbers of dtype {problem.dtype}; accepted: {', '.join(DTYPES)}"
+    return _refuse_place(problem)
 
 
 def refuse_attention(problem):
@@ -33,10 +44,9 @@ def refuse_attention(problem):
         problem: `keras_bitnet.kernels.attention.Attention`. An unknown device is no reason, see
             `refuse`.
     """
-    if NO_LIBRARY is not None:
-        return NO_LIBRARY
-    if problem.device and not problem.device.lower().endswith(_CPU_DEVICES):
-        return f"the queries are on {problem.device!r}, not on the CPU"
+    reason = _refuse_place(problem)
+    if reason is not None:
+        return reason
     if problem.tokens != 1:
         return f"{problem.tokens} new tokens; accepted: 1"
     if problem.dtype not in DTYPES:

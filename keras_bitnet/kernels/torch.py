@@ -119,7 +119,13 @@ def _define(library):
     return registered
 
 
-# Whether the library defined its operators by itself.
+# Whether the library defined its operators by itself; those without a stand-in need that.
 REGISTERED = native.library() is not None and _define(native.library())
+
+
+def not_registered():
+    """Why it did not."""
+    return cpu.NO_LIBRARY or f"PyTorch {torch.__version__} lacks the stable C functions"
+
 
 NATIVE = Kernel(cpu.NAME, cpu.refuse, run)

@@ -4,7 +4,7 @@ import torch
 
 from keras_bitnet.kernels import cpu
 from keras_bitnet.kernels.select import Kernel
-from keras_bitnet.kernels.torch import REGISTERED
+from keras_bitnet.kernels.torch import REGISTERED, not_registered
 
 _OPERATOR = "keras_bitnet::attend_next"
 _NONE = torch.empty(0)
@@ -14,7 +14,7 @@ _CACHE = ("key", "value", "key_scale", "value_scale")
 def refuse(problem):
     """Why the kernel cannot run an `Attention`, or `None`."""
     if not REGISTERED:
-        return cpu.NO_LIBRARY or f"PyTorch {torch.__version__} lacks the stable C functions"
+        return not_registered()
     return cpu.refuse_attention(problem)
 
 

@@ -15,9 +15,10 @@ from keras_bitnet.checks import check_choice, check_own_names
 from keras_bitnet.layers.inputs import InputTreatment
 from keras_bitnet.layers.kernel_weights import KernelWeights, smallest_layout
 from keras_bitnet.layers.lora import LowRankAdaptation, check_rank
+from keras_bitnet.layers.rms_normalization import RMSNormalization
 from keras_bitnet.ops.bit_matmul import bit_matmul
 
-NORMS = {"rms": keras.layers.RMSNormalization, "layer": keras.layers.LayerNormalization}
+NORMS = {"rms": RMSNormalization, "layer": keras.layers.LayerNormalization}
 
 
 class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):

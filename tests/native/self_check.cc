@@ -220,6 +220,25 @@ void check_attention(int64_t groups, int64_t dim, int64_t tokens, bool int8, boo
   }
 }
 
+void check_norm(int64_t rows, int64_t features, uint32_t seed) {
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<float> uniform(-3, 3);
+  std::vector<float> x(rows * features), scale(features), y(rows * features);
+  for (float& value : x) value = uniform(random);
+  for (float& value : scale) value = uniform(random);
+  kbn_norm problem{rows, features, KBN_F32, 1e-5f, x.data(), scale.data(), y.data()};
+  require(kbn_normalize(&problem, nullptr) == 0, std::string("normalize: ") + kbn_error(1));
+  for (int64_t row = 0; row < rows; ++row) {
+    double squares = 0;
+    for (int64_t i = 0; i < features; ++i) squares += double(x[row * features + i]) * x[row * features + i];
+    const double factor = 1 / std::sqrt(squares / double(features) + 1e-5);
+    for (int64_t i = 0; i < features; ++i) {
+      const double wanted = x[row * features + i] * factor * scale[i];
+      require(std::fabs(y[row * features + i] - wanted) < 1e-5, "norm");
+    }
+  }
+}
+
 void check_isa() {
   const struct {
     int bits;
@@ -250,6 +269,7 @@ void check_isa() {
       for (int i = 0; i < 4; ++i, ++count) check_attention(1 + i, dim, tokens, i % 2, i / 2, ++seed);
     }
   }
+  for (int64_t features : {1, 15, 2560}) check_norm(40, features, ++seed), ++count;
   std::printf("%s: %d problems agree\n", kbn_isa(), count);
 }
 

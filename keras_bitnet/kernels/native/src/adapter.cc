@@ -40,6 +40,10 @@ const char* kbn_run_limited(const kbn_matmul* problem, int32_t threads) {
   return run_on(*problem, threads);
 }
 
+const char* kbn_normalize_limited(const kbn_norm* problem, int32_t threads) {
+  return run_on(*problem, threads);
+}
+
 const char* kbn_attend_limited(const kbn_attention* problem, int32_t threads) {
   return run_on(*problem, threads);
 }

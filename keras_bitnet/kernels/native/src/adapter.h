@@ -151,8 +151,33 @@ inline const char* run(const kbn_attention& problem, const kbn_parallel* paralle
   return code ? kbn_error(code) : nullptr;
 }
 
+// ---- norm ----
+
+// As the other `describe`, of x (..., features) and a float32 scale; fills all but y.
+inline const char* describe(const Operand& x, const Operand& scale, double epsilon,
+                            kbn_norm* problem) {
+  if (x.shape.rank < 1 || scale.shape.rank != 1 || scale.shape[0] != x.shape[-1] ||
+      scale.dtype != KBN_F32)
+    return "x must be (..., features) and scale float32 (features,)";
+  *problem = kbn_norm{};
+  problem->rows = x.shape.rows();
+  problem->features = x.shape[-1];
+  problem->dtype = x.dtype;
+  problem->epsilon = static_cast<float>(epsilon);
+  problem->x = x.data;
+  problem->scale = static_cast<const float*>(scale.data);
+  return nullptr;
+}
+
+inline const char* run(const kbn_norm& problem, const kbn_parallel* parallel) {
+  if (problem.rows == 0) return nullptr;
+  const int code = kbn_normalize(&problem, parallel);
+  return code ? kbn_error(code) : nullptr;
+}
+
 }  // namespace kbn_adapter
 
 // `kbn_adapter::run` on the library's own pool, on at most `threads` of its threads (0: on all).
 KBN_API const char* kbn_run_limited(const kbn_matmul* problem, int32_t threads);
 KBN_API const char* kbn_attend_limited(const kbn_attention* problem, int32_t threads);
+KBN_API const char* kbn_normalize_limited(const kbn_norm* problem, int32_t threads);

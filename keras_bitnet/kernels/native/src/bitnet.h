@@ -76,6 +76,17 @@ typedef struct kbn_attention {
   void* y;                 // (batch, heads, head_dim)
 } kbn_attention;
 
+// Root mean square normalization, y = x / sqrt(mean(x^2) + epsilon) * scale, row by row.
+typedef struct kbn_norm {
+  int64_t rows;
+  int64_t features;
+  int32_t dtype;           // kbn_dtype of x and y
+  float epsilon;
+  const void* x;           // (rows, features)
+  const float* scale;      // (features)
+  void* y;                 // (rows, features)
+} kbn_norm;
+
 KBN_API int kbn_abi_version(void);
 
 // Runs the matmul. Returns 0, or a code for `kbn_error`; on error y is untouched. The text belongs
@@ -83,8 +94,9 @@ KBN_API int kbn_abi_version(void);
 KBN_API int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel);
 KBN_API const char* kbn_error(int code);
 
-// Runs the attention; as `kbn_run`.
+// Runs the attention, or the norm; as `kbn_run`.
 KBN_API int kbn_attend(const kbn_attention* problem, const kbn_parallel* parallel);
+KBN_API int kbn_normalize(const kbn_norm* problem, const kbn_parallel* parallel);
 
 // The codes (m, k) and scales (m) that `kbn_run` makes of the activations, for tests.
 KBN_API int kbn_quantize(const kbn_matmul* problem, int8_t* x_codes, float* x_scales);

@@ -128,6 +128,16 @@ int check_attention(const kbn_attention& p) {
   return kOk;
 }
 
+int check_norm(const kbn_norm& p) {
+  if (p.rows < 0 || p.features < 1 || p.dtype < KBN_F32 || p.dtype > KBN_F16) {
+    return fail(kInvalid, "rows must be at least 0, features at least 1, dtype 0 to 2. Received: "
+                "rows=%lld, features=%lld, dtype=%d", printable(p.rows), printable(p.features),
+                p.dtype);
+  }
+  const bool given = p.x && p.scale && p.y;
+  return p.rows == 0 || given ? kOk : fail(kInvalid, "an operand is missing. Received: null");
+}
+
 // Has `run` use the present table of kernels, unless there is nothing to do.
 template <typename Run>
 int run_checked(bool nothing, const Run& run) {
@@ -167,6 +177,14 @@ int kbn_attend(const kbn_attention* problem, const kbn_parallel* parallel) {
   const int error = kbn::check_attention(*problem);
   if (error) return error;
   return kbn::run_checked(problem->batch == 0, [&](const kbn::Kernels& kernels) {
+    kbn::run(*problem, kernels, parallel);
+  });
+}
+
+int kbn_normalize(const kbn_norm* problem, const kbn_parallel* parallel) {
+  const int error = kbn::check_norm(*problem);
+  if (error) return error;
+  return kbn::run_checked(problem->rows == 0, [&](const kbn::Kernels& kernels) {
     kbn::run(*problem, kernels, parallel);
   });
 }

@@ -1,4 +1,4 @@
-// Cuts one packed matmul in blocks, or one attention in heads, and has a table of kernels run them.
+// Cuts one packed matmul in blocks, one attention in heads, one norm in rows, and has a table of kernels run them.
 #pragma once
 #include "bitnet.h"
 #include "kernels.h"
@@ -18,5 +18,6 @@ void run(const kbn_matmul& problem, const Kernels& kernels, const kbn_parallel* 
          const Probe& probe);
 
 void run(const kbn_attention& problem, const Kernels& kernels, const kbn_parallel* parallel);
+void run(const kbn_norm& problem, const Kernels& kernels, const kbn_parallel* parallel);
 
 }  // namespace kbn

@@ -106,7 +106,7 @@ void multiply(const Block& block) {
 extern const Kernels kAvx2 = {
     "avx2", 4, 1, absmax, quantize,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, store, attend,
+    add_scaled, store, attend, normalize,
 };
 
 }  // namespace kbn

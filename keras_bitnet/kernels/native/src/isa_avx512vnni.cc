@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "attention.h"
+#include "normalize.h"
 
 namespace kbn {
 namespace {
@@ -220,7 +221,7 @@ void multiply(const Block& block) {
 extern const Kernels kAvx512Vnni = {
     "avx512vnni", 12, 2, absmax, quantize,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, store, attend,
+    add_scaled, store, attend, normalize,
 };
 
 }  // namespace kbn

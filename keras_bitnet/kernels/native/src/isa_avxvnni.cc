@@ -67,7 +67,7 @@ void multiply(const Block& block) {
 extern const Kernels kAvxVnni = {
     "avxvnni", 5, 1, absmax, quantize,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, store, attend,
+    add_scaled, store, attend, normalize,
 };
 
 }  // namespace kbn

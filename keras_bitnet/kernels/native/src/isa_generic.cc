@@ -1,5 +1,6 @@
 // Portable C++: correct on every machine, and the meaning that the other tables must match.
 #include "attention.h"
+#include "normalize.h"
 
 namespace kbn {
 namespace {
@@ -51,7 +52,7 @@ void multiply(const Block& block) {
 extern const Kernels kGeneric = {
     "generic", 4, 1, absmax, quantize,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, store, attend,
+    add_scaled, store, attend, normalize,
 };
 
 }  // namespace kbn

@@ -2,6 +2,7 @@
 #include <arm_neon.h>
 
 #include "attention.h"
+#include "normalize.h"
 
 namespace kbn {
 namespace {
@@ -89,7 +90,7 @@ void multiply(const Block& block) {
 extern const Kernels kNeon = {
     "neon", 4, 1, absmax, quantize,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, store, attend,
+    add_scaled, store, attend, normalize,
 };
 
 }  // namespace kbn

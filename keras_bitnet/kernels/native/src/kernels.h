@@ -128,6 +128,10 @@ struct Kernels {
 
   // Writes the new token to the cache and attends to all up to it.
   void (*attend)(const Head& head);
+
+  // One row: y = x / sqrt(mean(x^2) + epsilon) * scale.
+  void (*normalize)(const void* x, const float* scale, int dtype, int64_t count, float epsilon,
+                    void* y);
 };
 
 extern const Kernels kGeneric;

@@ -1,4 +1,4 @@
-// The packed matmul and the attention to a cache as TensorFlow ops, through TensorFlow's stable C API for ops and kernels.
+// The packed matmul, the attention to a cache and the norm as TensorFlow ops, through TensorFlow's stable C API for ops and kernels.
 // The functions are declared here and found in the process that loads this library with
 // `tf.load_op_library`, so that one binary serves every version and builds without TensorFlow.
 #if !defined(_WIN32)
@@ -90,7 +90,8 @@ using Delete = void (*)(void*);
 KBN_TF_FUNCTIONS(X)
 #undef X
 
-constexpr char kOp[] = "KerasBitnetMatmul", kAttentionOp[] = "KerasBitnetAttendNext";
+constexpr char kOp[] = "KerasBitnetMatmul", kAttentionOp[] = "KerasBitnetAttendNext",
+               kNormOp[] = "KerasBitnetRmsNorm";
 constexpr int kInputs = 5;  // x, tiles, scale, bias, x_scale
 std::atomic<int32_t> max_threads{0};
 
@@ -171,36 +172,53 @@ int32_t kbn_dtype_of(int dtype) {
   return dtype == kFloat ? KBN_F32 : dtype == kBfloat16 ? KBN_BF16 : dtype == kHalf ? KBN_F16 : -1;
 }
 
-void run(Attributes attributes, TF_OpKernelContext* context, TF_Status* status) {
-  TensorOwner in[kInputs];
-  std::vector<int64_t> sizes[kInputs];
-  for (int i = 0; i < kInputs; ++i) {
-    TF_Tensor* tensor = nullptr;
-    TF_GetInput(context, i, &tensor, status);
-    if (TF_GetCode(status)) return;
-    in[i].reset(tensor);
-    sizes[i] = dims(tensor);
+int32_t operand_dtype_of(int dtype) {
+  return dtype == kInt8    ? KBN_I8
+         : dtype == kInt32 ? kbn_adapter::kInt32
+         : dtype == kBool  ? kbn_adapter::kBool
+                           : kbn_dtype_of(dtype);
+}
+
+// An input of an op, as long as its kernel runs.
+struct Input {
+  TensorOwner tensor;
+  std::vector<int64_t> sizes;
+
+  Input(TF_OpKernelContext* context, int i, TF_Status* status) {
+    TF_Tensor* found = nullptr;
+    if (!TF_GetCode(status)) TF_GetInput(context, i, &found, status);
+    tensor.reset(found);
+    if (found) sizes = dims(found);
   }
-  auto shape = [&](int i) { return Shape{sizes[i].data(), static_cast<int64_t>(sizes[i].size())}; };
-  attributes.out_features = sizes[3].size() == 1 ? sizes[3][0] : 0;
+  kbn_adapter::Operand operand() const {
+    return {{sizes.data(), static_cast<int64_t>(sizes.size())},
+            operand_dtype_of(TF_TensorType(tensor.get())), TF_TensorData(tensor.get())};
+  }
+};
+
+void run(Attributes attributes, TF_OpKernelContext* context, TF_Status* status) {
+  std::vector<Input> in;
+  for (int i = 0; i < kInputs; ++i) in.emplace_back(context, i, status);
+  if (TF_GetCode(status)) return;
+  auto shape = [&](int i) { return in[i].operand().shape; };
+  attributes.out_features = in[3].sizes.size() == 1 ? in[3].sizes[0] : 0;
   kbn_matmul problem;
   const char* wrong = kbn_adapter::describe(attributes, shape(0), shape(1), shape(2), shape(3),
                                             shape(4), &problem);
   if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
-  const int dtype = TF_TensorType(in[0].get());
-  problem.dtype = kbn_dtype_of(dtype);
-  std::vector<int64_t> result = sizes[0];
+  problem.dtype = in[0].operand().dtype;
+  std::vector<int64_t> result = in[0].sizes;
   result.back() = attributes.out_features;
   const size_t bytes = static_cast<size_t>(problem.rows) * attributes.out_features *
                        (problem.dtype == KBN_F32 ? 4 : 2);
-  TensorOwner y(TF_AllocateOutput(context, 0, dtype, result.data(),
+  TensorOwner y(TF_AllocateOutput(context, 0, TF_TensorType(in[0].tensor.get()), result.data(),
                                   static_cast<int>(result.size()), bytes, status));
   if (TF_GetCode(status)) return;
-  problem.x = TF_TensorData(in[0].get());
-  problem.tiles = static_cast<const uint8_t*>(TF_TensorData(in[1].get()));
-  problem.scale = static_cast<const float*>(TF_TensorData(in[2].get()));
-  problem.bias = static_cast<const float*>(TF_TensorData(in[3].get()));
-  if (sizes[4][0]) problem.x_scale = static_cast<const float*>(TF_TensorData(in[4].get()));
+  problem.x = in[0].operand().data;
+  problem.tiles = static_cast<const uint8_t*>(in[1].operand().data);
+  problem.scale = static_cast<const float*>(in[2].operand().data);
+  problem.bias = static_cast<const float*>(in[3].operand().data);
+  if (in[4].sizes[0]) problem.x_scale = static_cast<const float*>(in[4].operand().data);
   problem.y = TF_TensorData(y.get());
   wrong = kbn_run_limited(&problem, max_threads.load(std::memory_order_relaxed));
   if (wrong) TF_SetStatus(status, kInternal, wrong);
@@ -228,58 +246,49 @@ void infer_attention_shapes(TF_ShapeInferenceContext* context, TF_Status* status
   }
 }
 
-void* create_attention(TF_OpKernelConstruction* context) {
+// A kernel whose one attribute is a float of this name.
+template <const char* name>
+void* create_with(TF_OpKernelConstruction* context) {
   Status status(TF_NewStatus());
-  auto scale = std::make_unique<float>();
-  TF_OpKernelConstruction_GetAttrFloat(context, "scale", scale.get(), status.get());
-  if (!TF_GetCode(status.get())) return scale.release();
+  auto value = std::make_unique<float>();
+  TF_OpKernelConstruction_GetAttrFloat(context, name, value.get(), status.get());
+  if (!TF_GetCode(status.get())) return value.release();
   TF_OpKernelConstruction_Failure(context, status.get());
   return nullptr;
 }
 
-void destroy_attention(void* kernel) { delete static_cast<float*>(kernel); }
+void destroy_float(void* kernel) { delete static_cast<float*>(kernel); }
 
-int32_t operand_dtype_of(int dtype) {
-  return dtype == kInt8    ? KBN_I8
-         : dtype == kInt32 ? kbn_adapter::kInt32
-         : dtype == kBool  ? kbn_adapter::kBool
-                           : kbn_dtype_of(dtype);
+template <void (*run)(float, TF_OpKernelContext*, TF_Status*)>
+void compute_with(void* kernel, TF_OpKernelContext* context) {
+  Status status(TF_NewStatus());
+  run(*static_cast<float*>(kernel), context, status.get());
+  if (TF_GetCode(status.get())) TF_OpKernelContext_Failure(context, status.get());
 }
+
+constexpr char kScale[] = "scale", kEpsilon[] = "epsilon";
 
 // Writes into the caches that came in and hands them out, as TensorFlow's InplaceUpdate does.
 void attend(float scale, TF_OpKernelContext* context, TF_Status* status) {
-  TensorOwner in[kOperands];
-  std::vector<int64_t> sizes[kOperands];
+  std::vector<Input> in;
   kbn_adapter::Operand operands[kOperands];
-  for (int i = 0; i < kOperands; ++i) {
-    TF_Tensor* tensor = nullptr;
-    TF_GetInput(context, i, &tensor, status);
-    if (TF_GetCode(status)) return;
-    in[i].reset(tensor);
-    sizes[i] = dims(tensor);
-    operands[i] = {{sizes[i].data(), static_cast<int64_t>(sizes[i].size())},
-                   operand_dtype_of(TF_TensorType(tensor)), TF_TensorData(tensor)};
-  }
+  for (int i = 0; i < kOperands; ++i) in.emplace_back(context, i, status);
+  if (TF_GetCode(status)) return;
+  for (int i = 0; i < kOperands; ++i) operands[i] = in[i].operand();
   kbn_attention problem;
   const char* wrong = kbn_adapter::describe(operands, scale, &problem);
   if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
-  const auto& shape = sizes[kbn_adapter::kQuery];
+  const auto& shape = in[kbn_adapter::kQuery].sizes;
   const size_t bytes = static_cast<size_t>(problem.batch * problem.heads * problem.head_dim) *
                        (problem.dtype == KBN_F32 ? 4 : 2);
-  TensorOwner y(TF_AllocateOutput(context, 0, TF_TensorType(in[0].get()), shape.data(),
+  TensorOwner y(TF_AllocateOutput(context, 0, TF_TensorType(in[0].tensor.get()), shape.data(),
                                   static_cast<int>(shape.size()), bytes, status));
   for (int i = 0; i < kCaches && !TF_GetCode(status); ++i)
-    TF_SetOutput(context, 1 + i, in[kbn_adapter::kKeyCache + i].get(), status);
+    TF_SetOutput(context, 1 + i, in[kbn_adapter::kKeyCache + i].tensor.get(), status);
   if (TF_GetCode(status)) return;
   problem.y = TF_TensorData(y.get());
   wrong = kbn_attend_limited(&problem, max_threads.load(std::memory_order_relaxed));
   if (wrong) TF_SetStatus(status, kInternal, wrong);
-}
-
-void compute_attention(void* kernel, TF_OpKernelContext* context) {
-  Status status(TF_NewStatus());
-  attend(*static_cast<float*>(kernel), context, status.get());
-  if (TF_GetCode(status.get())) TF_OpKernelContext_Failure(context, status.get());
 }
 
 // Returns the name of a function that is missing, or null.
@@ -292,6 +301,30 @@ const char* resolve() {
   KBN_TF_FUNCTIONS(X)
 #undef X
   return nullptr;
+}
+
+// ---- norm ----
+
+void infer_norm_shape(TF_ShapeInferenceContext* context, TF_Status* status) {
+  ShapeOwner shape(TF_NewShapeHandle());
+  TF_ShapeInferenceContextGetInput(context, 0, shape.get(), status);
+  if (!TF_GetCode(status)) TF_ShapeInferenceContextSetOutput(context, 0, shape.get(), status);
+}
+
+void normalize(float epsilon, TF_OpKernelContext* context, TF_Status* status) {
+  Input x(context, 0, status), scale(context, 1, status);
+  if (TF_GetCode(status)) return;
+  kbn_norm problem;
+  const char* wrong = kbn_adapter::describe(x.operand(), scale.operand(), epsilon, &problem);
+  if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
+  const size_t bytes = static_cast<size_t>(problem.rows * problem.features) *
+                       (problem.dtype == KBN_F32 ? 4 : 2);
+  TensorOwner y(TF_AllocateOutput(context, 0, TF_TensorType(x.tensor.get()), x.sizes.data(),
+                                  static_cast<int>(x.sizes.size()), bytes, status));
+  if (TF_GetCode(status)) return;
+  problem.y = TF_TensorData(y.get());
+  wrong = kbn_normalize_limited(&problem, max_threads.load(std::memory_order_relaxed));
+  if (wrong) TF_SetStatus(status, kInternal, wrong);
 }
 
 // An op as its definition and its kernel on the CPU.
@@ -318,7 +351,10 @@ const Op kOps[] = {
       "index: int32", "key_cache: C", "value_cache: C", "key_scale: float", "value_scale: float"},
      {"y: T", "new_key_cache: C", "new_value_cache: C", "new_key_scale: float",
       "new_value_scale: float"}, true,
-     infer_attention_shapes, create_attention, compute_attention, destroy_attention},
+     infer_attention_shapes, create_with<kScale>, compute_with<attend>, destroy_float},
+    {kNormOp, "KerasBitnetRmsNormCPU", {"T: {float, bfloat16, half}", "epsilon: float"},
+     {"x: T", "scale: float"}, {"y: T"}, false,
+     infer_norm_shape, create_with<kEpsilon>, compute_with<normalize>, destroy_float},
 };
 
 std::string register_op(const Op& op) {

@@ -53,6 +53,7 @@ constexpr char kAttentionSchema[] =
     "attend_next(Tensor query, Tensor key, Tensor value, Tensor cosines, Tensor sines, Tensor mask, "
     "Tensor index, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) key_scale, "
     "Tensor(d!) value_scale, float scale) -> Tensor";
+constexpr char kNormSchema[] = "rms_norm(Tensor x, Tensor scale, float epsilon) -> Tensor";
 constexpr int kTensors = 5;
 constexpr int64_t kMaxRank = 32;
 
@@ -165,6 +166,21 @@ const char* attend(Slot* stack, Tensor* tensors, Tensor* y) {
   return kbn_attend_limited(&problem, get_num_threads ? get_num_threads() : 0);
 }
 
+const char* normalize(Slot* stack, Tensor* tensors, Tensor* y) {
+  if (const char* wrong = read_all(tensors, 2)) return wrong;
+  const auto operand = [](const Tensor& t) {
+    return kbn_adapter::Operand{t.shape(), kbn_dtype_of(t.dtype), t.data};
+  };
+  kbn_norm problem;
+  const char* wrong = kbn_adapter::describe(operand(tensors[0]), operand(tensors[1]),
+                                            float_of(stack[2]), &problem);
+  if (wrong) return wrong;
+  if (tensors[0].rank > kMaxRank) return "x has too many axes";
+  if (!allocate(tensors[0], problem.features, y)) return "no memory for the result";
+  problem.y = y->data;
+  return kbn_normalize_limited(&problem, get_num_threads ? get_num_threads() : 0);
+}
+
 // One operator: `run(stack, tensors, y)` says what is wrong. Errors leave as an exception, the way in
 // which PyTorch's own stable headers report them.
 template <int kCount, const char* (*run)(Slot*, Tensor*, Tensor*)>
@@ -196,16 +212,18 @@ bool register_operator() {
          !aoti_torch_library_init_fragment("keras_bitnet", "torch_adapter.cc", __LINE__, &definition) &&
          !aoti_torch_library_def(definition, kSchema) &&
          !aoti_torch_library_def(definition, kAttentionSchema) &&
+         !aoti_torch_library_def(definition, kNormSchema) &&
          !aoti_torch_library_init_impl("keras_bitnet", "CPU", "torch_adapter.cc", __LINE__,
                                        &implementation) &&
          !aoti_torch_library_impl(implementation, "bit_matmul", kernel<kTensors, compute>) &&
          !aoti_torch_library_impl(implementation, "attend_next",
-                                  kernel<kbn_adapter::kAttentionOperands, attend>);
+                                  kernel<kbn_adapter::kAttentionOperands, attend>) &&
+         !aoti_torch_library_impl(implementation, "rms_norm", kernel<2, normalize>);
 }
 
 }  // namespace
 
-// Defines `keras_bitnet::bit_matmul` and `keras_bitnet::attend_next`. Returns 0, or 1: this PyTorch lacks the stable functions.
+// Defines `keras_bitnet::bit_matmul`, `attend_next` and `rms_norm`. Returns 0, or 1: this PyTorch lacks the stable functions.
 KBN_API int kbn_torch_register(void) {
   static const bool registered = register_operator();
   return registered ? 0 : 1;

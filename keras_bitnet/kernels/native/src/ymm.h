@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "attention.h"
+#include "normalize.h"
 
 namespace kbn {
 namespace {

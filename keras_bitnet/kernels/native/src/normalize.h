@@ -1,0 +1,34 @@
+// Root mean square normalization of a row in plain C++, for every table (portable.h).
+#pragma once
+#include <math.h>
+
+#include "lanes.h"
+
+namespace kbn {
+namespace {
+
+template <typename Element>
+void normalize_as(const void* data, const float* scale, int64_t count, float epsilon, void* out) {
+  const auto* x = static_cast<const typename Element::Storage*>(data);
+  auto* y = static_cast<typename Element::Storage*>(out);
+  Lanes squares;
+  for (int64_t first = 0; first < count; first += kLanes) {
+    float numbers[kLanes] = {};
+    const int64_t left = count - first < kLanes ? count - first : kLanes;
+    for (int64_t i = 0; i < left; ++i) numbers[i] = Element::widen(x[first + i]);
+    squares.add_product(numbers, numbers);
+  }
+  const float factor = 1.0f / sqrtf(squares.total() / static_cast<float>(count) + epsilon);
+  for (int64_t i = 0; i < count; ++i) y[i] = Element::narrow(Element::widen(x[i]) * factor * scale[i]);
+}
+
+void normalize(const void* x, const float* scale, int dtype, int64_t count, float epsilon, void* y) {
+  switch (dtype) {
+    case KBN_BF16: return normalize_as<BFloat16>(x, scale, count, epsilon, y);
+    case KBN_F16: return normalize_as<Float16>(x, scale, count, epsilon, y);
+    default: return normalize_as<Float32>(x, scale, count, epsilon, y);
+  }
+}
+
+}  // namespace
+}  // namespace kbn

@@ -1,0 +1,79 @@
+"""Which kernel computes a root mean square norm, and why: tables as in `select`.
+
+One native operator takes the place of six to ten of a framework, which cost more than the numbers
+do where a token is decoded. XLA makes one of them by itself.
+"""
+
+import dataclasses
+
+import keras
+from keras import ops
+
+from keras_bitnet.kernels import select
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """The static facts of a norm over the last axis.
+
+    Attributes:
+        dtype: Dtype of the numbers.
+        gradient: Whether PyTorch records the operation for a gradient.
+        device: Where the numbers are, or `None` when not known.
+    """
+
+    dtype: str
+    gradient: bool
+    device: str | None
+
+    @classmethod
+    def of(cls, x, scale):
+        """Reads the facts off numbers `(..., features)` and their scale `(features,)`."""
+        gradient = False
+        if keras.backend.backend() == "torch":
+            import torch
+
+            gradient = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
+        device = getattr(x, "device", None)
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        return cls(dtype, gradient, None if device is None else str(device))
+
+
+def rms_norm(x, scale, epsilon):
+    """`x / sqrt(mean(x ** 2) + epsilon) * scale` over the last axis, in `float32`.
+
+    Args:
+        x: Float tensor `(..., features)`.
+        scale: Float tensor `(features,)`.
+        epsilon: Added to the mean.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+    """
+    scale = ops.convert_to_tensor(scale)
+    table = TABLES.get(keras.backend.backend(), (REFERENCE,))
+    return select.first_or_forced(table, Norm.of(x, scale)).run(x, scale, epsilon)
+
+
+def _torch():
+    from keras_bitnet.kernels import torch_norm
+
+    return torch_norm.NATIVE
+
+
+def _tensorflow():
+    from keras_bitnet.kernels import tensorflow_norm
+
+    return tensorflow_norm.NATIVE
+
+
+def _reference(x, scale, epsilon):
+    return ops.rms_normalization(x, scale=scale, axis=-1, epsilon=epsilon)
+
+
+REFERENCE = select.Kernel("reference", lambda problem: None, _reference)
+
+TABLES: dict[str, tuple[select.Kernel, ...]] = {
+    "torch": (select.later("native", _torch), REFERENCE),
+    "tensorflow": (select.later("native", _tensorflow), REFERENCE),
+}

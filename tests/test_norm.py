@@ -1,0 +1,119 @@
+"""The RMS norm of the layers by the native operator against NumPy and Keras."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND, gradient, relative_error, to_numpy
+from keras import ops
+
+from keras_bitnet import kernels
+from keras_bitnet.kernels import native, norm
+from keras_bitnet.layers import BitLinear
+from keras_bitnet.layers.rms_normalization import RMSNormalization
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reason()))
+HAS_ROW = BACKEND in norm.TABLES
+TOLERANCE = {"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3}
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Counts the calls of the native row; stays empty on JAX, which has none."""
+    calls = []
+    if HAS_ROW:
+        row = norm.TABLES[BACKEND][0]
+        counting = kernels.Kernel(row.name, row.refuse, lambda *a: calls.append(1) or row.run(*a))
+        monkeypatch.setitem(norm.TABLES, BACKEND, (counting, norm.REFERENCE))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 5, 128), (40, 2560), (0, 8)])
+def test_equals_numpy(shape, dtype, rng, ran):
+    x = ops.cast(ops.convert_to_tensor(rng.normal(size=shape).astype("float32") * 3), dtype)
+    scale = rng.normal(size=shape[-1:]).astype("float32")
+    wide = to_numpy(ops.cast(x, "float32")).astype("float64")
+    wanted = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-5) * scale
+    y = norm.rms_norm(x, ops.convert_to_tensor(scale), 1e-5)
+    assert y.shape == x.shape
+    assert y.dtype == x.dtype
+    assert len(ran) == HAS_ROW
+    if wide.size:
+        assert relative_error(to_numpy(ops.cast(y, "float32")), wanted) < TOLERANCE[dtype]
+
+
+def test_every_instruction_set(rng):
+    x = ops.convert_to_tensor(rng.normal(size=(3, 77)).astype("float32"))
+    scale = ops.convert_to_tensor(rng.normal(size=77).astype("float32"))
+    wanted = to_numpy(ops.rms_normalization(x, scale=scale, epsilon=1e-5))
+    try:
+        for name in native.isas():
+            native.set_isa(name)
+            assert relative_error(to_numpy(norm.rms_norm(x, scale, 1e-5)), wanted) < 1e-6, name
+    finally:
+        native.set_isa("auto")
+
+
+def test_nan_and_infinity_are_not_lost():
+    x = np.ones((3, 20), "float32")
+    x[1, 3], x[2, 4] = np.nan, np.inf
+    y = to_numpy(norm.rms_norm(ops.convert_to_tensor(x), ops.ones(20), 1e-5))
+    assert np.isfinite(y[0]).all()
+    assert np.isnan(y[1]).all()
+    assert np.isnan(y[2, 4])
+
+
+def test_gradients_are_those_of_keras(rng):
+    x = rng.normal(size=(2, 3, 20)).astype("float32")
+    scale = rng.normal(size=20).astype("float32")
+    weights = ops.convert_to_tensor(rng.normal(size=x.shape).astype("float32"))
+
+    def keras_norm(x, scale):
+        return ops.rms_normalization(x, scale=scale, epsilon=1e-5)
+
+    def ours(x, scale):
+        return norm.rms_norm(x, scale, 1e-5)
+
+    for i, at in enumerate((x, scale)):
+        found, wanted = (
+            gradient(
+                lambda v, f=function, i=i: ops.sum(
+                    f(
+                        *(
+                            (v, ops.convert_to_tensor(scale))
+                            if i == 0
+                            else (ops.convert_to_tensor(x), v)
+                        )
+                    )
+                    * weights
+                ),
+                at,
+            )
+            for function in (ours, keras_norm)
+        )
+        assert relative_error(found, wanted) < 1e-5
+
+
+def test_the_layer_is_keras_own_but_for_rounding(rng, ran):
+    ours, theirs = RMSNormalization(epsilon=1e-5), keras.layers.RMSNormalization(epsilon=1e-5)
+    x = rng.normal(size=(4, 6, 24)).astype("float32")
+    for layer in (ours, theirs):
+        layer.build(x.shape)
+        layer.scale.assign(np.linspace(0.5, 2, 24))
+    model = keras.Sequential([keras.Input(x.shape[1:]), ours])
+    assert relative_error(model.predict(x, verbose=0), to_numpy(theirs(x))) < 1e-6
+    assert bool(ran) == HAS_ROW
+    assert [w.path.split("/")[-1] for w in ours.weights] == ["scale"]
+    both = RMSNormalization(axis=(1, 2)), keras.layers.RMSNormalization(axis=(1, 2))
+    y, wanted = (to_numpy(layer(x)) for layer in both)
+    assert relative_error(y, wanted) < 1e-6
+
+
+@pytest.mark.skipif(not HAS_ROW, reason="XLA makes one operator of a norm by itself")
+def test_the_reference_can_be_forced(rng, ran):
+    layer = BitLinear(5, norm="rms")
+    x = rng.normal(size=(4, 24)).astype("float32")
+    layer.build(x.shape)
+    with kernels.use_kernel("reference"):
+        layer(x)
+    assert not ran
