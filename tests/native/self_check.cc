@@ -251,9 +251,9 @@ void check_isa() {
   for (const auto& width : widths) {
     for (int64_t group : {0, 32, 64}) {
       if (width.trits && group) continue;
-      for (int64_t m : {1, 2, 3, 5, 13}) {
+      for (int64_t m : {1, 2, 5, 13}) {
         for (int64_t k : {1, 33, 100, 257}) {
-          for (int64_t n : {1, 31, 100}) {
+          for (int64_t n : {1, 47}) {
             Example example(m, k, n, width.bits, width.offset, group, ++seed,
                             width.trits);
             check_sums(example);
