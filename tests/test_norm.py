@@ -117,3 +117,14 @@ def test_the_reference_can_be_forced(rng, ran):
     with kernels.use_kernel("reference"):
         layer(x)
     assert not ran
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch knows of a gradient beforehand")
+def test_a_forced_kernel_is_no_error_where_a_gradient_is_needed(rng, ran):
+    x = ops.convert_to_tensor(rng.normal(size=(4, 24)).astype("float32")).requires_grad_(True)
+    with kernels.use_kernel("native"):
+        norm.rms_norm(x, ops.ones(24), 1e-5).sum().backward()
+        assert not ran
+        assert x.grad is not None
+        norm.rms_norm(x.detach(), ops.ones(24), 1e-5)
+    assert ran

@@ -98,10 +98,6 @@ TABLES: dict[str, tuple[select.Kernel, ...]] = {
 
 
 def choose(cache, query):
-    """The first row that does not refuse, or the forced one, where this table has its name.
-
-    Raises:
-        ValueError: The forced kernel cannot run the problem.
-    """
+    """The row that runs the attention: see `select.first_or_forced`."""
     table = TABLES.get(keras.backend.backend(), (REFERENCE,))
     return select.first_or_forced(table, Attention.of(cache, query))

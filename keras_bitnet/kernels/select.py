@@ -238,22 +238,12 @@ else:
 def first_or_forced(table, problem):
     """A row of the table of another operation: the first that does not refuse, or the forced one.
 
-    Where the table has no row of the forced name, that is a kernel of the packed matmul alone, and
-    the last row runs, the reference.
-
-    Raises:
-        ValueError: The forced kernel cannot run the problem.
+    What is forced is the kernel of the packed matmul. Where this operation has no row of its name,
+    or one that refuses, the last row runs, the reference.
     """
     name = forced_name()
-    if name == "auto":
-        return next(row for row in table if row.refuse(problem) is None)
-    for row in table:
-        if row.name == name:
-            reason = row.refuse(problem)
-            if reason is not None:
-                raise ValueError(f"Kernel '{name}' was forced and cannot run {problem}: {reason}")
-            return row
-    return table[-1]
+    rows = table if name == "auto" else (*(row for row in table if row.name == name), table[-1])
+    return next(row for row in rows if row.refuse(problem) is None)
 
 
 def explain(problem):
