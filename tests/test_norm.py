@@ -7,7 +7,7 @@ from helpers import BACKEND, gradient, relative_error, to_numpy
 from keras import ops
 
 from keras_bitnet import kernels
-from keras_bitnet.kernels import native, norm
+from keras_bitnet.kernels import native, norm, select
 from keras_bitnet.layers import BitLinear
 from keras_bitnet.layers.rms_normalization import RMSNormalization
 
@@ -128,3 +128,11 @@ def test_a_forced_kernel_is_no_error_where_a_gradient_is_needed(rng, ran):
         assert x.grad is not None
         norm.rms_norm(x.detach(), ops.ones(24), 1e-5)
     assert ran
+
+
+def test_a_forced_row_that_refuses_is_an_error_where_it_is_asked_for():
+    table = kernels.Kernel("native", lambda problem: "too odd", None), norm.REFERENCE
+    with kernels.use_kernel("native"):
+        with pytest.raises(ValueError, match=r"'native' was forced and cannot run .*: too odd"):
+            select.first_or_forced(table, None)
+        assert select.first_or_forced(table, None, strict=False) is norm.REFERENCE

@@ -44,9 +44,11 @@ def refuse_attention(problem):
         problem: `keras_bitnet.kernels.attention.Attention`. An unknown device is no reason, see
             `refuse`.
     """
-    reason = _refuse_place(problem)
-    if reason is not None:
-        return reason
+    return _refuse_place(problem) or refuse_attention_operands(problem)
+
+
+def refuse_attention_operands(problem):
+    """Why no kernel of one new token can compute an attention, on whatever device, or `None`."""
     if problem.tokens != 1:
         return f"{problem.tokens} new tokens; accepted: 1"
     if problem.dtype not in DTYPES:

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from keras_bitnet.kernels import cpu, native
-from keras_bitnet.kernels.attention import REFERENCE
+from keras_bitnet.kernels.attention import CACHE, REFERENCE
 from keras_bitnet.kernels.select import Kernel
 
 TARGET = "keras_bitnet_attention"
-_CACHE = ("key", "value", "key_scale", "value_scale")
 
 
 @functools.cache
@@ -89,7 +88,7 @@ def _ffi_call(target, scale, cache, query, key, value, index, mask, rotary):
     cosines, sines = rotary or (np.zeros(0, np.float32),) * 2
     seen = np.zeros(0, bool) if mask is None else mask
     operands = (query, key, value, cosines, sines, seen, jnp.reshape(index, 1))
-    names = [name for name in _CACHE if name in cache]
+    names = [name for name in CACHE if name in cache]
     buffers = [cache[name] for name in names]
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, *buffers)]
     aliases = {len(operands) + i: 1 + i for i in range(len(buffers))}

@@ -214,10 +214,7 @@ def _find(name, table, facts):
     forced = _named(name)
     if forced is None:
         return next(row for row in table if row.refuse(problem) is None)
-    reason = forced.refuse(problem)
-    if reason is not None:
-        raise ValueError(f"Kernel '{name}' was forced and cannot run {problem}: {reason}")
-    return forced
+    return _willing(forced, problem)
 
 
 if keras.backend.backend() == "torch":
@@ -235,15 +232,34 @@ else:
     _search = _find
 
 
-def first_or_forced(table, problem):
+def first_or_forced(table, problem, strict=True):
     """A row of the table of another operation: the first that does not refuse, or the forced one.
 
-    What is forced is the kernel of the packed matmul. Where this operation has no row of its name,
-    or one that refuses, the last row runs, the reference.
+    Where the table has no row of the forced name, that is a kernel of the packed matmul alone, and
+    the last row runs, the reference.
+
+    Args:
+        table: Rows, best first.
+        problem: What they are asked about.
+        strict: Whether a forced row that refuses is an error; else the reference runs.
+
+    Raises:
+        ValueError: The forced kernel cannot run the problem, and `strict`.
     """
     name = forced_name()
-    rows = table if name == "auto" else (*(row for row in table if row.name == name), table[-1])
-    return next(row for row in rows if row.refuse(problem) is None)
+    if name == "auto":
+        return next(row for row in table if row.refuse(problem) is None)
+    row = next((row for row in table if row.name == name), table[-1])
+    if not strict and row.refuse(problem) is not None:
+        return table[-1]
+    return _willing(row, problem)
+
+
+def _willing(row, problem):
+    reason = row.refuse(problem)
+    if reason is not None:
+        raise ValueError(f"Kernel '{row.name}' was forced and cannot run {problem}: {reason}")
+    return row
 
 
 def explain(problem):

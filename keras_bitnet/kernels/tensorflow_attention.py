@@ -3,10 +3,9 @@
 import tensorflow as tf
 
 from keras_bitnet.kernels import cpu
+from keras_bitnet.kernels.attention import CACHE
 from keras_bitnet.kernels.select import Kernel
 from keras_bitnet.kernels.tensorflow import MODULE, reason
-
-_CACHE = ("key", "value", "key_scale", "value_scale")
 
 
 def refuse(problem):
@@ -32,7 +31,7 @@ def run(cache, query, key, value, index, scale, mask=None, rotary=None):
         value_scale=cache.get("value_scale", none),
         scale=scale,
     )
-    found = dict(zip(_CACHE, written, strict=True))
+    found = dict(zip(CACHE, written, strict=True))
     return y, {name: found[name] for name in cache}
 
 

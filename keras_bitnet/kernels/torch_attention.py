@@ -3,12 +3,12 @@
 import torch
 
 from keras_bitnet.kernels import cpu
+from keras_bitnet.kernels.attention import CACHE
 from keras_bitnet.kernels.select import Kernel
 from keras_bitnet.kernels.torch import REGISTERED, not_registered
 
 _OPERATOR = "keras_bitnet::attend_next"
 _NONE = torch.empty(0)
-_CACHE = ("key", "value", "key_scale", "value_scale")
 
 
 def refuse(problem):
@@ -27,7 +27,7 @@ def run(cache, query, key, value, index, scale, mask=None, rotary=None):
     y = torch.ops.keras_bitnet.attend_next.default(
         *(operand.contiguous() for operand in operands),
         torch.as_tensor(index, dtype=torch.int32),
-        *(cache.get(name, none) for name in _CACHE),
+        *(cache.get(name, none) for name in CACHE),
         scale,
     )
     return y, cache

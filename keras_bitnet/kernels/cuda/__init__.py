@@ -1,5 +1,7 @@
 """What the CUDA rows of JAX and PyTorch share: which problems the kernels take."""
 
+from keras_bitnet.kernels.cpu import refuse_attention_operands
+
 NAME = "cuda"
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_INPUTS = 98_304  # a row of activations lies in the shared memory of every GPU
@@ -41,14 +43,9 @@ def refuse_attention(problem):
     Args:
         problem: `keras_bitnet.kernels.attention.Attention`.
     """
-    if problem.tokens != 1:
-        return f"{problem.tokens} new tokens; accepted: 1"
-    if problem.dtype not in DTYPES:
-        return f"queries of dtype {problem.dtype}; accepted: {', '.join(DTYPES)}"
-    if problem.cache_dtype not in (*DTYPES, "int8"):
-        return f"a cache of dtype {problem.cache_dtype}; accepted: {', '.join(DTYPES)}, int8"
+    reason = refuse_attention_operands(problem)
+    if reason is not None:
+        return reason
     if problem.head_dim % 4 or problem.head_dim > MOST_HEAD_DIM:
         return f"heads of size {problem.head_dim}; accepted: multiples of 4 up to {MOST_HEAD_DIM}"
-    if problem.gradient:
-        return "the queries need a gradient"
     return None

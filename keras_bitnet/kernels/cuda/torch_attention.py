@@ -3,6 +3,7 @@
 import torch
 
 from keras_bitnet.kernels import cuda
+from keras_bitnet.kernels.attention import CACHE
 from keras_bitnet.kernels.cuda import compiler, library
 from keras_bitnet.kernels.cuda.torch import DTYPES, device_reason
 from keras_bitnet.kernels.select import Kernel
@@ -12,7 +13,6 @@ _SCHEMA = (
     "Tensor? mask, Tensor index, Tensor(a!) key_cache, Tensor(b!) value_cache, "
     "Tensor(c!)? key_scale, Tensor(d!)? value_scale, float scale) -> Tensor"
 )
-_CACHE = ("key", "value", "key_scale", "value_scale")
 _CACHE_DTYPES = {**DTYPES, torch.int8: 3}
 
 
@@ -25,7 +25,7 @@ def run(cache, query, key, value, index, scale, mask=None, rotary=None):
     """As `attend_next`, for a problem that was not refused; the cache is written in place."""
     cosines, sines = (None, None) if rotary is None else rotary
     index = torch.as_tensor(index, dtype=torch.int32, device=query.device)
-    buffers = (cache.get(name) for name in _CACHE)
+    buffers = (cache.get(name) for name in CACHE)
     y = torch.ops.keras_bitnet.attend_next_cuda(
         query, key, value, cosines, sines, mask, index, *buffers, scale
     )

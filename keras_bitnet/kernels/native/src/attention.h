@@ -66,18 +66,17 @@ void put(const Head& head, const float* row, void* cache, float* scales) {
   memset(codes, 0, head.dim);
 }
 
-// Scores of all tokens for `Queries` queries at once: they share the widened keys.
+// Scores of all tokens for each query; the queries share the widened keys.
 template <typename Element>
 void score_as(const Head& head, const float* queries, float* token, float* scores) {
   const int64_t width = padded(head.dim), row = padded(head.index + 1);
   for (int64_t t = 0; t <= head.index; ++t) {
-    const bool seen = head.mask == nullptr || head.mask[t] != 0;
-    if (seen) widen_as<Element>(head.keys, t, head.dim, token);
+    if (head.mask != nullptr && head.mask[t] == 0) {
+      for (int g = 0; g < head.groups; ++g) scores[g * row + t] = -1e30f;
+      continue;
+    }
+    widen_as<Element>(head.keys, t, head.dim, token);
     for (int g = 0; g < head.groups; ++g) {
-      if (!seen) {
-        scores[g * row + t] = -1e30f;
-        continue;
-      }
       Lanes sums;
       for (int64_t i = 0; i < width; i += kLanes) sums.add_product(queries + g * width + i, token + i);
       scores[g * row + t] = sums.total() * (head.key_scales ? head.key_scales[t] : 1.0f);

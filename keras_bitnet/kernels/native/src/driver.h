@@ -1,4 +1,5 @@
-// Cuts one packed matmul in blocks, one attention in heads, one norm in rows, and has a table of kernels run them.
+// Cuts a packed matmul in blocks, an attention in heads or a norm in rows, and has a table of kernels
+// run them.
 #pragma once
 #include "bitnet.h"
 #include "kernels.h"

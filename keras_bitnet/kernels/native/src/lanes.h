@@ -8,8 +8,17 @@ namespace {
 // Sixteen sums side by side, whatever the registers are; a compiler may not reorder a single one.
 class Lanes {
  public:
-  void add_product(const float* a, const float* b) { add(load(a) * load(b)); }
-  void add(const float* a) { add(load(a)); }
+  void add_product(const float* a, const float* b) {
+    Vector x, y;
+    memcpy(&x, a, sizeof x);
+    memcpy(&y, b, sizeof y);
+    value_ += x * y;
+  }
+  void add(const float* a) {
+    Vector x;
+    memcpy(&x, a, sizeof x);
+    value_ += x;
+  }
   float total() const {
     float sums[kLanes];
     memcpy(sums, &value_, sizeof sums);
@@ -36,16 +45,6 @@ class Lanes {
     }
   };
 #endif
-  struct Loaded {
-    Vector value;
-    Loaded operator*(const Loaded& other) const { return {value * other.value}; }
-  };
-  static Loaded load(const float* from) {
-    Loaded loaded;
-    memcpy(&loaded, from, sizeof loaded);
-    return loaded;
-  }
-  void add(const Loaded& loaded) { value_ += loaded.value; }
 
   Vector value_ = {};
 };
