@@ -17,7 +17,7 @@ import time
 RESULTS = pathlib.Path(__file__).parent / "results"
 _PACKAGES = (
     "keras-bitnet", "keras", "numpy", "jax", "tensorflow", "tensorflow-cpu", "torch", "openvino",
-    "onnxruntime", "llama-cpp-python",
+    "onnxruntime", "llama-cpp-python", "gemlite", "humming-kernels",
 )  # fmt: skip
 
 

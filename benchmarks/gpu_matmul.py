@@ -2,10 +2,11 @@
 
     KERAS_BACKEND=torch|jax python benchmarks/gpu_matmul.py [--quick]
 
-Every candidate is checked against float64 first. Then a CUDA graph (torch) or one compiled program
-(jax) calls it once for each of several copies of its weights, more than the L2 cache holds, and
-the candidates take turns; the table holds medians in microseconds a call, quantization of the
-activations included. "read" is a kernel that only reads the packed bytes (it needs CuPy). Writes
+Every candidate with packed weights is checked against float64 first. Then a CUDA graph (torch) or
+one compiled program (jax) calls it with each of several copies of its weights in turn, more than
+the L2 cache holds, and the candidates take turns; the table holds medians in microseconds a call,
+quantization of the activations included. "read" is a kernel that only reads the packed bytes (it
+needs CuPy); on PyTorch the libraries of `gpu_peers.py` take part where they are installed. Writes
 `results/gpu_matmul_<backend>.json`.
 """
 
@@ -33,6 +34,7 @@ SHAPES = ((28672, 8192), (8192, 8192), (14336, 4096), (4096, 14336), (4096, 4096
 ROWS = (1, 16, 64, 256, 2048)
 OFFSETS = {1: -0.5, 2: -1.0, 4: -8.0, 8: -128.0}
 COLD_BYTES = 160_000_000
+CALLS = 48  # of a program, at least: what a launch of the whole costs is shared by them
 READ = r"""
 extern "C" __global__ void __launch_bounds__(512) read(const uint4* p, unsigned* out, long long n) {
   unsigned mixed = 0;
@@ -81,23 +83,26 @@ class Case:
         layer.build((None, self.k))
         return layer
 
-    def check(self, name, y, x, weight):
-        """The first columns against float64; `weight` is None for the packed one."""
+    def codes(self, columns=None):
+        """Codes `(k, n)` of the first copy, or of its first columns."""
+        columns = columns or self.n
+        return layout.unpack(self.tiles[0][: -(-columns // 16)], self.bits, self.k, columns)
+
+    def check(self, name, y, x, tolerance):
+        """The first columns against float64."""
         columns = 32
         x = ops.convert_to_numpy(ops.cast(x, "float32"))
-        if weight is None:
-            codes = layout.unpack(self.tiles[0][: columns // 16], self.bits, self.k, columns)
-            weight = (ops.convert_to_numpy(codes) + OFFSETS[self.bits]) * 0.37
-            largest = np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-5))
-            x = np.round(x * (np.float32(127) / largest)) * (largest / 127).astype("float64")
+        weight = (ops.convert_to_numpy(self.codes(columns)) + OFFSETS[self.bits]) * 0.37
+        largest = np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-5))
+        x = np.round(x * (np.float32(127) / largest)) * (largest / 127).astype("float64")
         wanted = x @ weight
         found = ops.convert_to_numpy(ops.cast(y[:, :columns], "float32"))
         error = np.abs(found - wanted).max() / np.abs(wanted).max()
-        if not error < 0.02:
+        if not error < tolerance:
             raise SystemExit(f"{name}: wrong result, relative error {error:.2g}")
 
 
-def candidates(case, x):
+def candidates(case, x, peers):
     """`{name: functions of no arguments, one for each copy of the weights}`."""
     quantizer = ActivationInt8()
     packs = [case.packed(tiles) for tiles in case.tiles]
@@ -106,7 +111,10 @@ def candidates(case, x):
         found |= torch_candidates(case, x)
     else:
         found |= jax_candidates(case, x)
-    return found
+    return found | {
+        name: [functools.partial(function, x) for function in functions]
+        for name, functions in peers.items()
+    }
 
 
 def torch_candidates(case, x):
@@ -153,31 +161,40 @@ def jax_candidates(case, x):
 
 
 def prepare(functions):
-    """A function that calls them all once, and returns the seconds of that on the GPU."""
-    if BACKEND == "jax":
-        import jax
+    """A function that calls them all in turn, and returns the seconds of a call on the GPU."""
+    turns = -(-CALLS // len(functions))
+    return (prepare_jax if BACKEND == "jax" else prepare_torch)(functions, turns)
 
-        arguments = [(f.args, f) for f in functions]
-        leaves = [(a[0], a[1].tiles if isinstance(a[1], PackedTensor) else a[1])
-                  for a, _ in arguments]  # fmt: skip
 
-        def program(leaves):
-            results = []
-            for (x, w), (a, f) in zip(leaves, arguments, strict=True):
-                packed = isinstance(a[1], PackedTensor)
-                w = dataclasses.replace(a[1], tiles=w) if packed else w
-                results.append(f.func(x, w, *a[2:]))
-            return results
+def prepare_jax(functions, turns):
+    import jax
 
-        compiled = jax.jit(program)
-        jax.block_until_ready(compiled(leaves))
+    # Equal calls would be made once: each turn has activations of its own.
+    rows = [functions[0].args[0] * (1 + turn / 64) for turn in range(turns)]
+    weights = [f.args[1].tiles if isinstance(f.args[1], PackedTensor) else f.args[1]
+               for f in functions]  # fmt: skip
 
-        def timed():
-            begin = time.perf_counter()
-            jax.block_until_ready(compiled(leaves))
-            return time.perf_counter() - begin
+    def program(rows, weights):
+        results = []
+        for x in rows:
+            for f, w in zip(functions, weights, strict=True):
+                packed = isinstance(f.args[1], PackedTensor)
+                w = dataclasses.replace(f.args[1], tiles=w) if packed else w
+                results.append(f.func(x, w, *f.args[2:]))
+        return results
 
-        return timed
+    compiled = jax.jit(program)
+    jax.block_until_ready(compiled(rows, weights))
+
+    def timed():
+        begin = time.perf_counter()
+        jax.block_until_ready(compiled(rows, weights))
+        return (time.perf_counter() - begin) / (turns * len(functions))
+
+    return timed
+
+
+def prepare_torch(functions, turns):
     import torch
 
     with torch.inference_mode():
@@ -185,8 +202,9 @@ def prepare(functions):
             function()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for function in functions:
-                function()
+            for _ in range(turns):
+                for function in functions:
+                    function()
 
     def timed():
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -194,26 +212,28 @@ def prepare(functions):
         graph.replay()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1000
+        return begin.elapsed_time(end) / 1000 / (turns * len(functions))
 
     return timed
 
 
-def measure(case, rows, repeats):
+def measure(case, rows, repeats, peers):
     """One record: microseconds a call of every candidate."""
     x = case.activations(rows)
-    found = candidates(case, x)
+    peers = {name: functions for name, (most, functions) in peers.items() if rows <= most}
+    found = candidates(case, x, peers)
     with kernels.use_kernel("cuda"):
-        for name in ("bit_matmul", "BitLinear"):
+        for name in ("bit_matmul", "BitLinear", *peers):
             if name in found:
-                case.check(name, found[name][0](), x, None)
-        programs = {name: (prepare(functions), len(functions)) for name, functions in found.items()}
+                # Peers add parts in bfloat16.
+                case.check(name, found[name][0](), x, 0.05 if name in peers else 0.02)
+        programs = {name: prepare(functions) for name, functions in found.items()}
     times = {name: [] for name in programs}
     for turn in range(-2, repeats):
-        for name, (program, calls) in programs.items():
+        for name, program in programs.items():
             seconds = program()
             if turn >= 0:
-                times[name].append(seconds / calls * 1e6)
+                times[name].append(seconds * 1e6)
     record = {
         "out": case.n,
         "in": case.k,
@@ -231,6 +251,14 @@ def measure(case, rows, repeats):
     return record
 
 
+def prepare_peers(case, skipped):
+    if BACKEND != "torch":
+        return {}
+    import gpu_peers
+
+    return gpu_peers.prepare(case, skipped)
+
+
 def main():
     """Runs everything and writes the results after every shape."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -242,15 +270,16 @@ def main():
     cases = [(*shape, 2, rows) for shape in shapes]
     if not arguments.quick:
         cases += [(*SHAPES[0], bits, (1, 16)) for bits in (1, 4, 8)]
-    records = []
+    records, skipped = [], {}
     for n, k, bits, sizes in cases:
         case = Case(n, k, bits)
+        peers = prepare_peers(case, skipped)
         for m in sizes:
             if m > 256 and (n, k) not in SHAPES[:2]:
                 continue
-            records.append(measure(case, m, arguments.repeats))
+            records.append(measure(case, m, arguments.repeats, peers))
         head = common.header(gpu=common.gpu(), cold_bytes=COLD_BYTES, repeats=arguments.repeats)
-        common.write_json(arguments.output, {**head, "rows": records})
+        common.write_json(arguments.output, {**head, "skipped": skipped, "rows": records})
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ from test_native_adapters import make_packed
 from keras_bitnet.kernels.cuda import jax as cuda
 from keras_bitnet.kernels import jax as native
 from keras_bitnet.kernels.cpu import Facts
+from keras_bitnet.kernels.jax_calls import registration_error, traced
+from keras_bitnet.kernels.native import library
 from keras_bitnet.quantizers.activations import ActivationInt8, StaticActivation
 
 cuda._workspace = lambda *facts: 0  # the branch of CUDA is traced, and not compiled
-native._registration_error()
+registration_error(library(), "kbn_xla_matmul", native.TARGET, "cpu")
 MOVES = r"= (\\w+)\\[\\S* (?:all-gather|all-to-all|all-reduce)\\("
 rng = np.random.default_rng(0)
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("batch", "model"))
@@ -38,7 +40,7 @@ for adapter in (native, cuda):
         facts = Facts.of(packed, quantizer)
         static = jnp.float32(0.02) if quantizer.granularity == "static" else None
         def run(*operands):
-            return adapter._matmul(*operands, static, facts)
+            return traced(adapter.PLACE, facts, *operands, static)
         wanted = np.asarray(jax.jit(run)(x, packed.tiles, packed.scale, bias))
         split = "model" if n == 128 else None
         weights = (put(packed.tiles, split),

@@ -61,6 +61,18 @@ def refuse_attention_operands(problem):
 
 
 def refuse_operands(problem):
+    """Why no kernel with int32 sums of codes can run a problem, on whatever device, or `None`."""
+    reason = refuse_formula(problem)
+    if reason is not None:
+        return reason
+    summed = min(problem.in_features, problem.group_size or problem.in_features)
+    longest = (2**31 - 1) // (128 << problem.bits)  # a code weighs at most 2**bits
+    if summed > longest:
+        return f"{summed} inputs could leave the range of int32 sums; accepted: {longest}"
+    return None
+
+
+def refuse_formula(problem):
     """Why no kernel that multiplies integers can run a problem, on whatever device, or `None`."""
     if problem.activation_bits is None:
         return "the activations are float: the kernel multiplies integers"
@@ -74,10 +86,6 @@ def refuse_operands(problem):
         return f"activations of dtype {problem.dtype}; accepted: {', '.join(DTYPES)}"
     if problem.group_size is not None and problem.group_size % 32:
         return f"group_size={problem.group_size} is not a multiple of 32"
-    summed = min(problem.in_features, problem.group_size or problem.in_features)
-    longest = (2**31 - 1) // (128 << problem.bits)  # a code weighs at most 2**bits
-    if summed > longest:
-        return f"{summed} inputs could leave the range of int32 sums; accepted: {longest}"
     return None
 
 

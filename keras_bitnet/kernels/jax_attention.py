@@ -8,24 +8,10 @@ import numpy as np
 
 from keras_bitnet.kernels import cpu, native
 from keras_bitnet.kernels.attention import CACHE, REFERENCE
+from keras_bitnet.kernels.jax_calls import NOTHING, registration_error
 from keras_bitnet.kernels.select import Kernel
 
 TARGET = "keras_bitnet_attention"
-
-
-@functools.cache
-def registration_error(library, symbol, target, platform):
-    """Registers a function of a library with XLA, once. Returns why it could not, or `None`."""
-    if not hasattr(jax, "ffi"):
-        return f"JAX {jax.__version__} has no `jax.ffi`"
-    try:
-        # With the backend up, a handler of another version is refused; before, it breaks it.
-        jax.local_devices(backend=platform.lower())
-        handler = jax.ffi.pycapsule(getattr(library, symbol))
-        jax.ffi.register_ffi_target(target, handler, platform=platform)
-    except RuntimeError as error:
-        return f"JAX {jax.__version__} does not take the handler: {error}"
-    return None
 
 
 def refuse(problem):
@@ -85,7 +71,7 @@ def _reference(where, cache, query, key, value, index, mask, rotary):
 
 
 def _ffi_call(target, scale, cache, query, key, value, index, mask, rotary):
-    cosines, sines = rotary or (np.zeros(0, np.float32),) * 2
+    cosines, sines = rotary or (NOTHING, NOTHING)
     seen = np.zeros(0, bool) if mask is None else mask
     operands = (query, key, value, cosines, sines, seen, jnp.reshape(index, 1))
     names = [name for name in CACHE if name in cache]

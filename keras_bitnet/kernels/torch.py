@@ -6,8 +6,9 @@ import keras
 import torch
 from keras import ops
 
-from keras_bitnet.kernels import cpu, native
+from keras_bitnet.kernels import cpu, native, torch_operators
 from keras_bitnet.kernels.select import Kernel
+from keras_bitnet.kernels.torch_operators import DTYPES, missing
 from keras_bitnet.ops.packed_tensor import PackedTensor
 
 _OPERATOR = "keras_bitnet::bit_matmul"
@@ -16,16 +17,11 @@ _SCHEMA = (
     "int out_features, int bits, int trits, int group_size, int activation_bits, "
     "bool per_tensor, float offset, float epsilon) -> Tensor"
 )
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_NONE = torch.empty(0)
-# What a `torch.library.Library` defines goes away with it.
-_fragments: list[torch.library.Library] = []
 
 
 def run(x, packed, activation_quantizer, bias, activation_scale=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
-    # A constant where it is no part of a traced program.
-    none = torch.empty(0, device=x.device) if torch.compiler.is_compiling() else _NONE
+    none = missing(x)
     x_scale = none if activation_scale is None else ops.reshape(activation_scale, (1,))
     bias = none if bias is None else ops.cast(bias, "float32")
     return torch.ops.keras_bitnet.bit_matmul.default(
@@ -49,10 +45,6 @@ def _contiguous(array):
     # Asked first, as Keras takes a microsecond to hand a tensor back as it is.
     tensor = array if isinstance(array, torch.Tensor) else ops.convert_to_tensor(array)
     return tensor.contiguous()
-
-
-def _fake(x, tiles, scale, bias, x_scale, out_features, *attributes):
-    return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _setup_context(ctx, inputs, output):
@@ -84,7 +76,7 @@ def _run_through_ctypes(
         group_size=group_size,
         bits=bits,
         layout=trits,
-        dtype=_DTYPES[x.dtype],
+        dtype=DTYPES[x.dtype],
         activation_bits=activation_bits,
         per_tensor=per_tensor,
         offset=offset,
@@ -110,11 +102,9 @@ def _define(library):
     register = getattr(library, "kbn_torch_register", None)  # not built on Windows
     registered = register is not None and register() == 0
     if not registered:
-        fragment = torch.library.Library("keras_bitnet", "FRAGMENT")
-        fragment.define(_SCHEMA)
-        fragment.impl("bit_matmul", _run_through_ctypes, "CPU")
-        _fragments.append(fragment)
-    torch.library.register_fake(_OPERATOR, _fake)
+        torch_operators.library.define(_SCHEMA)
+        torch_operators.library.impl(_OPERATOR, _run_through_ctypes, "CPU")
+    torch.library.register_fake(_OPERATOR, torch_operators.fake_matmul)
     torch.library.register_autograd(_OPERATOR, _backward, setup_context=_setup_context)
     return registered
 

@@ -6,9 +6,7 @@ from keras_bitnet.kernels import cpu
 from keras_bitnet.kernels.attention import CACHE
 from keras_bitnet.kernels.select import Kernel
 from keras_bitnet.kernels.torch import REGISTERED, not_registered
-
-_OPERATOR = "keras_bitnet::attend_next"
-_NONE = torch.empty(0)
+from keras_bitnet.kernels.torch_operators import fake_like, missing
 
 
 def refuse(problem):
@@ -20,8 +18,7 @@ def refuse(problem):
 
 def run(cache, query, key, value, index, scale, mask=None, rotary=None):
     """As `attend_next`, for a problem that was not refused; the cache is written in place."""
-    # A constant where it is no part of a traced program.
-    none = torch.empty(0, device=query.device) if torch.compiler.is_compiling() else _NONE
+    none = missing(query)
     cosines, sines = rotary or (none, none)
     operands = (query, key, value, cosines, sines, none if mask is None else mask)
     y = torch.ops.keras_bitnet.attend_next.default(
@@ -33,11 +30,7 @@ def run(cache, query, key, value, index, scale, mask=None, rotary=None):
     return y, cache
 
 
-def _fake(query, *operands):
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
-
-
 if REGISTERED:
-    torch.library.register_fake(_OPERATOR, _fake)
+    torch.library.register_fake("keras_bitnet::attend_next", fake_like)
 
 NATIVE = Kernel(cpu.NAME, refuse, run)

@@ -5,8 +5,7 @@ import torch
 from keras_bitnet.kernels import cpu
 from keras_bitnet.kernels.select import Kernel
 from keras_bitnet.kernels.torch import REGISTERED, not_registered
-
-_OPERATOR = "keras_bitnet::rms_norm"
+from keras_bitnet.kernels.torch_operators import fake_like
 
 
 def refuse(problem):
@@ -24,11 +23,7 @@ def run(x, scale, epsilon):
     return torch.ops.keras_bitnet.rms_norm.default(x.contiguous(), scale, epsilon)
 
 
-def _fake(x, scale, epsilon):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 if REGISTERED:
-    torch.library.register_fake(_OPERATOR, _fake)
+    torch.library.register_fake("keras_bitnet::rms_norm", fake_like)
 
 NATIVE = Kernel(cpu.NAME, refuse, run)

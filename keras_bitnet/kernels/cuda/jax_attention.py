@@ -3,7 +3,8 @@
 from keras_bitnet.kernels import cuda
 from keras_bitnet.kernels.cuda import compiler, library
 from keras_bitnet.kernels.cuda.jax import device_reason, devices
-from keras_bitnet.kernels.jax_attention import attend, registration_error
+from keras_bitnet.kernels.jax_attention import attend
+from keras_bitnet.kernels.jax_calls import registration_error
 from keras_bitnet.kernels.select import Kernel
 
 TARGET = "keras_bitnet_attention_cuda"

@@ -5,19 +5,16 @@ import weakref
 import torch
 from keras import ops
 
-from keras_bitnet.kernels import cuda
-from keras_bitnet.kernels.cpu import gradients
+from keras_bitnet.kernels import cuda, torch_operators
 from keras_bitnet.kernels.cuda import library
 from keras_bitnet.kernels.select import Kernel
-from keras_bitnet.ops.packed_tensor import PackedTensor
+from keras_bitnet.kernels.torch_operators import DTYPES
 
-_OPERATOR = "keras_bitnet::bit_matmul_cuda"
 _SCHEMA = (
     "bit_matmul_cuda(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, Tensor? x_scale, "
     "int out_features, int bits, int group_size, int activation_bits, bool per_tensor, "
     "float offset, float epsilon) -> Tensor"
 )
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _device_reasons():
@@ -120,7 +117,6 @@ def _aligned(tiles):
 
 
 def _check(x, tiles, scale, bias, x_scale, out_features, bits, group_size):
-    """A graph that was saved and loaded may bring operands that the package never saw."""
     k, n = x.shape[-1], out_features
     groups = -(-k // group_size) if group_size else 1
     wanted = (
@@ -129,37 +125,16 @@ def _check(x, tiles, scale, bias, x_scale, out_features, bits, group_size):
         ("bias", bias, torch.float32, {(n,)}),
         ("x_scale", x_scale, torch.float32, {(), (1,)}),
     )
-    for name, tensor, dtype, shapes in wanted:
-        if tensor is None:
-            continue
-        if tensor.dtype != dtype or tuple(tensor.shape) not in shapes or tensor.device != x.device:
-            raise ValueError(
-                f"`{name}` must be a {dtype} tensor on {x.device} of one of the shapes {shapes}. "
-                f"Received: {tensor.dtype} tensor on {tensor.device} of shape {tuple(tensor.shape)}"
-            )
+    torch_operators.check(x.device, wanted)
 
 
-def _fake(x, tiles, scale, bias, x_scale, out_features, *attributes):
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _setup_context(ctx, inputs, output):
-    x, tiles, scale, bias, _, out_features, bits, group_size, _, _, offset, _ = inputs
-    ctx.save_for_backward(tiles, scale)
-    ctx.has_bias = bias is not None
-    ctx.facts = (offset, bits, x.shape[-1], out_features, group_size or None)
-
-
-def _backward(ctx, dy):
-    dx, dbias = gradients(dy, PackedTensor(*ctx.saved_tensors, *ctx.facts))
-    return dx, None, None, dbias if ctx.has_bias else None, *[None] * 8
-
-
-# What a `torch.library.Library` defines goes away with it.
-_library = torch.library.Library("keras_bitnet", "FRAGMENT")
-_library.define(_SCHEMA)
-_library.impl("bit_matmul_cuda", _launch, "CUDA")
-torch.library.register_fake(_OPERATOR, _fake)
-torch.library.register_autograd(_OPERATOR, _backward, setup_context=_setup_context)
+torch_operators.define(
+    _SCHEMA,
+    _launch,
+    "CUDA",
+    torch_operators.fake_matmul,
+    torch_operators.matmul_gradient,
+    torch_operators.matmul_context,
+)
 
 CUDA = Kernel(cuda.NAME, refuse, run)

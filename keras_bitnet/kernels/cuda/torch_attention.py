@@ -2,11 +2,12 @@
 
 import torch
 
-from keras_bitnet.kernels import cuda
+from keras_bitnet.kernels import cuda, torch_operators
 from keras_bitnet.kernels.attention import CACHE
 from keras_bitnet.kernels.cuda import compiler, library
-from keras_bitnet.kernels.cuda.torch import DTYPES, device_reason
+from keras_bitnet.kernels.cuda.torch import device_reason
 from keras_bitnet.kernels.select import Kernel
+from keras_bitnet.kernels.torch_operators import DTYPES
 
 _SCHEMA = (
     "attend_next_cuda(Tensor query, Tensor key, Tensor value, Tensor? cosines, Tensor? sines, "
@@ -66,7 +67,6 @@ def _launch(
 
 
 def _check(query, key, value, cosines, sines, mask, index, caches, scales):
-    """A graph that was saved and loaded may bring operands that the package never saw."""
     cache = caches["key_cache"]
     (batch, _, heads, head_dim), (_, key_heads, length, _) = query.shape, cache.shape
     rows, places = {(batch, 1, key_heads, head_dim)}, (batch, key_heads, length)
@@ -82,26 +82,9 @@ def _check(query, key, value, cosines, sines, mask, index, caches, scales):
         *((name, x, cache.dtype, {(*places, head_dim)}) for name, x in caches.items()),
         *((name, x, torch.float32, {(*places, 1)}) for name, x in scales.items()),
     ]
-    for name, tensor, dtype, shapes in wanted:
-        if tensor is None:
-            continue
-        right = tensor.dtype == dtype and tuple(tensor.shape) in shapes
-        if not right or tensor.device != query.device or not tensor.is_contiguous():
-            raise ValueError(
-                f"`{name}` must be a contiguous {dtype} tensor on {query.device} of one of the "
-                f"shapes {shapes}. Received: {tensor.dtype} tensor on {tensor.device} of shape "
-                f"{tuple(tensor.shape)}"
-            )
+    torch_operators.check(query.device, wanted)
 
 
-def _fake(query, *operands):
-    return torch.empty_like(query, memory_format=torch.contiguous_format)
-
-
-# What a `torch.library.Library` defines goes away with it.
-_library = torch.library.Library("keras_bitnet", "FRAGMENT")
-_library.define(_SCHEMA)
-_library.impl("attend_next_cuda", _launch, "CUDA")
-torch.library.register_fake("keras_bitnet::attend_next_cuda", _fake)
+torch_operators.define(_SCHEMA, _launch, "CUDA", torch_operators.fake_like)
 
 CUDA = Kernel(cuda.NAME, refuse, run)

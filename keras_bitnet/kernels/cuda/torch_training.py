@@ -5,10 +5,11 @@ Each is one pass over its values in place of a dozen; the gradient is the identi
 
 import torch
 
-from keras_bitnet.kernels import cuda
+from keras_bitnet.kernels import cpu, cuda, torch_operators
 from keras_bitnet.kernels.cuda import compiler, library
-from keras_bitnet.kernels.cuda.torch import DTYPES, device_reason
+from keras_bitnet.kernels.cuda.torch import device_reason
 from keras_bitnet.kernels.select import Kernel
+from keras_bitnet.kernels.torch_operators import DTYPES
 
 _ACTIVATIONS = (
     "fake_quantize_cuda(Tensor x, Tensor? strength, Tensor? scale, float highest, "
@@ -27,8 +28,8 @@ def refuse(problem):
         return reason
     if torch.compiler.is_compiling():
         return "`torch.compile` fuses the reference with what is around it, which is faster"
-    if problem.dtype not in cuda.DTYPES:
-        return f"values of dtype {problem.dtype}; accepted: {', '.join(cuda.DTYPES)}"
+    if problem.dtype not in cpu.DTYPES:
+        return f"values of dtype {problem.dtype}; accepted: {', '.join(cpu.DTYPES)}"
     if problem.formula not in ("absmax", "nearest", "sign"):
         return f"quantized by {problem.formula}; accepted: absmax, nearest, sign"
     if problem.scale == "learned":
@@ -124,10 +125,6 @@ def _fake_quantize_weight(
     return y
 
 
-def _like(x, *attributes):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def _like_in_dtype(weight, *attributes):
     return torch.empty_like(weight, dtype=attributes[-1], memory_format=torch.contiguous_format)
 
@@ -140,16 +137,10 @@ def _straight_through(ctx, dy):
     return dy.to(ctx.dtype), *[None] * ctx.others
 
 
-# What a `torch.library.Library` defines goes away with it.
-_library = torch.library.Library("keras_bitnet", "FRAGMENT")
-for _schema, _kernel, _shape in (
-    (_ACTIVATIONS, _fake_quantize, _like),
+for _schema, _run, _fake in (
+    (_ACTIVATIONS, _fake_quantize, torch_operators.fake_like),
     (_WEIGHT, _fake_quantize_weight, _like_in_dtype),
 ):
-    _name = f"keras_bitnet::{_schema.partition('(')[0]}"
-    _library.define(_schema)
-    _library.impl(_name, _kernel, "CUDA")
-    torch.library.register_fake(_name, _shape)
-    torch.library.register_autograd(_name, _straight_through, setup_context=_setup_context)
+    torch_operators.define(_schema, _run, "CUDA", _fake, _straight_through, _setup_context)
 
 CUDA = Kernel(cuda.NAME, refuse, run)

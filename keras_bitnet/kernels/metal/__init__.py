@@ -4,20 +4,17 @@ They have never run on a Mac: the tests execute the shader as C++ behind the hos
 `dispatch.py`, and the row stands back where the shader fails its check on the GPU it finds.
 """
 
-import keras
 import torch
 from keras import ops
 
-from keras_bitnet.kernels import cpu
+from keras_bitnet.kernels import cpu, torch_operators
 from keras_bitnet.kernels.metal import dispatch
 from keras_bitnet.kernels.select import Kernel
-from keras_bitnet.ops.packed_tensor import PackedTensor
 
 NAME = "metal"
 DEVICE = "mps"
 OBSTACLE = dispatch.obstacle()  # read once: `torch.compile` traces what reads it
 
-_OPERATOR = "keras_bitnet::metal_matmul"
 _SCHEMA = (
     "metal_matmul(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, Tensor? activation_scale, "
     "int out_features, int bits, int group_size, int activation_bits, str granularity, "
@@ -58,28 +55,13 @@ def _operator(*operands):
     return dispatch.matmul(dispatch.library(), *operands)
 
 
-def _fake(x, tiles, scale, bias, activation_scale, out_features, *attributes):
-    return x.new_empty((*x.shape[:-1], out_features))
-
-
-def _setup_context(ctx, inputs, output):
-    x, tiles, scale, bias, _, out_features, bits, group_size, _, _, offset, _ = inputs
-    ctx.save_for_backward(tiles, scale)
-    ctx.has_bias = bias is not None
-    ctx.facts = (offset, bits, x.shape[-1], out_features, group_size or None)
-
-
-def _backward(ctx, dy):
-    with keras.device(dy.device.type):  # where the operator ran, whatever Keras's default device
-        dx, dbias = cpu.gradients(dy, PackedTensor(*ctx.saved_tensors, *ctx.facts))
-    return dx, None, None, dbias if ctx.has_bias else None, *[None] * 8
-
-
-# What a `torch.library.Library` defines goes away with it.
-_fragment = torch.library.Library("keras_bitnet", "FRAGMENT")
-_fragment.define(_SCHEMA)
-_fragment.impl("metal_matmul", _operator, "MPS")
-torch.library.register_fake(_OPERATOR, _fake)
-torch.library.register_autograd(_OPERATOR, _backward, setup_context=_setup_context)
+torch_operators.define(
+    _SCHEMA,
+    _operator,
+    "MPS",
+    torch_operators.fake_matmul,
+    torch_operators.matmul_gradient,
+    torch_operators.matmul_context,
+)
 
 METAL = Kernel(NAME, refuse, run)

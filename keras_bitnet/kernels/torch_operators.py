@@ -1,0 +1,82 @@
+"""What the operators of PyTorch share: definition, shapes for tracing, checks, a gradient."""
+
+import keras
+import torch
+
+from keras_bitnet.kernels.cpu import gradients
+from keras_bitnet.ops.packed_tensor import PackedTensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as the libraries number them
+# What a `torch.library.Library` defines goes away with it.
+library = torch.library.Library("keras_bitnet", "FRAGMENT")
+_NONE = torch.empty(0)
+
+
+def define(schema, run, device, fake, gradient=None, context=None):
+    """Defines an operator `keras_bitnet::name`.
+
+    Args:
+        schema: Its name and types, `"name(Tensor x, ...) -> Tensor"`.
+        run: What it computes.
+        device: Where, as the dispatcher says: `"CPU"`, `"CUDA"`, `"MPS"`.
+        fake: The same for tensors without data.
+        gradient, context: See `torch.library.register_autograd`.
+    """
+    name = f"keras_bitnet::{schema.partition('(')[0]}"
+    library.define(schema)
+    library.impl(name, run, device)
+    torch.library.register_fake(name, fake)
+    if gradient is not None:
+        torch.library.register_autograd(name, gradient, setup_context=context)
+
+
+def missing(like):
+    """An operand that is not given, beside another: a constant where no program is traced."""
+    return torch.empty(0, device=like.device) if torch.compiler.is_compiling() else _NONE
+
+
+def fake_like(x, *others):
+    """The result of an operator that has the shape and dtype of its first operand."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def fake_matmul(x, tiles, scale, bias, x_scale, out_features, *attributes):
+    """The result of a packed matmul."""
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def matmul_context(ctx, inputs, output):
+    """Keeps what `matmul_gradient` needs, of an operator whose weights lie in tiles."""
+    x, tiles, scale, bias, _, out_features, bits, group_size, _, _, offset, _ = inputs
+    ctx.save_for_backward(tiles, scale)
+    ctx.has_bias = bias is not None
+    ctx.facts = (offset, bits, x.shape[-1], out_features, group_size or None)
+
+
+def matmul_gradient(ctx, dy):
+    """The gradient of such an operator with respect to activations and bias."""
+    with keras.device(str(dy.device)):  # where it ran, whatever Keras's default device
+        dx, dbias = gradients(dy, PackedTensor(*ctx.saved_tensors, *ctx.facts))
+    return dx, None, None, dbias if ctx.has_bias else None, *[None] * 8
+
+
+def check(device, wanted):
+    """Checks operands: a graph that was saved and loaded may bring what the package never saw.
+
+    Args:
+        device: Where they must be.
+        wanted: `(name, tensor or None, dtype, accepted shapes)` of each.
+
+    Raises:
+        ValueError: One is of another dtype or shape, elsewhere, or not contiguous.
+    """
+    for name, tensor, dtype, shapes in wanted:
+        if tensor is None:
+            continue
+        right = tensor.dtype == dtype and tuple(tensor.shape) in shapes
+        if not right or tensor.device != device or not tensor.is_contiguous():
+            raise ValueError(
+                f"`{name}` must be a contiguous {dtype} tensor on {device} of one of the shapes "
+                f"{shapes}. Received: {tensor.dtype} tensor on {tensor.device} of shape "
+                f"{tuple(tensor.shape)}"
+            )
