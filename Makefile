@@ -12,11 +12,12 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test check format bench clean emulator browser
 
+# --no-compile: of these gigabytes little is ever imported, and that Python compiles then.
 $(INSTALLED): pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-deps $(WITHOUT_DEPENDENCIES)
+	$(BIN)/python -m pip install --quiet --no-compile -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(WITHOUT_DEPENDENCIES)
 	KERAS_BITNET_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --no-deps \
 		--no-build-isolation --editable .
 	touch $@

@@ -8,10 +8,14 @@ import sys
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 BACKEND = keras.backend.backend()
 ROOT = pathlib.Path(__file__).parent.parent
+
+# For tests that need no backend, or bring all three.
+once = pytest.mark.skipif(BACKEND != "torch", reason="runs once, on the PyTorch run of the suite")
 
 
 def to_numpy(x):

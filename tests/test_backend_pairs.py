@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import BACKEND, run_python
+from helpers import once, run_python
 
 BACKENDS = ("jax", "torch", "tensorflow")
 
-pytestmark = pytest.mark.skipif(BACKEND != "jax", reason="runs once, on the JAX run of the suite")
+pytestmark = once
 
 COMMON = """
 import json, sys, zlib

@@ -6,11 +6,11 @@ import shutil
 import subprocess
 
 import pytest
-from helpers import BACKEND
+from helpers import once
 
 ROOT = pathlib.Path(__file__).parent.parent
 
-pytestmark = pytest.mark.skipif(BACKEND != "jax", reason="runs once, on the JAX run of the suite")
+pytestmark = once
 
 
 def run(*command):

@@ -9,13 +9,17 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import once
 from keras import ops
 
 from keras_bitnet import quantizers
 from keras_bitnet.kernels import native
 from keras_bitnet.ops import PackedTensor
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reason()))
+pytestmark = [
+    once,
+    pytest.mark.skipif(native.library() is None, reason=str(native.reason())),
+]
 
 ISAS = native.isas() if native.library() is not None else []
 WEIGHTS = {  # name -> (bits, offset, largest code)

@@ -12,6 +12,7 @@ FRAMEWORKS = {"jax": "jax", "torch": "torch", "tensorflow": "tensorflow"}
 def test_importing_it_imports_no_other_framework():
     code = (
         "import sys, json, keras; before = set(sys.modules); import keras_bitnet\n"
+        "import keras_bitnet.kernels, keras_bitnet.layers\n"
         "new = {m.split('.')[0] for m in set(sys.modules) - before}\n"
         "print(json.dumps(sorted(new & {'jax', 'torch', 'tensorflow', 'rich', 'matplotlib'})))"
     )

@@ -9,6 +9,7 @@ import subprocess
 import keras
 import numpy as np
 import pytest
+from helpers import once
 
 import keras_bitnet
 from keras_bitnet.precision import Choice, Point, PrecisionPlan, PrecisionSearch
@@ -137,6 +138,7 @@ def seen_by_browser(report, folder, dark, width):
     return json.loads(found.group(1).replace("&amp;", "&")), picture
 
 
+@once
 @needs_browser
 def test_in_a_browser_light_and_dark_wide_and_narrow(report, tmp_path):
     found, pictures = {}, {}

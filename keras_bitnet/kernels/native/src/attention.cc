@@ -28,8 +28,6 @@ class Attention {
   }
 
  private:
-  static int size_of(int dtype) { return dtype == KBN_F32 ? 4 : dtype == KBN_I8 ? 1 : 2; }
-
   static const void* at(const void* memory, int dtype, int64_t place) {
     return static_cast<const char*>(memory) + place * size_of(dtype);
   }

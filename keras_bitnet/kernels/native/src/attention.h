@@ -53,7 +53,7 @@ void turn(const Head& head, float* x) {
 void put(const Head& head, const float* row, void* cache, float* scales) {
   const int64_t at = head.index * head.dim;
   if (head.cache_dtype != KBN_I8) {
-    const int size = head.cache_dtype == KBN_F32 ? 4 : 2;
+    const int size = size_of(head.cache_dtype);
     char* to = static_cast<char*>(cache) + at * size;
     return store(row, 1.0f, nullptr, head.cache_dtype, head.dim, to);
   }
@@ -160,7 +160,7 @@ void attend(const Head& head) {
     case KBN_I8: each(Int8{}); break;
     default: each(Float32{});
   }
-  const int size = head.dtype == KBN_F32 ? 4 : 2;
+  const int size = size_of(head.dtype);
   for (int g = 0; g < head.groups; ++g) {
     store(y + g * width, 1.0f, nullptr, head.dtype, head.dim,
           static_cast<char*>(head.y) + int64_t{g} * head.dim * size);

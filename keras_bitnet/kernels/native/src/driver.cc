@@ -85,7 +85,7 @@ class Matmul {
   int64_t first_row(int64_t block) const { return p_.rows * block / row_blocks_; }
 
   const char* x_row(int64_t row) const {
-    return static_cast<const char*>(p_.x) + row * p_.in_features * element_size();
+    return static_cast<const char*>(p_.x) + row * p_.in_features * size_of(p_.dtype);
   }
 
   // Quantizes the rows of a block and packs them as `Block::x_codes` wants them.
@@ -251,12 +251,10 @@ class Matmul {
     const float* bias = p_.bias ? p_.bias + column : nullptr;
     for (int r = 0; r < block.rows; ++r) {
       char* out = static_cast<char*>(p_.y) +
-                  ((row + r) * p_.out_features + column) * element_size();
+                  ((row + r) * p_.out_features + column) * size_of(p_.dtype);
       kernels_.store(y + r * width, x_scales_[row + r], bias, p_.dtype, valid, out);
     }
   }
-
-  int64_t element_size() const { return p_.dtype == KBN_F32 ? 4 : 2; }
 
   const kbn_matmul& p_;
   const Kernels& kernels_;

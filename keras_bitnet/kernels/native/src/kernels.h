@@ -6,6 +6,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "bitnet.h"
+
 // Before a loop over registers: it must vanish, or they become an array in memory.
 #if defined(__clang__)
 #define KBN_UNROLL _Pragma("clang loop unroll(full)")
@@ -87,6 +89,9 @@ struct Head {
 constexpr int kLanes = 16;
 
 namespace {  // one copy for each file, as said above
+
+// Bytes of a number of a `kbn_dtype`.
+inline int size_of(int dtype) { return dtype == KBN_F32 ? 4 : dtype == KBN_I8 ? 1 : 2; }
 
 inline int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 

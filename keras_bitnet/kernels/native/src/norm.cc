@@ -12,7 +12,7 @@ void run(const kbn_norm& problem, const Kernels& kernels, const kbn_parallel* pa
 
     static void normalize(void* self, int64_t row) {
       const auto& [p, kernels] = *static_cast<Rows*>(self);
-      const int64_t at = row * p.features * (p.dtype == KBN_F32 ? 4 : 2);
+      const int64_t at = row * p.features * size_of(p.dtype);
       kernels.normalize(static_cast<const char*>(p.x) + at, p.scale, p.dtype, p.features, p.epsilon,
                         static_cast<char*>(p.y) + at);
     }

@@ -81,6 +81,7 @@ using Delete = void (*)(void*);
     (TF_OpKernelContext*, int, int, const int64_t*, int, size_t, TF_Status*))                    \
   X(void, TF_SetOutput, (TF_OpKernelContext*, int, const TF_Tensor*, TF_Status*))                \
   X(void, TF_OpKernelContext_Failure, (TF_OpKernelContext*, TF_Status*))                         \
+  X(size_t, TF_DataTypeSize, (int))                                                              \
   X(int, TF_TensorType, (const TF_Tensor*))                                                      \
   X(int, TF_NumDims, (const TF_Tensor*))                                                         \
   X(int64_t, TF_Dim, (const TF_Tensor*, int))                                                    \
@@ -197,6 +198,16 @@ struct Input {
   }
 };
 
+// The first output of an op: of the dtype of an input, and these sizes.
+TensorOwner allocate_like(const Input& input, const std::vector<int64_t>& sizes,
+                          TF_OpKernelContext* context, TF_Status* status) {
+  const int type = TF_TensorType(input.tensor.get());
+  size_t bytes = TF_DataTypeSize(type);
+  for (int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  return TensorOwner(TF_AllocateOutput(context, 0, type, sizes.data(),
+                                       static_cast<int>(sizes.size()), bytes, status));
+}
+
 void run(Attributes attributes, TF_OpKernelContext* context, TF_Status* status) {
   std::vector<Input> in;
   for (int i = 0; i < kInputs; ++i) in.emplace_back(context, i, status);
@@ -210,10 +221,7 @@ void run(Attributes attributes, TF_OpKernelContext* context, TF_Status* status) 
   problem.dtype = in[0].operand().dtype;
   std::vector<int64_t> result = in[0].sizes;
   result.back() = attributes.out_features;
-  const size_t bytes = static_cast<size_t>(problem.rows) * attributes.out_features *
-                       (problem.dtype == KBN_F32 ? 4 : 2);
-  TensorOwner y(TF_AllocateOutput(context, 0, TF_TensorType(in[0].tensor.get()), result.data(),
-                                  static_cast<int>(result.size()), bytes, status));
+  TensorOwner y = allocate_like(in[0], result, context, status);
   if (TF_GetCode(status)) return;
   problem.x = in[0].operand().data;
   problem.tiles = static_cast<const uint8_t*>(in[1].operand().data);
@@ -279,11 +287,8 @@ void attend(float scale, TF_OpKernelContext* context, TF_Status* status) {
   kbn_attention problem;
   const char* wrong = kbn_adapter::describe(operands, scale, &problem);
   if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
-  const auto& shape = in[kbn_adapter::kQuery].sizes;
-  const size_t bytes = static_cast<size_t>(problem.batch * problem.heads * problem.head_dim) *
-                       (problem.dtype == KBN_F32 ? 4 : 2);
-  TensorOwner y(TF_AllocateOutput(context, 0, TF_TensorType(in[0].tensor.get()), shape.data(),
-                                  static_cast<int>(shape.size()), bytes, status));
+  const Input& query = in[kbn_adapter::kQuery];
+  TensorOwner y = allocate_like(query, query.sizes, context, status);
   for (int i = 0; i < kCaches && !TF_GetCode(status); ++i)
     TF_SetOutput(context, 1 + i, in[kbn_adapter::kKeyCache + i].tensor.get(), status);
   if (TF_GetCode(status)) return;
@@ -318,10 +323,7 @@ void normalize(float epsilon, TF_OpKernelContext* context, TF_Status* status) {
   kbn_norm problem;
   const char* wrong = kbn_adapter::describe(x.operand(), scale.operand(), epsilon, &problem);
   if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
-  const size_t bytes = static_cast<size_t>(problem.rows * problem.features) *
-                       (problem.dtype == KBN_F32 ? 4 : 2);
-  TensorOwner y(TF_AllocateOutput(context, 0, TF_TensorType(x.tensor.get()), x.sizes.data(),
-                                  static_cast<int>(x.sizes.size()), bytes, status));
+  TensorOwner y = allocate_like(x, x.sizes, context, status);
   if (TF_GetCode(status)) return;
   problem.y = TF_TensorData(y.get());
   wrong = kbn_normalize_limited(&problem, max_threads.load(std::memory_order_relaxed));
