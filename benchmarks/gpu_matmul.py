@@ -3,8 +3,8 @@
     KERAS_BACKEND=torch|jax python benchmarks/gpu_matmul.py [--quick]
 
 Every candidate with packed weights is checked against float64 first. Then a CUDA graph (torch) or
-one compiled program (jax) calls it with each of several copies of its weights in turn, more than
-the L2 cache holds, and the candidates take turns; the table holds medians in microseconds a call,
+a compiled loop (jax) calls it with each of several copies of its weights in turn, more than the
+L2 cache holds, and the candidates take turns; the table holds medians in microseconds a call,
 quantization of the activations included. "read" is a kernel that only reads the packed bytes (it
 needs CuPy); on PyTorch the libraries of `gpu_peers.py` take part where they are installed. Writes
 `results/gpu_matmul_<backend>.json`.
@@ -13,11 +13,14 @@ needs CuPy); on PyTorch the libraries of `gpu_peers.py` take part where they are
 import argparse
 import dataclasses
 import functools
+import os
 import pathlib
 import sys
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+# Products are timed one by one; XLA would make one of those that share an operand.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_disable_hlo_passes=dot-merger"
 
 import common
 import keras
@@ -34,7 +37,7 @@ SHAPES = ((28672, 8192), (8192, 8192), (14336, 4096), (4096, 14336), (4096, 4096
 ROWS = (1, 16, 64, 256, 2048)
 OFFSETS = {1: -0.5, 2: -1.0, 4: -8.0, 8: -128.0}
 COLD_BYTES = 160_000_000
-CALLS = 48  # of a program, at least: what a launch of the whole costs is shared by them
+CALLS = 200 if BACKEND == "jax" else 48  # of a program, at least: they share its launch
 READ = r"""
 extern "C" __global__ void __launch_bounds__(512) read(const uint4* p, unsigned* out, long long n) {
   unsigned mixed = 0;
@@ -169,19 +172,24 @@ def prepare(functions):
 def prepare_jax(functions, turns):
     import jax
 
-    # Equal calls would be made once: each turn has activations of its own.
-    rows = [functions[0].args[0] * (1 + turn / 64) for turn in range(turns)]
+    # A loop, which XLA records and the GPU repeats; its body has other activations each time.
+    x = functions[0].args[0]
+    rows = jax.numpy.stack([x * (1 + turn / 64) for turn in range(turns)])
     weights = [f.args[1].tiles if isinstance(f.args[1], PackedTensor) else f.args[1]
                for f in functions]  # fmt: skip
 
-    def program(rows, weights):
+    def turn(total, x, weights):
         results = []
-        for x in rows:
-            for f, w in zip(functions, weights, strict=True):
-                packed = isinstance(f.args[1], PackedTensor)
-                w = dataclasses.replace(f.args[1], tiles=w) if packed else w
-                results.append(f.func(x, w, *f.args[2:]))
-        return results
+        for f, w in zip(functions, weights, strict=True):
+            packed = isinstance(f.args[1], PackedTensor)
+            w = dataclasses.replace(f.args[1], tiles=w) if packed else w
+            results.append(f.func(x, w, *f.args[2:]))
+        results = jax.lax.optimization_barrier(results)
+        return total + sum(y[0, 0] for y in results), None
+
+    def program(rows, weights):
+        zero = jax.numpy.zeros((), rows.dtype)
+        return jax.lax.scan(lambda total, x: turn(total, x, weights), zero, rows)[0]
 
     compiled = jax.jit(program)
     jax.block_until_ready(compiled(rows, weights))
