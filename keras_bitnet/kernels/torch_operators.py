@@ -60,6 +60,11 @@ def matmul_gradient(ctx, dy):
     return dx, None, None, dbias if ctx.has_bias else None, *[None] * 8
 
 
+def pointer(tensor):
+    """Where the elements of a tensor lie, `None` of `None`."""
+    return None if tensor is None else tensor.data_ptr()
+
+
 def check(device, wanted):
     """Checks operands: a graph that was saved and loaded may bring what the package never saw.
 

@@ -8,7 +8,7 @@ from keras import ops
 from keras_bitnet.kernels import cuda, torch_operators
 from keras_bitnet.kernels.cuda import library
 from keras_bitnet.kernels.select import Kernel
-from keras_bitnet.kernels.torch_operators import DTYPES
+from keras_bitnet.kernels.torch_operators import DTYPES, pointer
 
 _SCHEMA = (
     "bit_matmul_cuda(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, Tensor? x_scale, "
@@ -74,9 +74,8 @@ def _launch(
     problem = library.MatmulStruct(
         y.numel() // out_features, in_features, out_features, group_size, bits, DTYPES[x.dtype],
         activation_bits, per_tensor, offset, epsilon, scale.shape[1], kernel, weights,
-        x.data_ptr(), tiles.data_ptr(), scale.data_ptr(),
-        None if x_scale is None else x_scale.data_ptr(),
-        None if bias is None else bias.data_ptr(), y.data_ptr(), None,
+        x.data_ptr(), tiles.data_ptr(), scale.data_ptr(), pointer(x_scale), pointer(bias),
+        y.data_ptr(), None,
     )  # fmt: skip
     size = library.workspace(problem)
     if size:

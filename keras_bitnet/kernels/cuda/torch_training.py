@@ -9,7 +9,7 @@ from keras_bitnet.kernels import cpu, cuda, torch_operators
 from keras_bitnet.kernels.cuda import compiler, library
 from keras_bitnet.kernels.cuda.torch import device_reason
 from keras_bitnet.kernels.select import Kernel
-from keras_bitnet.kernels.torch_operators import DTYPES
+from keras_bitnet.kernels.torch_operators import DTYPES, pointer
 
 _ACTIVATIONS = (
     "fake_quantize_cuda(Tensor x, Tensor? strength, Tensor? scale, float highest, "
@@ -79,10 +79,6 @@ def _number(value, like):
     return torch.as_tensor(value, dtype=torch.float32, device=like.device).detach()
 
 
-def _pointer(tensor):
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _queue(problem, device):
     library.load(device, compiler.TRAINING)
     library.run(problem, device, torch.cuda.current_stream(device).cuda_stream)
@@ -95,7 +91,7 @@ def _fake_quantize(x, strength, scale, highest, per_tensor, epsilon):
     problem = library.FakeStruct(
         rows=x.numel() // columns, columns=columns, dtype=DTYPES[x.dtype], per_tensor=per_tensor,
         scale_columns=1, epsilon=epsilon, lowest=-highest, highest=highest, x=x.data_ptr(),
-        x_scale=_pointer(scale), strength=_pointer(strength), y=y.data_ptr(),
+        x_scale=pointer(scale), strength=pointer(strength), y=y.data_ptr(),
     )  # fmt: skip
     if per_tensor:
         workspace = torch.empty(1, dtype=torch.int32, device=x.device)
@@ -119,7 +115,7 @@ def _fake_quantize_weight(
     problem = library.FakeStruct(
         rows=k, columns=n, group_size=group_size, weight=1, dtype=DTYPES[dtype], binary=binary,
         scale_columns=scale.shape[1], lowest=lowest, highest=highest, half=half,
-        x=weight.data_ptr(), scale=scale.data_ptr(), strength=_pointer(strength), y=y.data_ptr(),
+        x=weight.data_ptr(), scale=scale.data_ptr(), strength=pointer(strength), y=y.data_ptr(),
     )  # fmt: skip
     _queue(problem, weight.get_device())
     return y

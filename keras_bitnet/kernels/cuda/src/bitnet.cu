@@ -1,4 +1,4 @@
-// The kernels of one width, KBC_BITS: what shim.cc launches. Names and shapes of blocks match its table.
+// The kernels of one width, KBC_BITS. Names and shapes of blocks match the tables of matmul.cc.
 #include "gemm_mma.cuh"
 #include "gemm_wgmma.cuh"
 #include "gemv.cuh"

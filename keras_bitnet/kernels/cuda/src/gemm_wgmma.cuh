@@ -2,9 +2,9 @@
 //
 // Weights are the A operand, from registers; activations the B operand, from the swizzled image,
 // which one thread copies slice by slice to shared memory. A block has two warp groups of 128
-// columns each, which overlap each other's unpacking: within one, no instruction is in flight while registers change. ptxas (13.0) reuses
-// the A registers of an instruction in flight when there is a branch before its wait, so there is
-// none; the tests look at the machine code.
+// columns each, which overlap each other's unpacking: within one, no instruction is in flight while
+// registers change. ptxas (13.0) reuses the A registers of an instruction in flight when there is a
+// branch before its wait, so there is none; the tests look at the machine code.
 #pragma once
 #include "fragments.cuh"
 
