@@ -1,6 +1,5 @@
 // The ceilings of a machine that a low-bit matmul runs into: reads of memory that no cache holds,
 // and the peak of `vpdpbusd`, register to register. `native_core.cc` and `cpu_matmul.py` use it.
-#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -11,30 +10,16 @@
 
 namespace {
 
-constexpr size_t kSlice = size_t(4) << 20;  // bytes of one timed read
-constexpr int kSamples = 60;
+constexpr size_t kPiece = size_t(1) << 20;  // bytes that a thread takes at a time
 
-double quartile(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 4];
-}
-
-// Seconds of each slice of the calling thread while all threads run slices: run(thread, slice).
-std::vector<double> time_slices(int threads, const std::function<void(int, int)>& run) {
+// Seconds until `threads`, the calling one among them, have all run the function.
+double seconds(int threads, const std::function<void()>& run) {
   std::vector<std::thread> others;
-  std::vector<double> times;
-  std::atomic<bool> done{false};
-  for (int i = 1; i < threads; ++i) {
-    others.emplace_back([&, i] { for (int slice = 0; !done; ++slice) run(i, slice); });
-  }
-  for (int slice = 0; slice < kSamples; ++slice) {
-    const auto begin = std::chrono::steady_clock::now();
-    run(0, slice);
-    times.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
-  }
-  done = true;
+  const auto begin = std::chrono::steady_clock::now();
+  for (int i = 1; i < threads; ++i) others.emplace_back(run);
+  run();
   for (auto& thread : others) thread.join();
-  return times;
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
 #if defined(__x86_64__)
@@ -61,14 +46,14 @@ __attribute__((target("avx512f"), noinline)) void peak(int64_t iterations) {
 
 }  // namespace
 
-// Bytes a second that `threads` read together, a quartile of short timings of the `bytes` at
-// `memory`; several times the last cache. `round` moves the place. 0 where this is not built.
-extern "C" double bench_read(const char* memory, size_t bytes, int threads, int round) {
+// Bytes a second at which `threads` together read all `bytes` at `memory` once; take several times
+// the last cache. 0 where this is not built.
+extern "C" double bench_read(const char* memory, size_t bytes, int threads) {
 #if defined(__x86_64__)
-  const size_t slices = bytes / kSlice / threads;
-  return double(kSlice * threads) / quartile(time_slices(threads, [&](int thread, int slice) {
-    read_all(memory + (thread * slices + (round * kSamples + slice) % slices) * kSlice, kSlice);
-  }));
+  std::atomic<size_t> next{0};
+  return double(bytes) / seconds(threads, [&] {
+    for (size_t i; (i = next.fetch_add(kPiece)) + kPiece <= bytes;) read_all(memory + i, kPiece);
+  });
 #else
   return 0;
 #endif
@@ -77,9 +62,8 @@ extern "C" double bench_read(const char* memory, size_t bytes, int threads, int 
 // Multiply-adds a second of `vpdpbusd` on `threads`. The processor must have AVX-512 VNNI.
 extern "C" double bench_peak(int threads) {
 #if defined(__x86_64__)
-  const int64_t iterations = 50000;
-  return double(iterations) * 16 * 64 * threads /
-         quartile(time_slices(threads, [&](int, int) { peak(iterations); }));
+  const int64_t iterations = 1000000;
+  return double(iterations) * 16 * 64 * threads / seconds(threads, [&] { peak(iterations); });
 #else
   return 0;
 #endif

@@ -32,7 +32,7 @@ def machine():
         else os.cpu_count(),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "system": f"{platform.system()} {platform.release()}",
-        "threads": {name: value for name in _THREADS if (value := os.environ.get(name))},
+        "settings": {name: value for name in _SETTINGS if (value := os.environ.get(name))},
     }  # fmt: skip
 
 
@@ -55,7 +55,9 @@ def device_name():
 
 
 _ISA = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "XLA_FLAGS", "TF_NUM_INTRAOP_THREADS")
+_SETTINGS = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "XLA_FLAGS", "TF_NUM_INTRAOP_THREADS", "GLIBC_TUNABLES",
+)  # fmt: skip
 
 
 def _cpu_facts():

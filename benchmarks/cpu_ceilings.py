@@ -36,14 +36,12 @@ class Ceilings:
             subprocess.run([*command, "-o", library], check=True)
             self.library = ctypes.CDLL(str(library))
         self.library.bench_read.restype = self.library.bench_peak.restype = ctypes.c_double
-        self.library.bench_read.argtypes = (
-            ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int,
-        )  # fmt: skip
+        self.library.bench_read.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
     def measure(self):
         """Adds one measurement of each."""
         at, size = self.memory.ctypes.data, self.memory.size
-        self.reads.append(self.library.bench_read(at, size, self.threads, len(self.reads)))
+        self.reads.append(self.library.bench_read(at, size, self.threads))
         if self.has_vnni:
             self.peaks.append(self.library.bench_peak(self.threads))
 
