@@ -6,6 +6,8 @@ import pathlib
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Threads of PyTorch that wait for others by spinning take the core those others need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Tests compile a lot and run little.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = " ".join([
