@@ -1,5 +1,7 @@
 """The RMS norm of the layers by the native operator against NumPy and Keras."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -75,21 +77,14 @@ def test_gradients_are_those_of_keras(rng):
         return norm.rms_norm(x, scale, 1e-5)
 
     for i, at in enumerate((x, scale)):
+
+        def loss(value, function, i=i):
+            operands = [ops.convert_to_tensor(x), ops.convert_to_tensor(scale)]
+            operands[i] = value
+            return ops.sum(function(*operands) * weights)
+
         found, wanted = (
-            gradient(
-                lambda v, f=function, i=i: ops.sum(
-                    f(
-                        *(
-                            (v, ops.convert_to_tensor(scale))
-                            if i == 0
-                            else (ops.convert_to_tensor(x), v)
-                        )
-                    )
-                    * weights
-                ),
-                at,
-            )
-            for function in (ours, keras_norm)
+            gradient(functools.partial(loss, function=f), at) for f in (ours, keras_norm)
         )
         assert relative_error(found, wanted) < 1e-5
 
