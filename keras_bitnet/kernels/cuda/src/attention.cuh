@@ -78,38 +78,10 @@ template <class C> DEVICE void put(void* cache, long long i, float value) {
     store(cache, i, DTYPE_OF<C>, value);
 }
 
-// ---- the blocks of a cluster -------------------------------------------------------------------
-
-DEVICE u32 cluster_rank() {
-  u32 rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return rank;
-}
-DEVICE u32 cluster_size() {
-  u32 size = 1;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-#endif
-  return size;
-}
-DEVICE void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-DEVICE void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
 // Writes a number to the shared memory of the first block of the cluster.
 DEVICE void write_to_first(float* here, float value) {
 #if __CUDA_ARCH__ >= 900
-  u32 there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(there) : "r"(shared_address(here)));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address_in_block(here, 0)), "f"(value) : "memory");
 #else
   *here = value;
 #endif

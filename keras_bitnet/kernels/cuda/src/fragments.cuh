@@ -15,11 +15,12 @@ struct Columns {
   const uint4* source;  // first tile of this lane
   int tiles;            // how many there are from there on; 0: the columns do not exist
 
-  DEVICE Columns(const Matmul& p, int first_column) {
+  // Weights of the slice `end` and later ones read as zeros.
+  DEVICE Columns(const Matmul& p, int first_column, int end) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int tile_row = first_column / 16 + g / 4;
     source = static_cast<const uint4*>(p.tiles) + ((long long)tile_row * p.k_tiles + t) * 4 + g % 4;
-    tiles = tile_row < (p.n + 15) / 16 ? p.k_tiles - t : 0;
+    tiles = tile_row < (p.n + 15) / 16 ? min(p.k_tiles, 4 * QUADS * end) - t : 0;
   }
   DEVICE bool has(int slice, int quad) const { return 4 * (slice * QUADS + quad) < tiles; }
   DEVICE const uint4* at(int slice, int quad) const { return source + 16 * (slice * QUADS + quad); }
@@ -55,9 +56,10 @@ DEVICE float result(const Matmul& p, float sum, int, float, float x_scale) {
   return __fmul_rn(__fmul_rn(sum, p.inverse_step), x_scale);
 }
 
-// Writes four columns of every row that this lane holds.
+// Writes four columns of every row that this lane holds, of the blocks of eight rows from `begin` to `end`.
 template <class N, int MB>
-DEVICE void write_tile(const Matmul& p, const Tile<N, MB>& sums, int first_row, int first_column) {
+DEVICE void write_tile(const Matmul& p, const Tile<N, MB>& sums, int first_row, int first_column, int begin = 0,
+                       int end = MB) {
   const int lane = threadIdx.x % 32, t = lane % 4, n = first_column + 4 * (lane / 4);
   if (n >= p.n) return;
   float weight_scale[4], bias[4];
@@ -73,7 +75,7 @@ DEVICE void write_tile(const Matmul& p, const Tile<N, MB>& sums, int first_row, 
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int row = first_row + 8 * b + 2 * t + r;
-      if (row >= p.rows) continue;
+      if (row >= p.rows || b < begin || b >= end) continue;
       const float x_scale = p.row_scale[row];
       const int x_sum = p.row_sum[row];
       float v[4];

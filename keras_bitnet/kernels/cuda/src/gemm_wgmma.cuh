@@ -5,6 +5,9 @@
 // columns each, which overlap each other's unpacking: within one, no instruction is in flight while
 // registers change. ptxas (13.0) reuses the A registers of an instruction in flight when there is a
 // branch before its wait, so there is none; the tests look at the machine code.
+//
+// The blocks of a cluster share the inputs. In the end each gets the sums of its part of the rows from
+// the others, which are integers: their order is free.
 #pragma once
 #include "fragments.cuh"
 
@@ -88,49 +91,104 @@ DEVICE u64 describe(u32 address) {
   return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
+// The slices of this block of a cluster: as many for each as it takes turns, `round` at a time.
+struct Share {
+  int first, count;
+
+  DEVICE Share(const Matmul& p, int round) {
+    const int all = slices(p), together = cluster_size() * round;
+    const int each = (all + together - 1) / together * round;
+    first = cluster_rank() * each;
+    count = max(min(all - first, each), 0);
+  }
+};
+
 // One thread copies the activations, a slice at a time. Past the end there is nothing to copy, but
 // all groups make the same number of turns, without a branch.
 template <int MB, int ROUND, int STAGES>
-DEVICE void feed(const Matmul& p, u32 shared, u32 full, u32 empty) {
+DEVICE void feed(const Matmul& p, Share share, int first_row, u32 shared, u32 full, u32 empty) {
   constexpr int BM = 8 * MB, STAGE = BM * SLICE;
-  const int first_row = blockIdx.x * BM, all_slices = slices(p);
   const u32 bytes = min(BM, image_rows(p) - first_row) * SLICE;
-  for (int i = 0; i < (all_slices + ROUND - 1) / ROUND * ROUND; ++i) {
+  for (int i = 0; i < (share.count + ROUND - 1) / ROUND * ROUND; ++i) {
     const int stage = i % STAGES;
     if (i >= STAGES) barrier_wait(empty + 8 * stage, (i / STAGES - 1) & 1);
-    if (i >= all_slices) {
+    if (i >= share.count) {
       barrier_arrive(full + 8 * stage);
       continue;
     }
     barrier_expect(full + 8 * stage, bytes);
-    const u8* from = p.image + ((long long)i * image_rows(p) + first_row) * SLICE;
+    const u8* from = p.image + ((long long)(share.first + i) * image_rows(p) + first_row) * SLICE;
     copy_bulk(shared + stage * STAGE, from, bytes, full + 8 * stage);
   }
 }
 
-template <int MB, int STAGES, int AHEAD>
-DEVICE void consume(const Matmul& p, u32 shared, u32 full, u32 empty) {
-  constexpr int BM = 8 * MB, STAGE = BM * SLICE;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, all_slices = slices(p);
-  const int first_column = (blockIdx.y * CONSUMER_WARPS + warp) * 32;
-  const Columns columns(p, first_column);
-  uint4 weights[AHEAD][QUADS];
+// Adds the sums of the blocks of a cluster: those of some blocks of eight rows, from `begin` to `end`.
+// Behind the stages there is a place for every block and pair of it.
+template <int MB> DEVICE void add_shares(Tile<int, MB>& sums, void* memory, int& begin, int& end) {
+  const int blocks = cluster_size(), rank = cluster_rank();
+  const int each = max(MB / blocks, 1), shift = 31 - __clz(each);  // a power of two
+  int4* const places = static_cast<int4*>(memory) + threadIdx.x;
+  auto place = [&](int source, int b, int set) {
+    return places + ((source * each + (b & (each - 1))) * 2 + set) * (32 * CONSUMER_WARPS);
+  };
+  cluster_wait();  // all blocks have begun
 #pragma unroll
-  for (int j = 0; j < AHEAD; ++j) columns.load(j, weights[j]);
+  for (int b = 0; b < MB; ++b) {
+    if (b >> shift == rank) continue;
+#pragma unroll
+    for (int set = 0; set < 2; ++set) {
+      const int(&v)[4] = sums[set][b];
+      const u32 there = address_in_block(place(rank, b, set), b >> shift);
+      asm volatile("st.shared::cluster.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(there), "r"(v[0]), "r"(v[1]), "r"(v[2]),
+                   "r"(v[3]) : "memory");
+    }
+  }
+  cluster_arrive();
+  cluster_wait();
+  begin = min(rank * each, MB), end = min(begin + each, MB);
+#pragma unroll
+  for (int b = 0; b < MB; ++b) {
+    if (b < begin || b >= end) continue;
+    for (int source = 0; source < blocks; ++source) {
+      if (source == rank) continue;
+#pragma unroll
+      for (int set = 0; set < 2; ++set) {
+        const int4 v = *place(source, b, set);
+        int(&sum)[4] = sums[set][b];
+        sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w;
+      }
+    }
+  }
+}
+
+template <int MB, int STAGES, int AHEAD>
+DEVICE void consume(const Matmul& p, Share share, int first_row, u32 shared, u32 full, u32 empty) {
+  constexpr int BM = 8 * MB, STAGE = BM * SLICE;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first_column = (blockIdx.y * CONSUMER_WARPS + warp) * 32;
+  const Columns columns(p, first_column, share.first + share.count);
+  uint4 weights[AHEAD][QUADS];
+  if (p.weights_ready)
+#pragma unroll
+    for (int j = 0; j < AHEAD; ++j) columns.load(share.first + j, weights[j]);
+  wait_for_previous();
+  if (!p.weights_ready)
+#pragma unroll
+    for (int j = 0; j < AHEAD; ++j) columns.load(share.first + j, weights[j]);
 
   Tile<int, MB> sums = {};
   // Past the end the weights are zeros and the activations those of an earlier slice.
-  for (int base = 0; base < all_slices; base += AHEAD)
+  for (int base = 0; base < share.count; base += AHEAD)
 #pragma unroll
     for (int j = 0; j < AHEAD; ++j) {
-      const int slice = base + j, stage = slice % STAGES;
+      const int i = base + j, stage = i % STAGES;
       u32 a[SLABS][2][4];
 #pragma unroll
       for (int s = 0; s < SLABS; ++s)
 #pragma unroll
         for (int set = 0; set < 2; ++set) unpack(weights[j], s, set, a[s][set]);
-      columns.load(slice + AHEAD, weights[j]);
-      barrier_wait(full + 8 * stage, slice / STAGES & 1);
+      columns.load(share.first + i + AHEAD, weights[j]);
+      barrier_wait(full + 8 * stage, i / STAGES & 1);
       const u64 b = describe(shared + stage * STAGE);
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
@@ -144,11 +202,13 @@ DEVICE void consume(const Matmul& p, u32 shared, u32 full, u32 empty) {
 #pragma unroll
         for (int set = 0; set < 2; ++set)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(a[s][set][i])::"memory");
+          for (int r = 0; r < 4; ++r) asm volatile("" : "+r"(a[s][set][r])::"memory");
       if (lane == 0) barrier_arrive(empty + 8 * stage);
     }
 
-  write_tile<int, MB>(p, sums, blockIdx.x * BM, first_column);
+  int begin = 0, end = MB;
+  if (cluster_size() > 1) add_shares<MB>(sums, block_memory + STAGES * STAGE, begin, end);
+  write_tile<int, MB>(p, sums, first_row, first_column, begin, end);
 }
 
 template <int MB, int STAGES, int AHEAD>
@@ -156,6 +216,8 @@ DEVICE void gemm_wgmma(const Matmul& p) {
   __shared__ __align__(8) u64 barriers[2 * STAGES];
   const u32 shared = shared_address(block_memory), full = shared_address(barriers);
   const u32 empty = full + 8 * STAGES;
+  const Share share(p, AHEAD);
+  const int first_row = blockIdx.x / cluster_size() * (8 * MB);
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(full + 8 * i, 1);
@@ -163,14 +225,21 @@ DEVICE void gemm_wgmma(const Matmul& p) {
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  wait_for_previous();
   __syncthreads();
+  if (cluster_size() > 1) cluster_arrive();
   if (threadIdx.x >= 32 * CONSUMER_WARPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (threadIdx.x == 32 * CONSUMER_WARPS) feed<MB, AHEAD, STAGES>(p, shared, full, empty);
+    wait_for_previous();
+    if (threadIdx.x == 32 * CONSUMER_WARPS) feed<MB, AHEAD, STAGES>(p, share, first_row, shared, full, empty);
+    __syncwarp();
+    if (cluster_size() > 1) {
+      cluster_wait();
+      cluster_arrive();
+      cluster_wait();
+    }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-    consume<MB, STAGES, AHEAD>(p, shared, full, empty);
+    consume<MB, STAGES, AHEAD>(p, share, first_row, shared, full, empty);
   }
 }
 

@@ -13,20 +13,21 @@ struct MatrixKernel {
   int threads, rows, columns;  // of a block
   int stages, slices;          // in shared memory: stages of so many slices of the image
   bool grouped, wgmma;
+  int time, start;             // nanoseconds for a slice, and besides, of 2 bits on an H200; where compared
 };
 constexpr MatrixKernel kMatrixKernels[] = {
-    {"mma_8", 256, 8, 32, 4, 8, false, false},
-    {"mma_16", 256, 16, 64, 4, 4, false, false},
-    {"mma_32", 256, 32, 64, 3, 4, false, false},
-    {"mma_64", 256, 64, 128, 3, 2, false, false},
-    {"mma_grouped_8", 256, 8, 32, 4, 8, true, false},
-    {"mma_grouped_32", 256, 32, 64, 3, 4, true, false},
-    {"wgmma_16", 384, 16, 256, 16, 1, false, true},
-    {"wgmma_32", 384, 32, 256, 16, 1, false, true},
-    {"wgmma_64", 384, 64, 256, 8, 1, false, true},
-    {"wgmma_128", 384, 128, 256, 10, 1, false, true},
+    {"mma_8", 256, 8, 32, 4, 8, false, false, 130, 0},
+    {"mma_16", 256, 16, 64, 4, 4, false, false, 0, 0},
+    {"mma_32", 256, 32, 64, 3, 4, false, false, 0, 0},
+    {"mma_64", 256, 64, 128, 3, 2, false, false, 0, 0},
+    {"mma_grouped_8", 256, 8, 32, 4, 8, true, false, 0, 0},
+    {"mma_grouped_32", 256, 32, 64, 3, 4, true, false, 0, 0},
+    {"wgmma_16", 384, 16, 256, 16, 1, false, true, 280, 1000},
+    {"wgmma_32", 384, 32, 256, 16, 1, false, true, 320, 1000},
+    {"wgmma_64", 384, 64, 256, 8, 1, false, true, 500, 1000},
+    {"wgmma_128", 384, 128, 256, 10, 1, false, true, 780, 1000},
 };
-enum { kMma8, kMma16, kMma32, kMma64, kGrouped8, kGrouped32, kWgmma16, kWgmma128 = 9, kCount };
+enum { kMma8, kMma16, kMma32, kMma64, kGrouped8, kGrouped32, kWgmma16, kCount = 10 };
 
 constexpr int kSlice = 128;
 
@@ -39,22 +40,58 @@ int64_t blocks(const kbc_matmul& p, const MatrixKernel& k) {
   return (p.rows + k.rows - 1) / k.rows * ((p.out_features + k.columns - 1) / k.columns);
 }
 
-// The fastest on an H100, measured at 1 to 2048 rows and 2560 to 28672 outputs.
-int choose(const kbc_matmul& p, const Device& device) {
-  if (p.group_size) return p.rows <= 8 ? kGrouped8 : kGrouped32;
-  const int64_t enough = device.multiprocessors * 3 / 4;
-  if (device.capability == 90) {
-    // The largest block that the rows fill and of which there are enough for the whole GPU.
-    int row = kWgmma16;
-    while (row < kWgmma128 && kMatrixKernels[row].rows < p.rows) ++row;
-    while (row > kWgmma16 && blocks(p, kMatrixKernels[row]) < enough) --row;
-    if (p.rows > 16 || (p.bits < 8 && blocks(p, kMatrixKernels[row]) >= enough)) return row;
-  }
-  if (p.rows <= 8 || (p.rows <= 16 && p.out_features <= 32 * device.multiprocessors)) return kMma8;
-  return p.rows <= 16 ? kMma16 : p.rows <= 32 ? kMma32 : kMma64;
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+struct Choice {
+  int kernel;
+  unsigned shares;  // blocks of a cluster, which share the inputs
+};
+
+// Nanoseconds that a choice takes, without the quantization. Blocks that do not fit come after the others.
+int64_t estimate(const kbc_matmul& p, const Choice& c, const Device& device) {
+  constexpr int kRound = 4;  // slices: the kernels make so many turns at once
+  const MatrixKernel& k = kMatrixKernels[c.kernel];
+  int64_t places = device.multiprocessors * (k.wgmma ? 1 : 2);
+  if (c.shares > 2) places = places * 10 / 11;  // larger clusters leave multiprocessors idle
+  const int64_t slices = (p.in_features + kSlice - 1) / kSlice;
+  const int64_t turns = round_up((slices + c.shares - 1) / c.shares, kRound);
+  const int64_t sum = c.shares > 1 ? 50 * k.rows : 0;  // to add what the blocks of a cluster have
+  return (blocks(p, k) * c.shares + places - 1) / places * (turns * k.time + k.start + sum);
 }
 
-int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+// Bytes of shared memory: stages, and a place for the sums of every block of a cluster.
+int memory(const Choice& c) {
+  const MatrixKernel& k = kMatrixKernels[c.kernel];
+  const int shares = static_cast<int>(c.shares), parts = k.rows / 8 > shares ? k.rows / 8 : shares;
+  return k.stages * k.slices * k.rows * kSlice + (shares > 1 ? parts * 32 * k.columns : 0);
+}
+
+// How many blocks share the inputs best.
+Choice shared(const kbc_matmul& p, int kernel, const Device& device) {
+  constexpr int kMostMemory = 200 << 10;
+  Choice best{kernel, 1};
+  if (!kMatrixKernels[kernel].wgmma) return best;
+  for (unsigned shares = 2; shares <= 8; shares *= 2) {
+    const Choice other{kernel, shares};
+    if (memory(other) > kMostMemory) break;
+    if (estimate(p, other, device) < estimate(p, best, device)) best = other;
+  }
+  return best;
+}
+
+Choice choose(const kbc_matmul& p, const Device& device) {
+  if (p.group_size) return {p.rows <= 8 ? kGrouped8 : kGrouped32, 1};
+  if (device.capability == 90 && (p.rows > 16 || p.bits < 8)) {
+    Choice best{p.rows > 16 ? kWgmma16 : kMma8, 1};
+    for (int kernel = kWgmma16; kernel < kCount; ++kernel) {
+      const Choice other = shared(p, kernel, device);
+      if (estimate(p, other, device) < estimate(p, best, device)) best = other;
+    }
+    return best;
+  }
+  if (p.rows <= 8 || (p.rows <= 16 && p.out_features <= 32 * device.multiprocessors)) return {kMma8, 1};
+  return {p.rows <= 16 ? kMma16 : p.rows <= 32 ? kMma32 : kMma64, 1};
+}
 
 // Where things lie in the workspace.
 struct Workspace {
@@ -169,13 +206,14 @@ const char* run_matrix(Device& device, const kbc_matmul& p, const Matmul& m, voi
                      p.weights != KBC_WEIGHTS_SETTLE};
   if (const char* wrong = launch(device, p.bits, first, &m, stream)) return wrong;
   if (p.kernel < 0 || p.kernel > kCount) return "kernel is out of range";
-  const MatrixKernel& k = kMatrixKernels[p.kernel ? p.kernel - 1 : choose(p, device)];
+  const Choice choice = p.kernel ? shared(p, p.kernel - 1, device) : choose(p, device);
+  const MatrixKernel& k = kMatrixKernels[choice.kernel];
   if (k.grouped != (p.group_size != 0)) return "this kernel is for other scales";
   if (k.wgmma && device.capability != 90) return "this kernel is for compute capability 9.0";
-  const Launch second{k.name, static_cast<unsigned>((p.rows + k.rows - 1) / k.rows),
-                      static_cast<unsigned>((p.out_features + k.columns - 1) / k.columns),
-                      static_cast<unsigned>(k.threads),
-                      static_cast<unsigned>(k.stages * k.slices * k.rows * kSlice), true};
+  Launch second{k.name, static_cast<unsigned>((p.rows + k.rows - 1) / k.rows) * choice.shares,
+                static_cast<unsigned>((p.out_features + k.columns - 1) / k.columns),
+                static_cast<unsigned>(k.threads), static_cast<unsigned>(memory(choice)), true};
+  second.cluster = choice.shares;
   return launch(device, p.bits, second, &m, stream);
 }
 
