@@ -7,26 +7,38 @@ JOBS ?= 2
 # Its models need nothing that requirements-dev.txt does not bring; its tokenizers and downloads
 # would bring tensorflow-text, kagglehub and more.
 WITHOUT_DEPENDENCIES := keras-hub==0.32.0
+TOOLS := $(VENV)/.tools
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
+# The kernels compile and Debian's packages arrive while pip unpacks.
+MAKEFLAGS += --jobs=4
+unexport MAKEFLAGS
 
 .PHONY: demo test check format bench clean emulator browser
 
 # --no-compile: of these gigabytes little is ever imported, and that Python compiles then.
-$(INSTALLED): pyproject.toml requirements-dev.txt
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+
+$(TOOLS):
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(WITHOUT_DEPENDENCIES)
-	KERAS_BITNET_NO_NATIVE=1 $(BIN)/python -m pip install --quiet --no-deps \
-		--no-build-isolation --editable .
+	$(PIP_INSTALL) --upgrade pip
+	$(PIP_INSTALL) cmake ninja
+	touch $@
+
+$(INSTALLED): $(TOOLS) pyproject.toml requirements-dev.txt
+	$(PIP_INSTALL) -r requirements-dev.txt
+	$(PIP_INSTALL) --no-deps $(WITHOUT_DEPENDENCIES)
+	KERAS_BITNET_NO_NATIVE=1 $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
 	touch $@
 
 # The native kernels, built into the source tree.
-$(READY): $(INSTALLED) CMakeLists.txt $(wildcard keras_bitnet/kernels/native/src/*)
+$(VENV)/.kernels: $(TOOLS) CMakeLists.txt $(wildcard keras_bitnet/kernels/native/src/*)
 	$(BIN)/cmake -S . -B build/native -G Ninja -D CMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja)
 	$(BIN)/cmake --build build/native
 	$(BIN)/cmake --install build/native --prefix .
+	touch $@
+
+$(READY): $(INSTALLED) $(VENV)/.kernels
 	touch $@
 
 ## demo: train, pack and run a ternary network on MNIST; prints a table, saves a plot.
@@ -45,8 +57,8 @@ emulator:
 			|| echo "no emulator for ARM: its test is skipped"; \
 	fi
 
-# What the test of the report's page needs; the same holds for it.
-browser:
+# What the test of the report's page needs; the same holds for it. One apt-get at a time.
+browser: emulator
 	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && ! { command -v chromium \
 		|| command -v chromium-browser || command -v google-chrome; } >/dev/null; then \
 		timeout 120 sh -c 'install="apt-get install -qq -y --no-install-recommends chromium"; \

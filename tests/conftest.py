@@ -1,5 +1,6 @@
 """The suite runs once per backend: KERAS_BACKEND=jax|torch|tensorflow python -m pytest."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -27,6 +28,15 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import keras
 import numpy as np
 import pytest
+
+gc.disable()  # until all is imported
+
+
+def pytest_collection_finish():
+    """What the imports made stays: the garbage collector need not walk it again and again."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

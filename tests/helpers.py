@@ -1,5 +1,6 @@
 """What the tests need from a backend."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -16,6 +17,12 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # For tests that need no backend, or bring all three.
 once = pytest.mark.skipif(BACKEND != "torch", reason="runs once, on the PyTorch run of the suite")
+
+
+def needs(*modules):
+    """A mark for tests that import such modules themselves: every worker collects every file."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
 
 
 def to_numpy(x):

@@ -23,7 +23,7 @@ Y = RANDOM.normal(size=(16, 2)).astype("float32")
 
 
 def make_model(quantizer="ternary", jit_compile=FAST, second=None, eagerly=False):
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(3)
     model = keras.Sequential(
         [

@@ -25,7 +25,7 @@ def bit_layer(name="bit", **kwargs):
 
 def probe_model(optimizer=None, jit_compile=FAST, loss=mean_output, nested=False):
     """Kernel (0.2, 1) quantizes to (0, 0.6): on inputs (1, 0) the loss is 0.2 (1 - strength)."""
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     layer = bit_layer()
     stack = [keras.Sequential([keras.Input((2,)), layer], name="inner") if nested else layer]
     model = keras.Sequential([keras.Input((2,)), *stack])
@@ -142,7 +142,7 @@ def test_resumes_after_backup(tmp_path, update_freq):
 
 
 def test_filters_and_shared_layers():
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     x = keras.Input((1,))
     shared, other = bit_layer("shared"), bit_layer("other")
     model = keras.Model(x, other(shared(shared(x))))

@@ -30,7 +30,7 @@ OPTIMIZERS = {
 
 
 def make_model(optimizer="adamw", jit_compile=FAST):
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(3)
     learned = Int4(scale="learned")
     model = keras.Sequential(

@@ -35,7 +35,7 @@ def built(kernel, **kwargs):
 
 
 def make_model(learning_rate=0.1, jit_compile=BACKEND == "jax"):
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(1)
     inner = keras.Sequential([keras.Input((6,)), BitLinear(5, norm="rms", name="deep")], name="in")
     last = BitLinear(3, weight_quantizer="int8", activation_quantizer=None, name="last")
@@ -170,7 +170,7 @@ def test_no_flips_without_training():
 
 
 def test_names_that_repeat():
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     inner = keras.Sequential([keras.Input((6,)), BitLinear(6, name="same")], name="inner")
     model = keras.Sequential([keras.Input((6,)), inner, BitLinear(3, name="same")])
     model.compile("sgd", "mse")

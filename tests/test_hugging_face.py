@@ -5,17 +5,13 @@ import warnings
 
 import numpy as np
 import pytest
-from helpers import relative_error, to_numpy
+from helpers import needs, relative_error, to_numpy
 from rounding import clear_tokens
 
 from keras_bitnet.interop import from_hugging_face, to_hugging_face
 from keras_bitnet.interop.safetensors_file import Checkpoint
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate", reason="transformers quantizes with accelerate")
-from safetensors.torch import save_file  # noqa: E402
-from transformers.integrations.bitnet import pack_weights  # noqa: E402
+pytestmark = needs("torch", "transformers", "accelerate")
 
 SIZES = {
     "vocab_size": 56, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -23,8 +19,8 @@ SIZES = {
     "initializer_range": 0.5,
 }  # fmt: skip
 KINDS = {
-    "bitnet": (transformers.BitNetConfig, {"tie_word_embeddings": True}),
-    "llama": (transformers.LlamaConfig, {"tie_word_embeddings": False, "head_dim": 10}),
+    "bitnet": ("BitNetConfig", {"tie_word_embeddings": True}),
+    "llama": ("LlamaConfig", {"tie_word_embeddings": False, "head_dim": 10}),
 }
 QUANTIZATION = {
     "online": {"linear_class": "autobitlinear", "quantization_mode": "online"},
@@ -37,8 +33,13 @@ SAME = 1e-4  # largest difference of a logit
 
 def make_checkpoint(folder, kind, variant, **changes):
     """A checkpoint of random weights, written by the other side's own code."""
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+    from transformers.integrations.bitnet import pack_weights
+
     config_class, more = KINDS[kind]
-    config = config_class(**{**SIZES, **more, **changes})
+    config = getattr(transformers, config_class)(**{**SIZES, **more, **changes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
@@ -64,6 +65,9 @@ def make_checkpoint(folder, kind, variant, **changes):
 
 
 def their_logits(folder, tokens):
+    import torch
+    import transformers
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -19,12 +19,7 @@ void widen_as(const void* data, int64_t row, int dim, float* to) {
 }
 
 void widen(const void* data, int dtype, int64_t row, int dim, float* to) {
-  switch (dtype) {
-    case KBN_BF16: return widen_as<BFloat16>(data, row, dim, to);
-    case KBN_F16: return widen_as<Float16>(data, row, dim, to);
-    case KBN_I8: return widen_as<Int8>(data, row, dim, to);
-    default: return widen_as<Float32>(data, row, dim, to);
-  }
+  with_element(dtype, [&](auto element) { widen_as<decltype(element)>(data, row, dim, to); });
 }
 
 // Turns each pair (x[i], x[i + dim / 2]) by its angle, then rounds as the dtype is.
@@ -42,11 +37,7 @@ void turn_as(const Head& head, float* x) {
 
 void turn(const Head& head, float* x) {
   if (head.cosines == nullptr) return;
-  switch (head.dtype) {
-    case KBN_BF16: return turn_as<BFloat16>(head, x);
-    case KBN_F16: return turn_as<Float16>(head, x);
-    default: return turn_as<Float32>(head, x);
-  }
+  with_element(head.dtype, [&](auto element) { turn_as<decltype(element)>(head, x); });
 }
 
 // Writes the row of the new token to a cache; an int8 row as `ActivationInt8` quantizes it.
@@ -154,12 +145,7 @@ void attend(const Head& head) {
     for (int g = 0; g < head.groups; ++g) softmax(scores + g * row, head.index + 1);
     sum_as<Element>(head, scores, token, y);
   };
-  switch (head.cache_dtype) {
-    case KBN_BF16: each(BFloat16{}); break;
-    case KBN_F16: each(Float16{}); break;
-    case KBN_I8: each(Int8{}); break;
-    default: each(Float32{});
-  }
+  head.cache_dtype == KBN_I8 ? each(Int8{}) : with_element(head.cache_dtype, each);
   const int size = size_of(head.dtype);
   for (int g = 0; g < head.groups; ++g) {
     store(y + g * width, 1.0f, nullptr, head.dtype, head.dim,

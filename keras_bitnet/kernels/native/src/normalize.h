@@ -23,11 +23,9 @@ void normalize_as(const void* data, const float* scale, int64_t count, float eps
 }
 
 void normalize(const void* x, const float* scale, int dtype, int64_t count, float epsilon, void* y) {
-  switch (dtype) {
-    case KBN_BF16: return normalize_as<BFloat16>(x, scale, count, epsilon, y);
-    case KBN_F16: return normalize_as<Float16>(x, scale, count, epsilon, y);
-    default: return normalize_as<Float32>(x, scale, count, epsilon, y);
-  }
+  with_element(dtype, [=](auto element) {
+    normalize_as<decltype(element)>(x, scale, count, epsilon, y);
+  });
 }
 
 }  // namespace

@@ -83,6 +83,16 @@ struct Float16 {
   static float from_magnitude(uint32_t bits) { return widen(static_cast<uint16_t>(bits)); }
 };
 
+// Calls `use` with the element type of a `kbn_dtype` other than int8.
+template <typename Use>
+[[gnu::always_inline]] inline auto with_element(int dtype, const Use& use) {
+  switch (dtype) {
+    case KBN_BF16: return use(BFloat16{});
+    case KBN_F16: return use(Float16{});
+    default: return use(Float32{});
+  }
+}
+
 template <typename Element>
 float absmax_of(const void* data, int64_t count) {
   const auto* x = static_cast<const typename Element::Storage*>(data);
@@ -118,20 +128,14 @@ void store_as(const float* y, float x_scale, const float* bias, int count, void*
 }
 
 float absmax(const void* x, int dtype, int64_t count) {
-  switch (dtype) {
-    case KBN_BF16: return absmax_of<BFloat16>(x, count);
-    case KBN_F16: return absmax_of<Float16>(x, count);
-    default: return absmax_of<Float32>(x, count);
-  }
+  return with_element(dtype, [=](auto element) { return absmax_of<decltype(element)>(x, count); });
 }
 
 void quantize(const void* x, int dtype, int64_t count, float inverse, float highest,
               int8_t* codes) {
-  switch (dtype) {
-    case KBN_BF16: return quantize_as<BFloat16>(x, count, inverse, highest, codes);
-    case KBN_F16: return quantize_as<Float16>(x, count, inverse, highest, codes);
-    default: return quantize_as<Float32>(x, count, inverse, highest, codes);
-  }
+  with_element(dtype, [=](auto element) {
+    quantize_as<decltype(element)>(x, count, inverse, highest, codes);
+  });
 }
 
 // `Valid` columns, or as many as `scaling` says where it is 0: short loops of known length.
@@ -170,11 +174,9 @@ void add_scaled(const Block& block, const Scaling& scaling, float* y) {
 }
 
 void store(const float* y, float x_scale, const float* bias, int dtype, int count, void* out) {
-  switch (dtype) {
-    case KBN_BF16: return store_as<BFloat16>(y, x_scale, bias, count, out);
-    case KBN_F16: return store_as<Float16>(y, x_scale, bias, count, out);
-    default: return store_as<Float32>(y, x_scale, bias, count, out);
-  }
+  with_element(dtype, [=](auto element) {
+    store_as<decltype(element)>(y, x_scale, bias, count, out);
+  });
 }
 
 }  // namespace
