@@ -5,7 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
-from helpers import mean_error
+from helpers import mean_error, trace_once
 from keras import ops
 
 from keras_bitnet import pack_model, quantize_model
@@ -323,7 +323,7 @@ def test_changes_under_torch_compile(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     model, watch = make_model(jit_compile=True), Watch()
-    model.optimizer.build(model.trainable_variables)  # or the first step is traced twice
+    trace_once(model)
     fit(model, AdaptivePrecision(target=30, ladder=("ternary", "int8")), watch, epochs=2)
     _, losses = by_hand(2, {1: {"one": "int8", "two": "int8"}}, jit_compile=False)
     assert watch.bits == [[1.58, 1.58], [8, 8]]

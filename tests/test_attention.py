@@ -6,7 +6,7 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, relative_error, to_numpy
+from helpers import BACKEND, compiled, relative_error, to_numpy
 from keras import ops
 from test_models import make_model
 
@@ -29,6 +29,7 @@ SIZES = (
     (2, 12, 2, 100, 2000, 1234), (40, 4, 1, 32, 64, 63), (1, 9, 3, 132, 5000, 4999),
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16")
+CACHE_DTYPES = (*DTYPES, "int8")
 TOLERANCE = {"float32": 5e-6, "bfloat16": 1e-2, "float16": 2e-3}
 
 
@@ -43,24 +44,33 @@ def floats(x):
 def problem(rng, size, dtype, cache_dtype):
     """A cache full of numbers, behind the new token too, and the arguments of `attend_next`."""
     batch, heads, key_heads, head_dim, length, index = size
-    cache = key_value_cache.make_cache(batch, length, key_heads, head_dim, cache_dtype)
+
+    def write(*rows):
+        cache = key_value_cache.make_cache(batch, length, key_heads, head_dim, cache_dtype)
+        return key_value_cache.write(cache, *(ops.cast(x, dtype) for x in rows), 0)
+
     rows = (rng.normal(size=(batch, length, key_heads, head_dim)) for _ in range(2))
-    cache = key_value_cache.write(cache, *(tensor(x, dtype) for x in rows), 0)
+    cache = compiled(write, *(tensor(x) for x in rows))
     query = tensor(rng.normal(size=(batch, 1, heads, head_dim)), dtype)
     key, value = (tensor(rng.normal(size=(batch, 1, key_heads, head_dim)), dtype) for _ in range(2))
     mask = rng.random((batch, 1, length)) < 0.7
     mask[..., index] = True
     mask[..., index + 1 :] = False
     places = ops.convert_to_tensor(rng.integers(0, length, (batch, 1)), "int32")
-    rotary = rotary_tables(places, head_dim, 10000.0)
+    rotary = compiled(lambda places: rotary_tables(places, head_dim, 10000.0), places)
     at = ops.convert_to_tensor(index, "int32")
     return cache, (query, key, value, at, head_dim**-0.5, ops.convert_to_tensor(mask), rotary)
 
 
 def run(name, cache, arguments):
+    query, key, value, at, scale, *rest = arguments
+
+    def attend(cache, query, key, value, at, *rest):
+        with kernels.use_kernel(name):
+            return key_value_cache.attend_next(cache, query, key, value, at, scale, *rest)
+
     cache = {key: ops.copy(x) for key, x in cache.items()}
-    with kernels.use_kernel(name):
-        return key_value_cache.attend_next(cache, *arguments)
+    return compiled(attend, cache, query, key, value, at, *rest)
 
 
 def cached(cache, name):
@@ -83,21 +93,25 @@ def expected(cache, query, index, scale, mask):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("cache_dtype", [*DTYPES, "int8"])
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_numpy(dtype, cache_dtype, masked, rng):
-    for size in SIZES:
+    # On JAX each compiles: there, all sizes meet over the parameters.
+    step = 3 if BACKEND == "jax" else 1
+    for size in SIZES[(DTYPES.index(dtype) + CACHE_DTYPES.index(cache_dtype)) % step :: step]:
         cache, arguments = problem(rng, size, dtype, cache_dtype)
         query, key, value, at, scale, mask, rotary = arguments
         mask, rotary = (mask, rotary) if masked else (None, None)
         y, written = run(ROW, cache, (query, key, value, at, scale, mask, rotary))
         assert y.shape == query.shape
         assert y.dtype == query.dtype
-        turned = query if rotary is None else rotate(query, rotary)
+        turned = query if rotary is None else compiled(rotate, query, rotary)
         wanted = expected(written, turned, size[-1], scale, mask)
         # A pair that is turned may be rounded otherwise, where XLA contracts its products.
         assert relative_error(floats(y), wanted) < TOLERANCE[dtype] * (1 + 4 * masked), size
-        check_written(cache, written, key if rotary is None else rotate(key, rotary), value, size)
+        check_written(
+            cache, written, key if rotary is None else compiled(rotate, key, rotary), value, size
+        )
 
 
 def check_written(before, after, key, value, size):
@@ -111,7 +125,7 @@ def check_written(before, after, key, value, size):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="XLA contracts products and divides otherwise")
-@pytest.mark.parametrize("cache_dtype", [*DTYPES, "int8"])
+@pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_writes_the_bits_of_the_reference(dtype, cache_dtype, rng):
     for size in SIZES:

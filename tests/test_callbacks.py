@@ -5,6 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
+from helpers import trace_once
 from keras import ops
 
 from keras_bitnet.callbacks import QuantizationScheduler, TwoStageSchedule
@@ -375,7 +376,7 @@ def test_both_under_torch_compile(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     optimizer = keras.optimizers.SGD(0.3, weight_decay=0.4)
     model, layer = probe_model(optimizer, jit_compile=True, loss=no_loss)
-    optimizer.build(model.trainable_variables)  # or the first step is traced twice
+    trace_once(model)
     seen, scheduler = Shrinking(), QuantizationScheduler(end=4, update_freq=1)
     fit(model, scheduler, schedule(weight_decay=0.4, warmup_steps=0), seen, steps=6)
     assert float(ops.convert_to_numpy(layer.quantization_strength)) == 1.0

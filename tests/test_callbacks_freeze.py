@@ -5,6 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
+from helpers import trace_once
 from keras import ops
 
 from keras_bitnet.callbacks import QATModeSwitch
@@ -259,6 +260,6 @@ def test_freezing_under_torch_compile(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     model, watch = make_model("sgd", jit_compile=True), Watch()
-    model.optimizer.build(model.trainable_variables)  # or the first step is traced twice
+    trace_once(model)
     fit(model, QATModeSwitch(epoch=1, freeze_epoch=2), watch, epochs=3)
     check_frozen_after(watch, 1)

@@ -1,12 +1,13 @@
 """The native CPU rows as every backend sees them; what only one has is in test_native_<backend>."""
 
+import functools
 import threading
 
 import keras
 import numpy as np
 import oracle
 import pytest
-from helpers import BACKEND, gradient, relative_error, to_numpy
+from helpers import BACKEND, compiled, gradient, relative_error, to_numpy
 from keras import ops
 
 from keras_bitnet import kernels
@@ -84,10 +85,13 @@ def test_equals_oracle_and_reference(bits, offset, granularity, dtype, rng):
         codes, packed = make_packed(rng, k, n, bits, granularity, offset)
         bias = rng.normal(size=n).astype("float32") if n % 2 else None
         x = ops.cast(rng.normal(size=(m, k)).astype("float32"), dtype)
-        with kernels.use_kernel("native"):
-            y = bit_matmul(x, packed, quantizer, bias, static_scale(quantizer))
-        with kernels.use_kernel("reference"):
-            reference = bit_matmul(x, packed, quantizer, bias, static_scale(quantizer))
+
+        def multiply(kernel, x, packed=packed, quantizer=quantizer, bias=bias):
+            with kernels.use_kernel(kernel):
+                return bit_matmul(x, packed, quantizer, bias, static_scale(quantizer))
+
+        y = compiled(functools.partial(multiply, "native"), x)
+        reference = compiled(functools.partial(multiply, "reference"), x)
         assert keras.backend.standardize_dtype(y.dtype) == dtype
         assert tuple(y.shape) == (m, n)
         x, y, reference = (to_numpy(ops.cast(v, "float32")) for v in (x, y, reference))
