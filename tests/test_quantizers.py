@@ -124,6 +124,14 @@ def test_restore_gives_the_codes_and_scale_back(cls, scale, granularity, group_s
     )
 
 
+def test_restore_where_the_median_lies_between_two_far_values():
+    quantizer = Ternary(scale="absmedian")
+    first = quantizer.quantize(np.array([[0.0], [0.1], [1.9], [2.0]], "float32"))
+    again = quantizer.quantize(quantizer.restore(first))
+    np.testing.assert_array_equal(to_numpy(again.codes), to_numpy(first.codes))
+    np.testing.assert_allclose(to_numpy(again.scale), [[1.0]], rtol=1e-6)
+
+
 def test_binary_has_no_zero():
     codes, _, _ = Binary().quantize(np.array([[0.0, -0.0, 1e-30, -1e-30]], "float32"))
     np.testing.assert_array_equal(to_numpy(codes), [[1, 1, 1, 0]])

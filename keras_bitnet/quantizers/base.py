@@ -207,7 +207,7 @@ class WeightQuantizer(keras.Quantizer):
 
         Mostly that is `dequantize`. Where the scale is computed, the outermost levels are
         moved outwards, which keeps their codes, until the statistic gives the scale back:
-        the mean of {-s, 0, s} alone would be smaller than s.
+        the mean of {-s, 0, s} alone would be smaller than s, and so can the median be.
 
         Args:
             quantized: `QuantizedWeight`.
@@ -221,9 +221,9 @@ class WeightQuantizer(keras.Quantizer):
             levels = ops.cast(quantized.codes, "float32") + quantized.offset
             outermost = ops.logical_or(levels == self.lowest, levels == self.highest)
             return ops.where(outermost, largest, weight)
-        if self.scale == "absmean":
-            return weight * self._expand(quantized.scale / self.compute_scale(weight), weight)
-        return weight
+        if self.learned:
+            return weight
+        return weight * self._expand(quantized.scale / self.compute_scale(weight), weight)
 
     def fake_quantize(self, weight, scale=None, strength=None, dtype=None):
         """Rounds a weight to the grid and back, keeping a gradient: the weight of QAT.
