@@ -134,3 +134,9 @@ def test_separable_trains_and_saves(rng, tmp_path):
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_batch_without_images():
+    layer = BitDepthwiseConv1D(3, depth_multiplier=2)
+    layer.build((None, 9, 4))
+    assert tuple(layer(np.ones((0, 9, 4), "float32")).shape) == (0, 7, 8)

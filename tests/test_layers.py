@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_bitnet import quantizers
 from keras_bitnet.layers import BitEinsumDense, BitLinear
+from keras_bitnet.quantizers import ActivationInt8, StaticActivation
 
 NAMES = ["binary", "ternary", "int2", "int4", "int8"]
 GRANULARITIES = [("tensor", None), ("channel", None), ("group", 32)]
@@ -240,6 +241,15 @@ def test_inputs_of_the_wrong_size():
     layer.build((None, 8))
     with pytest.raises(ValueError, match="expected axis -1"):
         layer(np.ones((2, 7), "float32"))
+
+
+@pytest.mark.parametrize("granularity", ["token", "tensor", "static"])
+def test_a_batch_without_rows(granularity):
+    static = granularity == "static"
+    activation = StaticActivation(8, momentum=0.9) if static else ActivationInt8(granularity)
+    layer = BitLinear(7, activation_quantizer=activation)
+    model = keras.Sequential([keras.Input((3, 20)), layer])
+    assert tuple(model(np.ones((0, 3, 20), "float32")).shape) == (0, 3, 7)
 
 
 def test_kernel_that_is_not_finite_is_not_packed():

@@ -145,9 +145,9 @@ class BitDepthwiseConv(BitLayer):
         return y if self.activation is None else self.activation(y)
 
     def _multiply(self, x, matrix):
-        leading = ops.shape(x)[:-1]
-        x = ops.reshape(x, (*leading, self.in_features, -1, 1))
-        kernel = ops.reshape(matrix, (self.in_features, -1, self.depth_multiplier))
+        leading, channels = ops.shape(x)[:-1], self.out_features // self.depth_multiplier
+        x = ops.reshape(x, (*leading, self.in_features, channels, 1))
+        kernel = ops.reshape(matrix, (self.in_features, channels, self.depth_multiplier))
         y = ops.reshape(ops.sum(x * kernel, axis=-3), (*leading, self.out_features))
         return y if self.bias is None else ops.add(y, self.bias)
 

@@ -13,6 +13,7 @@ from keras import ops
 from keras_bitnet.checks import check_choice, check_own_names
 from keras_bitnet.layers.kept_channels import KeptChannels
 from keras_bitnet.ops.hadamard import hadamard
+from keras_bitnet.ops.magnitude import largest_magnitude
 
 # For `own_names` of a layer that does nothing to its inputs but quantize them.
 UNTREATED: dict[str, str | None] = dict.fromkeys(
@@ -151,8 +152,8 @@ class InputTreatment(KeptChannels):
         momentum = self.activation_quantizer.momentum
         if self.packed and momentum is None:
             return scale  # packing saw to it that there is one
-        largest = ops.max(ops.abs(ops.cast(ops.stop_gradient(x), "float32")))
-        seen = ops.maximum(largest, self.activation_quantizer.epsilon)
+        axes, least = tuple(range(len(x.shape))), self.activation_quantizer.epsilon
+        seen = ops.reshape(largest_magnitude(ops.cast(x, "float32"), axes, least), ())
         seen = seen / self.activation_quantizer.highest
         if momentum is not None:
             moved = ops.where(scale > 0, momentum * scale + (1 - momentum) * seen, seen)

@@ -7,6 +7,7 @@ from keras import ops
 from keras_bitnet.checks import check_choice
 from keras_bitnet.kernels import training
 from keras_bitnet.ops.constants import constant_like
+from keras_bitnet.ops.magnitude import largest_magnitude
 from keras_bitnet.ops.ste import blend, straight_through
 
 
@@ -112,10 +113,8 @@ class ActivationQuantizer(keras.Quantizer):
         self._check_scale(scale)
         if scale is not None:
             return self._static_ratio(x, ops.stop_gradient(ops.cast(scale, "float32")))
-        # All axes by name, for ONNX. `amax`: `torch.compile` does not trace through `ops.max`.
         axis = -1 if self.granularity == "token" else tuple(range(len(x.shape)))
-        largest = ops.amax(ops.abs(ops.stop_gradient(x)), axis=axis, keepdims=True)
-        largest = ops.maximum(largest, constant_like(largest, self.epsilon))
+        largest = largest_magnitude(x, axis, self.epsilon)
         # A tensor is divided, as `number / tensor` is a rounded reciprocal times the number on
         # torch. The constant is multiplied: XLA turns a division by it into that, others do not.
         inverse = constant_like(largest, self.highest) / largest

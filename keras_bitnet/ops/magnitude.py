@@ -1,0 +1,27 @@
+"""The largest magnitude, on every backend of an empty batch too."""
+
+import keras
+from keras import ops
+
+from keras_bitnet.ops.constants import constant_like
+
+BACKEND = keras.backend.backend()
+
+
+def largest_magnitude(x, axis, least):
+    """`max(max |x|, least)` along axes that stay, `least` where there is nothing.
+
+    Args:
+        x: Float tensor.
+        axis: Axis, or tuple of them: all axes by name, for ONNX.
+        least: Positive number.
+
+    Returns:
+        Tensor that broadcasts with `x`, without a gradient.
+    """
+    x = ops.abs(ops.stop_gradient(x))
+    if BACKEND == "torch" and 0 not in x.shape:
+        # `torch.compile` does not trace through `ops.max`; `initial` costs a copy to the device.
+        largest = ops.amax(x, axis=axis, keepdims=True)
+        return ops.maximum(largest, constant_like(largest, least))
+    return ops.max(x, axis=axis, keepdims=True, initial=least)
