@@ -13,7 +13,7 @@ from test_native_adapters import make_packed, packed_layer
 
 from keras_bitnet import kernels
 from keras_bitnet.kernels.cuda import library
-from keras_bitnet.ops import bit_matmul
+from keras_bitnet.ops import bit_matmul, layout
 from keras_bitnet.quantizers.activations import ActivationInt8
 
 if library.reason(0) is not None:
@@ -47,6 +47,50 @@ def test_every_matrix_kernel(bits, rows, rng):
 
 def _name(kernel):
     return "wgmma" if kernel > 6 else "mma"
+
+
+@pytest.mark.parametrize("out_features", [130, 6000, 12000])  # clusters of 8, 4 and 2 on 132 SMs
+def test_blocks_that_share_inputs(out_features, rng):
+    from keras_bitnet.kernels.cuda import torch as adapter
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no cluster of blocks multiplies on this GPU")
+    *shared, alone = 7, 8, 9, 10  # the last one has no memory for sums of other blocks
+    shape = layout.tiles_shape(4200, out_features, 2)
+    tiles = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+    scale = torch.ones(1, 1, device="cuda")
+    for rows in (5, 33, 130):
+        x = torch.randn(rows, 4200, device="cuda")
+        y = {
+            kernel: [
+                adapter._launch(
+                    x, tiles, scale, None, None, out_features, 2, 0, 8, False, -1.0, 1e-5, kernel
+                )
+                for _ in range(20)
+            ]
+            for kernel in (alone, *shared)
+        }  # fmt: skip
+        for kernel in shared:
+            assert all(torch.equal(found, y[alone][0]) for found in y[kernel]), (kernel, rows)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_the_largest_sums(bits):
+    from keras_bitnet.kernels.cuda import torch as adapter
+
+    # With so many outputs one block sums over all inputs.
+    inputs, outputs, rows = 98304, 17000, 40
+    shape = layout.tiles_shape(inputs, outputs, bits)
+    tiles = torch.full(shape, 255, dtype=torch.uint8, device="cuda")
+    scale, x = torch.ones(1, 1, device="cuda"), torch.ones(rows, inputs, device="cuda")
+    wanted = torch.full((rows, outputs), (2.0**bits - 2) * inputs, device="cuda")
+    for kernel in MATRIX_KERNELS:
+        if kernel in GROUPED or (kernel > 6 and torch.cuda.get_device_capability() != (9, 0)):
+            continue
+        y = adapter._launch(
+            x, tiles, scale, None, None, outputs, bits, 0, 8, False, -1.0, 1e-5, kernel
+        )
+        torch.testing.assert_close(y, wanted, rtol=1e-6, atol=0.1)
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])

@@ -1,5 +1,7 @@
 """Fake quantization by the CUDA kernels: the bits of the reference, its gradient, compiled too."""
 
+import importlib
+
 import numpy as np
 import pytest
 from helpers import BACKEND
@@ -190,6 +192,7 @@ def test_refusals(rng):
 
 
 def test_opcheck():
+    importlib.import_module("keras_bitnet.kernels.cuda.torch_training")  # registers them
     x = torch.randn(6, 20, device="cuda", requires_grad=True)
     strength, scale = torch.tensor(0.5, device="cuda"), torch.ones(1, 1, device="cuda")
     operators = torch.ops.keras_bitnet

@@ -33,8 +33,8 @@ KERNEL(mma_grouped_32, 256, 1, gemm_mma<4, 2, 4, 3, AHEAD, true>(p))
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int FAR_AHEAD = BITS <= 2 ? 4 : AHEAD;
-KERNEL(wgmma_16, 384, 1, gemm_wgmma<2, 16, FAR_AHEAD>(p))
-KERNEL(wgmma_32, 384, 1, gemm_wgmma<4, 16, FAR_AHEAD>(p))
-KERNEL(wgmma_64, 384, 1, gemm_wgmma<8, 8, FAR_AHEAD>(p))
-KERNEL(wgmma_128, 384, 1, gemm_wgmma<16, 10, AHEAD>(p))
+KERNEL(wgmma_16, 384, 1, gemm_wgmma<2, 16, FAR_AHEAD, SHIFTS>(p))
+KERNEL(wgmma_32, 384, 1, gemm_wgmma<4, 16, FAR_AHEAD, SHIFTS>(p))
+KERNEL(wgmma_64, 384, 1, gemm_wgmma<8, 8, FAR_AHEAD, SHIFTS < 2 ? 1 : 2>(p))
+KERNEL(wgmma_128, 384, 1, gemm_wgmma<16, 10, AHEAD, 1>(p))
 #endif

@@ -129,7 +129,7 @@ DEVICE void gemm_mma(const Matmul& p) {
 #pragma unroll
       for (int pair = 0; pair < SLABS / 2; ++pair) {
         u32 b[MB][4];  // two slabs, two registers each
-        const int unit = (4 * pair + lane / 8) ^ (lane % 8);
+        const int unit = place_of(4 * pair + lane / 8) ^ (lane % 8);
 #pragma unroll
         for (int m = 0; m < MB; ++m) load_matrices(stage + m * 8 * SLICE + unit * 16, b[m]);
 #pragma unroll

@@ -91,6 +91,21 @@ DEVICE u64 describe(u32 address) {
   return (u64)((address & 0x3ffff) >> 4) | (u64)1 << 16 | (u64)(1024 >> 4) << 32 | (u64)1 << 62;
 }
 
+// The A operand of slab `s` of a slice for set `set`: codes times 2^(BITS * (s % FACTORS)), which saves
+// shifts. The sums of each factor are kept apart; 98,304 inputs do not overflow them.
+template <int FACTORS> DEVICE void unpack_scaled(const uint4 (&w)[QUADS], int s, int set, u32 (&a)[4]) {
+  if constexpr (BITS == 8) {
+    unpack(w, s, set, a);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // two columns, in one unit of the image and in the next
+      const int quad = BITS == 1 ? 0 : s / SHIFTS * 2 + i / 2;
+      const int place = s % SHIFTS + (BITS == 1 ? i / 2 * SHIFTS : 0), kept = s % FACTORS;
+      a[i] = (word(w[quad], 2 * set + i % 2) >> (BITS * (place - kept))) & (MASK << (BITS * kept));
+    }
+  }
+}
+
 // The slices of this block of a cluster: as many for each as it takes turns, `round` at a time.
 struct Share {
   int first, count;
@@ -161,7 +176,7 @@ template <int MB> DEVICE void add_shares(Tile<int, MB>& sums, void* memory, int&
   }
 }
 
-template <int MB, int STAGES, int AHEAD>
+template <int MB, int STAGES, int AHEAD, int FACTORS>
 DEVICE void consume(const Matmul& p, Share share, int first_row, u32 shared, u32 full, u32 empty) {
   constexpr int BM = 8 * MB, STAGE = BM * SLICE;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -176,7 +191,7 @@ DEVICE void consume(const Matmul& p, Share share, int first_row, u32 shared, u32
 #pragma unroll
     for (int j = 0; j < AHEAD; ++j) columns.load(share.first + j, weights[j]);
 
-  Tile<int, MB> sums = {};
+  Tile<int, MB> apart[FACTORS] = {};
   // Past the end the weights are zeros and the activations those of an earlier slice.
   for (int base = 0; base < share.count; base += AHEAD)
 #pragma unroll
@@ -186,7 +201,7 @@ DEVICE void consume(const Matmul& p, Share share, int first_row, u32 shared, u32
 #pragma unroll
       for (int s = 0; s < SLABS; ++s)
 #pragma unroll
-        for (int set = 0; set < 2; ++set) unpack(weights[j], s, set, a[s][set]);
+        for (int set = 0; set < 2; ++set) unpack_scaled<FACTORS>(weights[j], s, set, a[s][set]);
       columns.load(share.first + i + AHEAD, weights[j]);
       barrier_wait(full + 8 * stage, i / STAGES & 1);
       const u64 b = describe(shared + stage * STAGE);
@@ -194,7 +209,7 @@ DEVICE void consume(const Matmul& p, Share share, int first_row, u32 shared, u32
 #pragma unroll
       for (int s = 0; s < SLABS; ++s)
 #pragma unroll
-        for (int set = 0; set < 2; ++set) Wgmma<MB>::multiply(sums[set], a[s][set], b + 2 * s);
+        for (int set = 0; set < 2; ++set) Wgmma<MB>::multiply(apart[s % FACTORS][set], a[s][set], b + 2 * s);
       asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
       asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
@@ -206,12 +221,18 @@ DEVICE void consume(const Matmul& p, Share share, int first_row, u32 shared, u32
       if (lane == 0) barrier_arrive(empty + 8 * stage);
     }
 
+  Tile<int, MB>& sums = apart[0];
+#pragma unroll
+  for (int f = 1; f < FACTORS; ++f)
+#pragma unroll
+    for (int i = 0; i < 8 * MB; ++i)
+      sums[i / (4 * MB)][i / 4 % MB][i % 4] += apart[f][i / (4 * MB)][i / 4 % MB][i % 4] >> (BITS * f);
   int begin = 0, end = MB;
   if (cluster_size() > 1) add_shares<MB>(sums, block_memory + STAGES * STAGE, begin, end);
   write_tile<int, MB>(p, sums, first_row, first_column, begin, end);
 }
 
-template <int MB, int STAGES, int AHEAD>
+template <int MB, int STAGES, int AHEAD, int FACTORS>
 DEVICE void gemm_wgmma(const Matmul& p) {
   __shared__ __align__(8) u64 barriers[2 * STAGES];
   const u32 shared = shared_address(block_memory), full = shared_address(barriers);
@@ -239,7 +260,7 @@ DEVICE void gemm_wgmma(const Matmul& p) {
     }
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-    consume<MB, STAGES, AHEAD>(p, share, first_row, shared, full, empty);
+    consume<MB, STAGES, AHEAD, FACTORS>(p, share, first_row, shared, full, empty);
   }
 }
 

@@ -22,9 +22,9 @@ constexpr MatrixKernel kMatrixKernels[] = {
     {"mma_64", 256, 64, 128, 3, 2, false, false, 0, 0},
     {"mma_grouped_8", 256, 8, 32, 4, 8, true, false, 0, 0},
     {"mma_grouped_32", 256, 32, 64, 3, 4, true, false, 0, 0},
-    {"wgmma_16", 384, 16, 256, 16, 1, false, true, 280, 1000},
-    {"wgmma_32", 384, 32, 256, 16, 1, false, true, 320, 1000},
-    {"wgmma_64", 384, 64, 256, 8, 1, false, true, 500, 1000},
+    {"wgmma_16", 384, 16, 256, 16, 1, false, true, 264, 1000},
+    {"wgmma_32", 384, 32, 256, 16, 1, false, true, 295, 1000},
+    {"wgmma_64", 384, 64, 256, 8, 1, false, true, 425, 1000},
     {"wgmma_128", 384, 128, 256, 10, 1, false, true, 780, 1000},
 };
 enum { kMma8, kMma16, kMma32, kMma64, kGrouped8, kGrouped32, kWgmma16, kCount = 10 };

@@ -2,13 +2,20 @@
 //
 // The image is [ceil(k / 128)][rows rounded up to 8][128] bytes. Inputs are permuted as the
 // matrix kernels read weights: in a block of four tiles, group i of the tiles 0 .. 3 (four codes
-// each) comes as 16 bytes, the group of the next i after it. Of the eight 16-byte units of a row
-// of the image, unit u lies at place u ^ (row % 8), the 128-byte swizzle of wgmma.
+// each) is a unit of 16 bytes. Of the eight units of a row of the image, unit u lies at place
+// place_of(u) ^ (row % 8): the order that `wgmma` wants, and its 128-byte swizzle.
 #pragma once
 #include "common.cuh"
 
 constexpr int QUANTIZE_WARPS = 8;
 constexpr int SLICE = 128;  // inputs of a row in one slice of the image
+
+// Codes in the same bits of two blocks of four tiles lie beside each other; of one bit, where there is
+// one block, those four groups apart.
+constexpr int SHIFTS = GROUPS < 4 ? GROUPS : 4;
+DEVICE int place_of(int unit) {
+  return unit / (2 * SHIFTS) * (2 * SHIFTS) + 2 * (unit % SHIFTS) + unit / SHIFTS % 2;
+}
 
 DEVICE int image_rows(const Matmul& p) { return (p.rows + 7) & ~7; }
 DEVICE int slices(const Matmul& p) { return (p.k + SLICE - 1) / SLICE; }
@@ -65,7 +72,7 @@ template <class T> DEVICE void quantize(const Matmul& p) {
       sum = __dp4a((int)codes[part], 0x01010101, sum);
     }
     const long long line = (long long)(unit / 8) * image_rows(p) + row;
-    const int place = (unit % 8) ^ (row % 8);
+    const int place = place_of(unit % 8) ^ (row % 8);
     *reinterpret_cast<uint4*>(p.image + line * SLICE + place * 16) =
         make_uint4(codes[0], codes[1], codes[2], codes[3]);
   };
