@@ -173,6 +173,16 @@ def test_tied_embeddings_attention_and_separable_convolutions(rng):
     assert found.output.sqnr == pytest.approx(wanted.output.sqnr, abs=0.5)
 
 
+def test_a_calibrated_and_packed_separable_convolution(rng):
+    layer = keras.layers.SeparableConv1D(8, 3, name="separable")
+    reference = keras.Sequential([keras.Input((6, 4)), layer])
+    x = rng.normal(size=(4, 6, 4)).astype("float32")
+    quantized = keras_bitnet.quantize_model(reference, "int8", verbose=0)
+    packed = keras_bitnet.pack_model(keras_bitnet.calibrate(quantized, x, verbose=0), verbose=0)
+    (row,) = keras_bitnet.quantization_report(packed, x, reference=reference, verbose=0).layers
+    assert row.weight.sqnr > 40
+
+
 def test_a_lookup_has_no_inputs_to_quantize(rng):
     model = keras.Sequential([keras.Input((4,), dtype="int32"), keras.layers.Embedding(9, 8)])
     qat = keras_bitnet.quantize_model(model, "int4", verbose=0)

@@ -4,9 +4,9 @@ import numpy as np
 from keras import ops
 
 from keras_bitnet.layers.base import BitLayer
-from keras_bitnet.layers.kernel_weights import assign_copy
+from keras_bitnet.transforms.pack import copy_the_rest
 from keras_bitnet.transforms.quantize import TWINS
-from keras_bitnet.transforms.rewrite import named_layers
+from keras_bitnet.transforms.rewrite import Rule, named_layers, rewrite
 
 # Twins of one Keras layer that hold several quantized layers.
 BLOCKS = tuple(twin for twin in TWINS.values() if not issubclass(twin, BitLayer))
@@ -107,16 +107,18 @@ def _float_matrices(old, new, inner):
 
 def _converted(old, new):
     """The `BitLayer`s of a float twin of `new` that takes the weights of a Keras layer."""
-    config = new.get_config()
-    twin = type(new).from_config({**config, **{k: v for k, v in _FLOAT.items() if k in config}})
-    twin.build_from_config(new.get_build_config())
-    layers = inner_layers(twin)
-    for target, source in zip(layers, inner_layers(new), strict=True):
-        for name in ("input_gain", "kept_indices"):
-            if getattr(source, name) is not None:
-                assign_copy(getattr(target, name), getattr(source, name))
+
+    def float_copy(layer, path):
+        if not isinstance(layer, BitLayer):
+            return "not quantized"
+        config = layer.get_config()
+        return type(layer).from_config(
+            {**config, **{k: v for k, v in _FLOAT.items() if k in config}}
+        )
+
+    twin, _ = rewrite(new, Rule("copied", float_copy, copy_the_rest), verbose=0)
     twin.take_weights(old)
-    return layers
+    return inner_layers(twin)
 
 
 def _gain_ratio(old, new):
