@@ -166,6 +166,12 @@ def test_inner_layers_and_packed_models_are_calibrated(rng):
     assert relative_error(to_numpy(calibrated(x)), to_numpy(packed(x))) < 0.05
 
 
+def test_a_packed_static_layer_runs_before_its_weights_are_loaded():
+    # As where Keras builds a subclassed model by running it.
+    layer = BitLinear(3, activation_quantizer=StaticActivation(), packed=True)
+    assert np.isfinite(to_numpy(layer(np.ones((2, 8), "float32")))).all()
+
+
 def resident_bytes():
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -72,7 +72,10 @@ class InputTreatment(KeptChannels):
         if self.smoothing is not None and not self._norm_first:
             self.input_gain = self._fixed_weight("input_gain", (self.in_features,), "ones")
         if self.static:
-            self.activation_scale = self._fixed_weight("activation_scale", ())
+            # 0 is not calibrated. A packed layer always has a scale: to build a subclassed model
+            # on PyTorch Keras may run it before its weights are there, and kernels refuse 0.
+            initial = "ones" if self.packed else "zeros"
+            self.activation_scale = self._fixed_weight("activation_scale", (), initial)
             self.input_absmax = self._fixed_weight("input_absmax", (self.in_features,))
             if self.activation_quantizer.momentum is not None:
                 self.follow_in_inference = self._fixed_weight("follow_in_inference", (), dtype=bool)
