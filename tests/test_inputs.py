@@ -210,8 +210,8 @@ def test_static_quantizer_config():
     [
         ({"rotation": "fourier"}, "`rotation` must be one of"),
         ({"smoothing": 1.5}, "smoothing=1.5"),
-        ({"kept_channels": -2}, "whole number of channels"),
-        ({"kept_channels": True}, "whole number of channels"),
+        ({"kept_channels": 1.5}, "at least 0. Received: kept_channels=1.5"),
+        ({"kept_channels": True}, "at least 0. Received: kept_channels=True"),
         ({"kept_channels": 2, "kept_bits": 4}, "`kept_bits` must be one of"),
         ({"kept_channels": 8}, "has 8 inputs and cannot keep as many"),
         ({"activation_quantizer": "static_int3"}, "static_int8"),

@@ -194,6 +194,7 @@ def test_lora_inside_a_block_survives_packing(rng):
         (lambda: BitFeedForward(8, sub_norm="batch"), "sub_norm"),
         (lambda: BitTransformerDecoder(8, 3).build((None, None, 16)), "features=16"),
         (lambda: BitTransformerDecoder(8, 3, norm=None), "norm=None"),
+        (lambda: BitTransformerDecoder(8, 0), "num_query_heads=0"),
     ],
 )
 def test_bad_arguments(make, message):

@@ -324,7 +324,9 @@ class Lost(keras.layers.Layer):
             "Build it",
         ),
         (lambda: keras_bitnet.quantize_model(sequential(), "int3"), "Unknown weight quantizer"),
+        (lambda: keras_bitnet.quantize_model(sequential(), {"nrm": "rms"}), "Received: ..nrm.."),
         (lambda: keras_bitnet.quantize_model(sequential(), filters=3), "Received: 3 of type int"),
+        (lambda: keras_bitnet.explain(sequential()), "Received: Sequential"),
         (
             lambda: keras_bitnet.quantize_model(
                 keras.Sequential([keras.Input((4,)), Lost(3)]), verbose=0

@@ -271,9 +271,17 @@ def explain(problem):
     Returns:
         A list of `(name, reason)`, best first; `reason` is `None` where the kernel can run.
         The first of those is the one that runs, unless another is forced.
+
+    Raises:
+        ValueError: It is neither.
     """
-    if isinstance(problem, keras.Layer):
+    if not isinstance(problem, Problem):
         layer = problem
+        if not hasattr(type(layer), "packed_kernel"):
+            raise ValueError(
+                "Expected a packed layer of `keras_bitnet.layers`, such as one of `model.layers`, "
+                f"or a `Problem`. Received: {type(layer).__name__}"
+            )
         x = keras.KerasTensor((1, layer.in_features), dtype=layer.compute_dtype)
         problem = Problem.of(x, layer.packed_kernel, layer.activation_quantizer)
     return [(row.name, row.refuse(problem)) for row in _table()]

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from keras_bitnet.checks import check_choice
+from keras_bitnet.checks import check_choice, check_count
 from keras_bitnet.layers.base import NORMS
 from keras_bitnet.layers.bit_feed_forward import BitFeedForward
 from keras_bitnet.layers.bit_grouped_query_attention import BitGroupedQueryAttention
@@ -73,6 +73,7 @@ class BitTransformerDecoder(BitBlock):
     ):
         super().__init__(**kwargs)
         check_choice("norm", norm, tuple(NORMS))
+        check_count("num_query_heads", num_query_heads)
         self.supports_masking = True
         self.intermediate_dim = intermediate_dim
         self.num_query_heads = num_query_heads

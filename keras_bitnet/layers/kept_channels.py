@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_bitnet import quantizers
-from keras_bitnet.checks import check_choice, check_own_names
+from keras_bitnet.checks import check_choice, check_count, check_own_names
 from keras_bitnet.ops import layout
 from keras_bitnet.ops.bit_matmul import bit_matmul
 from keras_bitnet.ops.packed_tensor import PackedTensor, expand_scale
@@ -35,13 +35,7 @@ class KeptChannels(keras.Layer):
 
     def __init__(self, *, kept_channels=0, kept_bits=16, **kwargs):
         super().__init__(**kwargs)
-        if isinstance(kept_channels, bool) or not isinstance(kept_channels, int):
-            kept_channels = -1
-        if kept_channels < 0:
-            raise ValueError(
-                "`kept_channels` must be a whole number of channels, 0 for none. "
-                f"Received: kept_channels={kept_channels}"
-            )
+        check_count("kept_channels", kept_channels, least=0)
         check_own_names(self, kept_channels=kept_channels or None)
         check_choice("kept_bits", kept_bits, (8, 16))
         self.kept_channels = kept_channels

@@ -30,11 +30,17 @@ def layer_arguments(spec):
         A dictionary with `"weight_quantizer"` as its config, or `None`.
 
     Raises:
-        ValueError: The weight quantizer is unknown.
+        ValueError: The weight quantizer or an argument is unknown.
     """
     if spec is None:
         return None
     arguments = dict(spec) if isinstance(spec, Mapping) else {"weight_quantizer": spec}
+    unknown = arguments.keys() - _known_arguments()
+    if unknown:
+        raise ValueError(
+            f"A spec holds arguments of `BitLayer`, {sorted(_known_arguments())}. "
+            f"Received: {sorted(unknown)}"
+        )
     arguments["weight_quantizer"] = quantizers.serialize(
         quantizers.get(arguments.get("weight_quantizer", "ternary"))
     )
@@ -174,12 +180,6 @@ def _checked(spec, rule):
         arguments = layer_arguments(spec)
         if arguments is None:
             return None
-        unknown = arguments.keys() - _known_arguments()
-        if unknown:
-            raise ValueError(
-                f"A spec holds arguments of `BitLayer`, {sorted(_known_arguments())}. "
-                f"Received: {sorted(unknown)}"
-            )
         if "activation_quantizer" in arguments:
             arguments["activation_quantizer"] = quantizers.serialize(
                 quantizers.get_activation(arguments["activation_quantizer"])
