@@ -106,12 +106,17 @@ template <int FACTORS> DEVICE void unpack_scaled(const uint4 (&w)[QUADS], int s,
   }
 }
 
+// Blocks of 128 rows share nothing: there is no memory for the sums of others.
+template <int MB> constexpr bool ALONE = MB == 16;
+template <int MB> DEVICE bool sharing() { return !ALONE<MB> && cluster_size() > 1; }
+
 // The slices of this block of a cluster: as many for each as it takes turns, `round` at a time.
 struct Share {
-  int first, count;
+  int first = 0, count;
 
-  DEVICE Share(const Matmul& p, int round) {
-    const int all = slices(p), together = cluster_size() * round;
+  DEVICE Share(const Matmul& p, int round, bool alone) : count(slices(p)) {
+    if (alone) return;
+    const int all = count, together = cluster_size() * round;
     const int each = (all + together - 1) / together * round;
     first = cluster_rank() * each;
     count = max(min(all - first, each), 0);
@@ -228,7 +233,7 @@ DEVICE void consume(const Matmul& p, Share share, int first_row, u32 shared, u32
     for (int i = 0; i < 8 * MB; ++i)
       sums[i / (4 * MB)][i / 4 % MB][i % 4] += apart[f][i / (4 * MB)][i / 4 % MB][i % 4] >> (BITS * f);
   int begin = 0, end = MB;
-  if (cluster_size() > 1) add_shares<MB>(sums, block_memory + STAGES * STAGE, begin, end);
+  if (sharing<MB>()) add_shares<MB>(sums, block_memory + STAGES * STAGE, begin, end);
   write_tile<int, MB>(p, sums, first_row, first_column, begin, end);
 }
 
@@ -237,8 +242,8 @@ DEVICE void gemm_wgmma(const Matmul& p) {
   __shared__ __align__(8) u64 barriers[2 * STAGES];
   const u32 shared = shared_address(block_memory), full = shared_address(barriers);
   const u32 empty = full + 8 * STAGES;
-  const Share share(p, AHEAD);
-  const int first_row = blockIdx.x / cluster_size() * (8 * MB);
+  const Share share(p, AHEAD, ALONE<MB>);
+  const int first_row = blockIdx.x / (ALONE<MB> ? 1 : cluster_size()) * (8 * MB);
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(full + 8 * i, 1);
@@ -247,13 +252,13 @@ DEVICE void gemm_wgmma(const Matmul& p) {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
-  if (cluster_size() > 1) cluster_arrive();
+  if (sharing<MB>()) cluster_arrive();
   if (threadIdx.x >= 32 * CONSUMER_WARPS) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     wait_for_previous();
     if (threadIdx.x == 32 * CONSUMER_WARPS) feed<MB, AHEAD, STAGES>(p, share, first_row, shared, full, empty);
     __syncwarp();
-    if (cluster_size() > 1) {
+    if (sharing<MB>()) {
       cluster_wait();
       cluster_arrive();
       cluster_wait();
