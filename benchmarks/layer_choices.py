@@ -1,8 +1,7 @@
 """Choices in the layers that rest on time, measured on this CPU.
 
-*Norm.* A packed layer with a norm before its product computes the norm, then quantizes the
-activations inside the kernel. What the norm adds to the time of the layer bounds what one
-op for both could save.
+*Norm.* A packed layer with a norm before its product has the kernel normalize the rows that it
+quantizes. Beside it the same norm as an operation before the product, and no norm.
 
 *Patches.* A convolution with quantized activations multiplies patches. With float activations
 it could be a convolution of the backend; forward and backward of both are compared.
@@ -89,7 +88,7 @@ def tensor(rng, *shape):
 
 
 def inference(layer, x):
-    """A packed or float layer as a compiled function of its inputs."""
+    """A layer, or what it computes, as a compiled function of these inputs."""
     function = compiled(layer)
     if keras.backend.backend() != "torch":
         return lambda: function(x)
@@ -103,13 +102,17 @@ def inference(layer, x):
 
 
 def norm_case(rng, rows, in_features, units, repeats):
-    """Packed layers with and without a norm before the product."""
-    x = tensor(rng, rows, in_features)
-    runs = {}
-    for name, norm in (("plain", None), ("norm", "rms")):
+    """Packed layers: a norm within the product, one before it, and none."""
+    x, packed = tensor(rng, rows, in_features), {}
+    for norm in (None, "rms"):
         model = keras.Sequential([keras.Input((in_features,)), BitLinear(units, norm=norm)])
-        runs[name] = inference(pack_model(model, verbose=0).layers[0], x)
-    return {"rows": rows, "in": in_features, "out": units, **ratio(runs, "norm", "plain", repeats)}
+        packed[norm] = pack_model(model, verbose=0).layers[0]
+    plain, within = packed[None].call, packed["rms"].call
+    normalize = packed["rms"].normalization.call
+    functions = {"plain": plain, "within": within, "apart": lambda x: plain(normalize(x))}
+    runs = {name: inference(function, x) for name, function in functions.items()}
+    case = {"rows": rows, "in": in_features, "out": units}
+    return {**case, **ratio(runs, "within", "apart", repeats)}
 
 
 def conv_case(rng, batch, size, channels, filters, kernel, repeats):
@@ -157,7 +160,7 @@ def lookup_case(rng, tokens, vocabulary, features, repeats):
 
 
 def ratio(runs, name, base, repeats):
-    """Times two functions in turns: seconds of both, and the median of the ratios.
+    """Times functions in turns: seconds of all, and the median of the ratios of two.
 
     `repeats` turns, or as many more as fit into a second: calls of microseconds scatter most.
     """

@@ -150,8 +150,11 @@ def test_handler_checks_its_operands(rng):
     _, packed = make_packed(rng, 100, 33)
     facts = cpu.Facts.of(packed, ActivationInt8())
     call = jax.jit(adapter._ffi_call, static_argnums=0)
+    weights = packed.tiles, packed.scale, None, None
     with pytest.raises(jax.errors.JaxRuntimeError, match="tiles must be"):
-        call(facts, jnp.ones((2, 50)), packed.tiles, packed.scale, None, None).block_until_ready()
+        call(facts, jnp.ones((2, 50)), *weights, None).block_until_ready()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="gain must be"):
+        call(facts, jnp.ones((2, 100)), *weights, jnp.ones(33)).block_until_ready()
 
 
 def test_threads_of_xla_alone():

@@ -135,12 +135,13 @@ def test_op_checks_its_operands(rng):
 
     _, packed = make_packed(rng, 100, 33)
     facts = {"bits": 2, "trits": 0, "group_size": 0, "activation_bits": 8, "per_tensor": 0,
-             "offset": -1.0, "epsilon": 1e-5}  # fmt: skip
-    for columns, bias in ((50, 33), (100, 50)):
-        with pytest.raises(tf.errors.InvalidArgumentError, match="tiles must be"):
+             "offset": -1.0, "epsilon": 1e-5, "norm_epsilon": 1e-5}  # fmt: skip
+    cases = ((50, 33, 0, "tiles must be"), (100, 50, 0, "tiles must be"), (100, 33, 7, "gain must"))
+    for columns, bias, gain, message in cases:
+        with pytest.raises(tf.errors.InvalidArgumentError, match=message):
             adapter.MODULE.keras_bitnet_matmul(
                 x=tf.ones((2, columns)), tiles=packed.tiles, scale=packed.scale,
-                bias=tf.zeros(bias), x_scale=tf.zeros(0), **facts,
+                bias=tf.zeros(bias), x_scale=tf.zeros(0), gain=tf.zeros(gain), **facts,
             )  # fmt: skip
 
 

@@ -76,13 +76,15 @@ def test_export(kernel, rng):
 
 @pytest.mark.parametrize("granularity", ["tensor", 32])
 @pytest.mark.parametrize("bias", [0, 33])
-def test_opcheck(granularity, bias, rng):
+@pytest.mark.parametrize("gain", [0, 100])
+def test_opcheck(granularity, bias, gain, rng):
     _, packed = make_packed(rng, 100, 33, granularity=granularity)
     x, b, x_scale = torch.randn(2, 5, 100), torch.randn(bias), torch.full((bias % 2,), 0.02)
     group_size = packed.group_size or 0
-    attributes = (33, 2, 0, group_size, 8, False, packed.offset, 1e-5)
+    attributes = (33, 2, 0, group_size, 8, False, packed.offset, 1e-5, 1e-5)
     op = torch.ops.keras_bitnet.bit_matmul.default
-    tensors = (x.requires_grad_(), packed.tiles, packed.scale, b.requires_grad_(), x_scale)
+    x, b, gain = (t.requires_grad_() for t in (x, b, torch.randn(gain)))
+    tensors = (x, packed.tiles, packed.scale, b, x_scale, gain)
     torch.library.opcheck(op, (*tensors, *attributes))
 
 
@@ -90,30 +92,32 @@ def test_operator_over_ctypes(rng):
     from keras_bitnet.kernels import torch as adapter
 
     _, packed = make_packed(rng, 100, 33)
-    x = torch.randn(5, 100)
-    wanted = bit_matmul(x, packed, ActivationInt8())
-    arguments = (33, 2, 0, 0, 8, False, packed.offset, 1e-5)
+    x, gain = torch.randn(5, 100), torch.randn(100)
+    wanted = bit_matmul(x, packed, ActivationInt8(), norm=(gain, 1e-5))
+    arguments = (33, 2, 0, 0, 8, False, packed.offset, 1e-5, 1e-5)
     none = torch.empty(0)
-    y = adapter._run_through_ctypes(x, packed.tiles, packed.scale, none, none, *arguments)
+    y = adapter._run_through_ctypes(x, packed.tiles, packed.scale, none, none, gain, *arguments)
     assert torch.equal(y, wanted)
 
 
 def test_operator_checks_its_operands(rng):
     _, packed = make_packed(rng, 100, 33)
-    attributes = (33, 2, 0, 0, 8, False, packed.offset, 1e-5)
+    attributes = (33, 2, 0, 0, 8, False, packed.offset, 1e-5, 1e-5)
     none = torch.empty(0)
-    op = torch.ops.keras_bitnet.bit_matmul
     x = torch.randn(5, 100)
-    for operands, message in (
-        ((x[:, :50].contiguous(), packed.tiles, packed.scale, none, none), "tiles must be"),
-        ((x.t().contiguous().t(), packed.tiles, packed.scale, none, none), "contiguous"),
-        ((x, packed.tiles, packed.scale, torch.ones(7), none), "bias must be"),
-        ((x, packed.tiles, packed.scale, none, torch.ones(2)), "x_scale must be"),
-        ((x, packed.tiles, packed.scale, none, torch.zeros(1)), "x_scale, must be positive"),
-        ((x.double(), packed.tiles, packed.scale, none, none), "dtype"),
+    right = {"x": x, "bias": none, "x_scale": none, "gain": none}
+    for wrong, message in (
+        ({"x": x[:, :50].contiguous()}, "tiles must be"),
+        ({"x": x.t().contiguous().t()}, "contiguous"),
+        ({"bias": torch.ones(7)}, "bias must be"),
+        ({"x_scale": torch.ones(2)}, "x_scale must be"),
+        ({"x_scale": torch.zeros(1)}, "x_scale, must be positive"),
+        ({"gain": torch.ones(33)}, "gain must be"),
+        ({"x": x.double()}, "dtype"),
     ):
+        x, *others = {**right, **wrong}.values()
         with pytest.raises(RuntimeError, match=message):
-            op(*operands, *attributes)
+            torch.ops.keras_bitnet.bit_matmul(x, packed.tiles, packed.scale, *others, *attributes)
 
 
 def test_operands_at_odd_addresses(rng):

@@ -1,21 +1,34 @@
 """The RMS norm of the layers by the native operator against NumPy and Keras."""
 
+import contextlib
 import functools
 
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, gradient, relative_error, to_numpy
+from helpers import BACKEND, compiled, gradient, packed_twin, relative_error, to_numpy
 from keras import ops
+from test_native_adapters import make_packed, static_scale
 
 from keras_bitnet import kernels
 from keras_bitnet.kernels import native, norm, select
 from keras_bitnet.layers import BitLinear
 from keras_bitnet.layers.rms_normalization import RMSNormalization
+from keras_bitnet.ops import bit_matmul
+from keras_bitnet.quantizers.activations import ActivationInt4, ActivationInt8
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reason()))
 HAS_ROW = BACKEND in norm.TABLES
 TOLERANCE = {"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3}
+
+
+def no_gradient():
+    """PyTorch's, where the row of its table refuses if a gradient may be asked for."""
+    if BACKEND != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
 
 
 @pytest.fixture
@@ -131,3 +144,90 @@ def test_a_forced_row_that_refuses_is_an_error_where_it_is_asked_for():
         with pytest.raises(ValueError, match=r"'native' was forced and cannot run .*: too odd"):
             select.first_or_forced(table, None)
         assert select.first_or_forced(table, None, strict=False) is norm.REFERENCE
+
+
+# -- within a packed matmul ------------------------------------------------------------------
+
+
+def product(packed, quantizer, apart, x, gain, bias):
+    """A norm within the native product, or before it; `apart` counts the norms before."""
+    static = static_scale(quantizer)
+    with kernels.use_kernel("native"):
+        if apart:
+            return bit_matmul(norm.rms_norm(x, gain, 1e-5), packed, quantizer, bias, static)
+        return bit_matmul(x, packed, quantizer, bias, static, norm=(gain, 1e-5))
+
+
+QUANTIZERS = ActivationInt8(), ActivationInt4(), ActivationInt8("tensor"), ActivationInt8("static")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=str)
+def test_within_a_product_it_is_the_norm_before(quantizer, dtype, rng, ran):
+    for m, k, n in ((1, 100, 33), (30, 257, 16)):
+        _, packed = make_packed(rng, k, n)
+        x = ops.cast(ops.convert_to_tensor(rng.normal(size=(m, k)).astype("float32")), dtype)
+        gain, bias = (ops.convert_to_tensor(rng.normal(size=s).astype("float32")) for s in (k, n))
+        call = functools.partial(product, packed, quantizer)
+        y = compiled(functools.partial(call, False), x, gain, bias)
+        assert bool(ran) == (HAS_ROW and quantizer.granularity == "tensor")
+        wanted = compiled(functools.partial(call, True), x, gain, bias)
+        ran.clear()
+        y, wanted = (to_numpy(ops.cast(v, "float32")) for v in (y, wanted))
+        if HAS_ROW:
+            np.testing.assert_array_equal(y, wanted)
+        else:  # XLA's norm may round otherwise, and a code of an activation with it
+            assert np.abs(y - wanted).mean() < 0.05 * np.abs(wanted).mean()
+
+
+def test_gradients_within_a_product(rng):
+    _, packed = make_packed(rng, 40, 17)
+    x = rng.normal(size=(2, 3, 40)).astype("float32")
+    gain, bias = (rng.normal(size=size).astype("float32") for size in (40, 17))
+    weight = ops.convert_to_tensor(rng.normal(size=(2, 3, 17)).astype("float32"))
+
+    def loss(apart, x, gain, bias):
+        operands = (ops.convert_to_tensor(v) for v in (x, gain, bias))
+        return ops.sum(product(packed, ActivationInt8(), apart, *operands) * weight)
+
+    for i, at in enumerate((x, gain, bias)):
+        found = []
+        for apart in (False, True):
+
+            def of(v, apart=apart, i=i):
+                return loss(
+                    apart, *(v if j == i else other for j, other in enumerate((x, gain, bias)))
+                )
+
+            found.append(gradient(of, at))
+        assert relative_error(*found) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "within"),
+    [
+        ({}, True),
+        ({"activation_quantizer": "int4", "weight_quantizer": "int8"}, True),
+        ({"norm_position": "post"}, False),
+        ({"norm": "layer"}, False),
+        ({"rotation": "hadamard"}, False),
+        ({"activation_quantizer": None}, False),
+        ({"activation_quantizer": ActivationInt8("tensor")}, False),
+        ({"lora_rank": 2}, False),
+    ],
+)
+def test_layers_leave_it_to_the_product_where_nothing_is_between(arguments, within, rng, ran):
+    layer = BitLinear(9, **{"norm": "rms", "bias_initializer": "ones", **arguments})
+    x = rng.normal(size=(5, 32)).astype("float32")
+    layer.build(x.shape)
+    if layer.norm == "rms":
+        layer.normalization.scale.assign(np.linspace(0.5, 2, layer.normalization.scale.shape[0]))
+    packed = packed_twin(layer, x.shape)
+    for ours, theirs in zip(packed.normalization.weights, layer.normalization.weights, strict=True):
+        ours.assign(theirs)
+    with no_gradient():
+        y = to_numpy(layer(x))
+        ran.clear()
+        assert relative_error(to_numpy(packed(x)), y) < (1e-5 if HAS_ROW else 2e-2)
+    if HAS_ROW and layer.norm == "rms":
+        assert bool(ran) != within

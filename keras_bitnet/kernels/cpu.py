@@ -94,6 +94,11 @@ def refuse_formula(problem):
 _CPU_DEVICES = ("cpu", "cpu:0", "cpu_0", "meta")
 
 
+def normalizes(activation_quantizer):
+    """Whether the native library normalizes what it quantizes so: row by row, as a norm is."""
+    return activation_quantizer.granularity != "tensor"
+
+
 class Facts(NamedTuple):
     """The static side of one call, hashable: all but the tensors.
 
@@ -105,6 +110,7 @@ class Facts(NamedTuple):
         offset: `w = scale * (code + offset)`.
         layout: `"tiles"` or `"trits"`.
         quantizer: The `ActivationQuantizer`.
+        norm_epsilon: Of an RMS norm before, where there is a gain for it.
     """
 
     in_features: int
@@ -114,10 +120,11 @@ class Facts(NamedTuple):
     offset: float
     layout: str
     quantizer: Any
+    norm_epsilon: float = 0.0
 
     @classmethod
-    def of(cls, packed, quantizer):
-        """The facts of a `PackedTensor` and an activation quantizer."""
+    def of(cls, packed, quantizer, norm_epsilon=0.0):
+        """The facts of a `PackedTensor`, an activation quantizer and a norm."""
         return cls(
             packed.in_features,
             packed.out_features,
@@ -126,6 +133,7 @@ class Facts(NamedTuple):
             packed.offset,
             packed.layout,
             quantizer,
+            norm_epsilon,
         )
 
     def packed(self, tiles, scale):
@@ -163,3 +171,26 @@ def gradients(dy, packed):
     dy = ops.cast(dy, "float32")
     dx = ops.matmul(dy, ops.transpose(packed.dequantize()))
     return ops.cast(dx, dtype), ops.sum(dy, axis=tuple(range(len(dy.shape) - 1)))
+
+
+def norm_gradients(dy, x, gain, epsilon):
+    """The gradients of an RMS norm over the last axis.
+
+        n = x / sqrt(mean(x^2) + epsilon),   y = n * gain,   dn = dy * gain
+        dx = (dn - n * mean(dn * n)) / sqrt(mean(x^2) + epsilon),   dgain = sum over rows of dy * n
+
+    Args:
+        dy: Float tensor `(..., features)`.
+        x: Float tensor `(..., features)`.
+        gain: `float32 (features,)`.
+        epsilon: Added to the mean.
+
+    Returns:
+        `(dx, dgain)`: of the dtype of `dy`, and `float32 (features,)`.
+    """
+    dtype = dy.dtype
+    dy, x = ops.cast(dy, "float32"), ops.cast(x, "float32")
+    r = ops.rsqrt(ops.mean(x * x, axis=-1, keepdims=True) + epsilon)
+    n, dn = x * r, dy * gain
+    dx = r * (dn - n * ops.mean(dn * n, axis=-1, keepdims=True))
+    return ops.cast(dx, dtype), ops.sum(dy * n, axis=tuple(range(len(dy.shape) - 1)))

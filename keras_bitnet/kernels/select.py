@@ -97,11 +97,13 @@ class Kernel:
         name: What `KERAS_BITNET_KERNEL` and `use_kernel` call it.
         refuse: `refuse(problem)` gives the reason why it cannot run it, or `None`.
         run: `run(x, packed, activation_quantizer, bias, activation_scale)`, as `ops.bit_matmul`.
+        normalizes: `normalizes(activation_quantizer)`: whether `run` takes a `norm` too.
     """
 
     name: str
     refuse: Callable[[Problem], str | None]
     run: Callable[..., Any]
+    normalizes: Callable[..., bool] = lambda activation_quantizer: False
 
 
 # The modules of the rows import their framework, so each is imported with its first question.
@@ -146,7 +148,12 @@ def _tensorflow():
 
 def later(name, row):
     """The row that `row()` gives, under its name; it is imported with its first question."""
-    return Kernel(name, lambda problem: row().refuse(problem), lambda *args: row().run(*args))
+    return Kernel(
+        name,
+        lambda problem: row().refuse(problem),
+        lambda *args: row().run(*args),
+        lambda quantizer: row().normalizes(quantizer),
+    )
 
 
 REFERENCE = Kernel("reference", refuse=lambda problem: None, run=reference_matmul)

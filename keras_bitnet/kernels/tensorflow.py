@@ -36,8 +36,9 @@ def reason(problem):
     return None
 
 
-def run(x, packed, activation_quantizer, bias, activation_scale=None):
+def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
+    gain, norm_epsilon = norm or (_zeros(0), 0.0)
     bias = _zeros(packed.out_features) if bias is None else ops.cast(bias, "float32")
     x_scale = _zeros(0) if activation_scale is None else tf.reshape(activation_scale, (1,))
     return MODULE.keras_bitnet_matmul(
@@ -46,6 +47,7 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None):
         scale=tf.convert_to_tensor(packed.scale),
         bias=bias,
         x_scale=x_scale,
+        gain=tf.cast(gain, "float32"),
         bits=packed.bits,
         trits=int(packed.layout == "trits"),
         group_size=packed.group_size or 0,
@@ -53,6 +55,7 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None):
         per_tensor=int(activation_quantizer.granularity == "tensor"),
         offset=packed.offset,
         epsilon=activation_quantizer.epsilon,
+        norm_epsilon=norm_epsilon,
     )
 
 
@@ -69,7 +72,7 @@ def _eager_zeros(size):
 
 
 def _gradient(op, dy):
-    x, tiles, scale, bias, _ = op.inputs
+    x, tiles, scale, bias, _, gain = op.inputs
     group_size = op.get_attr("group_size") or None
     packed = PackedTensor(
         tiles,
@@ -82,7 +85,10 @@ def _gradient(op, dy):
         "trits" if op.get_attr("trits") else "tiles",
     )
     dx, dbias = cpu.gradients(dy, packed)
-    return dx, None, None, dbias, None
+    dgain = None
+    if gain.shape[0] != 0:
+        dx, dgain = cpu.norm_gradients(dx, x, gain, op.get_attr("norm_epsilon"))
+    return dx, None, None, dbias, None, dgain
 
 
 def _load():
@@ -108,4 +114,4 @@ def _load():
 # TensorFlow's wrappers of the ops, or `None` and why.
 MODULE, _error = _load()
 
-NATIVE = Kernel(cpu.NAME, refuse, run)
+NATIVE = Kernel(cpu.NAME, refuse, run, cpu.normalizes)

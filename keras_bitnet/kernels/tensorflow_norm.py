@@ -19,13 +19,8 @@ def run(x, scale, epsilon):
 
 
 def _gradient(op, dy):
-    """With `n = x * r`: `dn = dy * scale`, `dx = r * (dn - n * mean(dn * n))`."""
-    x, scale = tf.cast(op.inputs[0], "float32"), op.inputs[1]
-    wide = tf.cast(dy, "float32")
-    r = tf.math.rsqrt(tf.reduce_mean(x * x, -1, keepdims=True) + op.get_attr("epsilon"))
-    n, dn = x * r, wide * scale
-    dx = r * (dn - n * tf.reduce_mean(dn * n, -1, keepdims=True))
-    return tf.cast(dx, dy.dtype), tf.reduce_sum(tf.reshape(wide * n, (-1, tf.size(scale))), 0)
+    x, scale = op.inputs
+    return cpu.norm_gradients(dy, x, scale, op.get_attr("epsilon"))
 
 
 if MODULE is not None:

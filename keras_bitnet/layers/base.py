@@ -126,8 +126,10 @@ class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):
         Returns:
             Tensor `(..., out_features)`.
         """
-        x = self.normalize_inputs(x)
-        y = self._quantized_product(self.smooth(x), bias)
+        norm = self._norm_of_product()
+        if norm is None:
+            x = self.normalize_inputs(x)
+        y = self._quantized_product(self.smooth(x), bias, norm)
         if self.lora_enabled:
             low_rank = ops.matmul(ops.matmul(x, self.lora_kernel_a), self.lora_kernel_b)
             y = y + ops.cast(low_rank * (self.lora_alpha / self.lora_rank), y.dtype)
@@ -140,7 +142,12 @@ class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):
         """What a subclass does to a product before the norm after it; nothing here."""
         return y
 
-    def _quantized_product(self, x, bias):
+    def _norm_of_product(self):
+        """`(gain, epsilon)` of a norm that the packed product can do, or `None`."""
+        alone = self.packed and self.norm_alone and not self.lora_enabled and self._look is None
+        return (self.normalization.scale, self.norm_epsilon) if alone else None
+
+    def _quantized_product(self, x, bias, norm=None):
         quantizer = self.activation_quantizer
         if self._look is not None:  # calibration: it sees the inputs, and they stay float
             self._look(self, x)
@@ -148,7 +155,7 @@ class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):
         x, kept = self.split_channels(self.rotate(x))
         if self.packed:
             scale = None if quantizer is None else self.scale_for(x)
-            y = bit_matmul(x, self.packed_kernel, quantizer, bias, scale)
+            y = bit_matmul(x, self.packed_kernel, quantizer, bias, scale, norm)
             return y if kept is None else y + self.kept_product(kept)
         strength = ops.convert_to_tensor(self.quantization_strength)
         if quantizer is not None:

@@ -93,6 +93,20 @@ class InputTreatment(KeptChannels):
         # `call` alone: what Keras does around it took as long again in eager PyTorch.
         return self.normalization.call(x) if self._norm_first else x
 
+    @property
+    def norm_alone(self):
+        """Whether an RMS norm of the inputs is all that is done before they are quantized."""
+        quantizer = self.activation_quantizer
+        return (
+            self.norm == "rms"
+            and self.norm_position == "pre"
+            and self.input_gain is None
+            and self.rotation is None
+            and not self.kept_channels
+            and quantizer is not None
+            and getattr(quantizer, "momentum", None) is None  # or the scale follows the inputs
+        )
+
     def smooth(self, x):
         """Inputs divided by the smoothing factors, `(..., in_features)`."""
         return x if self.input_gain is None else x * ops.cast(self.input_gain, x.dtype)

@@ -239,6 +239,22 @@ void check_norm(int64_t rows, int64_t features, uint32_t seed) {
   }
 }
 
+// A norm within the product gives the bits of one before it.
+void check_normalized_product(Example& example) {
+  kbn_matmul& problem = example.problem;
+  std::vector<float> gain(problem.in_features), normalized(example.x.size());
+  for (size_t i = 0; i < gain.size(); ++i) gain[i] = 0.5f + float(i % 7);
+  kbn_norm norm{problem.rows, problem.in_features, KBN_F32, 1e-5f, problem.x, gain.data(),
+                normalized.data()};
+  require(kbn_normalize(&norm, nullptr) == 0, std::string("normalize: ") + kbn_error(1));
+  problem.gain = gain.data(), problem.norm_epsilon = 1e-5f;
+  require(kbn_run(&problem, nullptr) == 0, example.name() + ": " + kbn_error(1));
+  const std::vector<float> within = example.y;
+  problem.gain = nullptr, problem.x = normalized.data();
+  require(kbn_run(&problem, nullptr) == 0, example.name() + ": " + kbn_error(1));
+  require(within == example.y, "norm within " + example.name());
+}
+
 void check_isa() {
   const struct {
     int bits;
@@ -258,6 +274,7 @@ void check_isa() {
                             width.trits);
             check_sums(example);
             check_output(example);
+            check_normalized_product(example);
             ++count;
           }
         }

@@ -12,7 +12,7 @@ import threading
 
 import numpy as np
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _lock = threading.Lock()
@@ -34,10 +34,12 @@ class MatmulStruct(ctypes.Structure):
         ("epsilon", ctypes.c_float),
         ("scale_columns", ctypes.c_int32),
         ("layout", ctypes.c_int32),
+        ("norm_epsilon", ctypes.c_float),
         ("x", ctypes.c_void_p),
         ("tiles", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("x_scale", ctypes.c_void_p),
+        ("gain", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
     )
@@ -100,7 +102,15 @@ def set_threads(count):
 
 
 def matmul(
-    x, packed, activation_bits=8, per_tensor=False, epsilon=1e-5, x_scale=None, bias=None, out=None
+    x,
+    packed,
+    activation_bits=8,
+    per_tensor=False,
+    epsilon=1e-5,
+    x_scale=None,
+    bias=None,
+    norm=None,
+    out=None,
 ):
     """Multiplies NumPy activations by a packed weight; see `ops.bit_matmul` for the meaning.
 
@@ -112,6 +122,7 @@ def matmul(
         epsilon: Lower bound of the absolute maximum of the activations.
         x_scale: A static activation scale, or `None` to compute it.
         bias: Array `(out_features,)` or `None`.
+        norm: `(gain, epsilon)` of an RMS norm before, a gain `(in_features,)`, or `None`.
         out: Contiguous array to write to, of the dtype of `x`, or `None`.
 
     Returns:
@@ -138,6 +149,9 @@ def matmul(
     problem.weights(packed)
     if bias is not None:
         problem.point("bias", np.ascontiguousarray(bias, np.float32), (packed.out_features,))
+    if norm is not None:
+        problem.point("gain", np.ascontiguousarray(norm[0], np.float32), x.shape[-1:])
+        problem.struct.norm_epsilon = norm[1]
     problem.point("y", out, shape)
     _check(_required().kbn_run(ctypes.byref(problem.struct), None))
     return out

@@ -30,13 +30,14 @@ struct Attributes {
   int64_t per_tensor = 0;
   double offset = 0;
   double epsilon = 0;
+  double norm_epsilon = 0;
 };
 
 // Fills the sizes of `problem` and checks every shape that the kernel trusts: a graph that was
 // traced, saved and loaded again may bring operands that Python never saw. Pointers and dtype
 // are the caller's. Returns what is wrong, or null.
 inline const char* describe(const Attributes& a, Shape x, Shape tiles, Shape scale, Shape bias,
-                            Shape x_scale, kbn_matmul* problem) {
+                            Shape x_scale, Shape gain, kbn_matmul* problem) {
   if (a.bits != 1 && a.bits != 2 && a.bits != 4 && a.bits != 8) return "bits must be 1, 2, 4 or 8";
   if (a.group_size < 0 || a.out_features < 1) return "group_size or out_features is out of range";
   if (x.rank < 1) return "x must have at least one axis";
@@ -51,6 +52,7 @@ inline const char* describe(const Attributes& a, Shape x, Shape tiles, Shape sca
   if (bias.rank != 1 || (bias[0] != 0 && bias[0] != n)) return "bias must be (out,), or (0,): none";
   if (x_scale.rank != 1 || (x_scale[0] != 0 && x_scale[0] != 1))
     return "x_scale must be (1,), or (0,): computed from x";
+  if (gain.rank != 1 || (gain[0] != 0 && gain[0] != k)) return "gain must be (in,), or (0,): none";
   *problem = kbn_matmul{};
   problem->rows = x.rows();
   problem->in_features = k;
@@ -62,6 +64,7 @@ inline const char* describe(const Attributes& a, Shape x, Shape tiles, Shape sca
   problem->per_tensor = static_cast<int32_t>(a.per_tensor);
   problem->offset = static_cast<float>(a.offset);
   problem->epsilon = static_cast<float>(a.epsilon);
+  problem->norm_epsilon = static_cast<float>(a.norm_epsilon);
   problem->scale_columns = static_cast<int32_t>(scale[1]);
   return nullptr;
 }

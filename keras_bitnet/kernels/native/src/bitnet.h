@@ -11,7 +11,8 @@
 enum kbn_dtype { KBN_F32 = 0, KBN_BF16 = 1, KBN_F16 = 2, KBN_I8 = 3 };
 enum kbn_layout { KBN_TILES = 0, KBN_TRITS = 1 };
 
-// One packed matmul, y = dequantize(quantize(x)) @ dequantize(tiles) + bias.
+// One packed matmul, y = dequantize(quantize(x)) @ dequantize(tiles) + bias. With a gain x is
+// normalized first, row by row, as `kbn_norm` says, and rounded to its dtype.
 //
 // Sums of a group, or of all inputs, are int32: `in_features` or `group_size` may be at most
 // 2^31 / (128 * max |step * (code + offset)|), so 131,071 at 8 bits, 2,097,151 at 4 bits and
@@ -31,10 +32,12 @@ typedef struct kbn_matmul {
   float epsilon;           // lower bound of the absolute maximum of a token
   int32_t scale_columns;   // 1: one scale for all outputs, else out_features
   int32_t layout;          // kbn_layout; trits: bits = 2, codes 0 to 2, no groups
+  float norm_epsilon;      // of the norm
   const void* x;           // (m, k), rows contiguous
   const uint8_t* tiles;    // [ceil(n / 16), ceil(k * bits / 32), 16, 4]; trits: ceil(k / 20)
   const float* scale;      // (1 or groups, scale_columns)
   const float* x_scale;    // static activation scale (1), or null: dynamic absmax
+  const float* gain;       // (k), `scale` of the norm, or null: no norm; not with per_tensor
   const float* bias;       // (n) or null
   void* y;                 // (m, n)
 } kbn_matmul;

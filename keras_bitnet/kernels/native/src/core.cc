@@ -85,6 +85,9 @@ int check_activations(const kbn_matmul& p) {
                 "Received: epsilon=%g, x_scale=%g",
                 static_cast<double>(p.epsilon), p.x_scale ? static_cast<double>(*p.x_scale) : 0.0);
   }
+  if (p.gain != nullptr && p.per_tensor) {
+    return fail(kInvalid, "a norm needs an activation scale for each row. Received: per_tensor=1");
+  }
   if (p.rows > 0 && p.x == nullptr) return fail(kInvalid, "x must be given. Received: null");
   return kOk;
 }
@@ -164,7 +167,7 @@ int run_checked(const kbn_matmul& problem, const kbn_parallel* parallel, const P
 }  // namespace
 }  // namespace kbn
 
-int kbn_abi_version(void) { return 3; }
+int kbn_abi_version(void) { return 4; }
 
 int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel) {
   int error = kbn::check_weights(*problem);

@@ -44,12 +44,15 @@ class Matmul {
     const int64_t codes = round_up(p_.rows * packed_inputs_, 64);
     const int64_t scales = round_up(p_.rows * 4, 64);
     const int64_t sums = round_up(p_.rows * groups_ * 4, 64);
+    const int64_t work = round_up(row_blocks_ * packed_inputs_, 64);
+    normalized_bytes_ = p_.gain ? p_.in_features * size_of(p_.dtype) : 0;
     // All memory comes from here: a task must not throw.
-    Scratch scratch(codes + scales + sums + row_blocks_ * packed_inputs_);
+    Scratch scratch(codes + scales + sums + work + row_blocks_ * normalized_bytes_);
     x_codes_ = reinterpret_cast<int8_t*>(scratch.data());
     x_scales_ = reinterpret_cast<float*>(scratch.data() + codes);
     x_sums_ = reinterpret_cast<int32_t*>(scratch.data() + codes + scales);
     rows_in_work_ = reinterpret_cast<int8_t*>(scratch.data() + codes + scales + sums);
+    normalized_ = reinterpret_cast<char*>(rows_in_work_ + work);
 
     const int threads = parallel_ ? parallel_->threads : pool_threads();
     const bool small =
@@ -84,36 +87,42 @@ class Matmul {
   // Blocks of nearly equal size.
   int64_t first_row(int64_t block) const { return p_.rows * block / row_blocks_; }
 
-  const char* x_row(int64_t row) const {
-    return static_cast<const char*>(p_.x) + row * p_.in_features * size_of(p_.dtype);
+  // A row of x, normalized where that is asked for: then it lies in memory of its block.
+  const char* x_row(int64_t row, int64_t block) const {
+    const char* x = static_cast<const char*>(p_.x) + row * p_.in_features * size_of(p_.dtype);
+    if (!p_.gain) return x;
+    char* y = normalized_ + block * normalized_bytes_;
+    kernels_.normalize(x, p_.gain, p_.dtype, p_.in_features, p_.norm_epsilon, y);
+    return y;
   }
 
   // Quantizes the rows of a block and packs them as `Block::x_codes` wants them.
   void quantize_block(int64_t block) {
     const int64_t begin = first_row(block), end = first_row(block + 1), rows = end - begin;
     int8_t* packed = x_codes_ + begin * packed_inputs_;
-    if (rows == 1) return quantize_row(begin, packed);
+    if (rows == 1) return quantize_row(begin, block, packed);
     int8_t* codes = rows_in_work_ + block * packed_inputs_;
     for (int64_t row = 0; row < rows; ++row) {
-      quantize_row(begin + row, codes);
+      quantize_row(begin + row, block, codes);
       for (int64_t k = 0; k < packed_inputs_; k += 4) {
         std::memcpy(packed + k * rows + row * 4, codes + k, 4);
       }
     }
   }
 
-  void quantize_row(int64_t row, int8_t* codes) {
+  void quantize_row(int64_t row, int64_t block, int8_t* codes) {
     const int64_t k = p_.in_features;
     if (probe_.x_codes) {
       std::memcpy(codes, probe_.x_codes + row * k, k);
     } else {
       const float highest = p_.activation_bits == 8 ? 127.0f : 7.0f;
+      const char* x = x_row(row, block);
       float absmax = tensor_absmax_;
-      if (!p_.per_tensor || p_.x_scale) absmax = kernels_.absmax(x_row(row), p_.dtype, k);
+      if (!p_.per_tensor || p_.x_scale) absmax = kernels_.absmax(x, p_.dtype, k);
       Step step = step_of(absmax, p_.epsilon, highest);
       if (p_.x_scale) step = {*p_.x_scale, 1.0f / *p_.x_scale};
       if (std::isfinite(absmax)) {
-        kernels_.quantize(x_row(row), p_.dtype, k, step.inverse, highest, codes);
+        kernels_.quantize(x, p_.dtype, k, step.inverse, highest, codes);
       } else {
         // The scale carries NaN or infinity to every output, which no integer could.
         std::memset(codes, 0, k);
@@ -275,6 +284,8 @@ class Matmul {
   float* x_scales_ = nullptr;   // (rows)
   int32_t* x_sums_ = nullptr;   // (rows, groups)
   int8_t* rows_in_work_ = nullptr;  // a row for each block, before it is packed
+  char* normalized_ = nullptr;      // a row of numbers for each block
+  int64_t normalized_bytes_ = 0;
 };
 
 }  // namespace

@@ -94,7 +94,7 @@ KBN_TF_FUNCTIONS(X)
 
 constexpr char kOp[] = "KerasBitnetMatmul", kAttentionOp[] = "KerasBitnetAttendNext",
                kNormOp[] = "KerasBitnetRmsNorm";
-constexpr int kInputs = 5;  // x, tiles, scale, bias, x_scale
+constexpr int kInputs = 6;  // x, tiles, scale, bias, x_scale, gain
 std::atomic<int32_t> max_threads{0};
 
 struct StatusDeleter {
@@ -110,10 +110,10 @@ using Status = std::unique_ptr<TF_Status, StatusDeleter>;
 using ShapeOwner = std::unique_ptr<TF_ShapeHandle, ShapeDeleter>;
 using TensorOwner = std::unique_ptr<TF_Tensor, TensorDeleter>;
 
-// (..., in), tiles, scale, (out,), x_scale -> (..., out). The stable API shows a shape function no
+// (..., in), tiles, scale, (out,), x_scale, gain -> (..., out). The stable API shows a shape function no
 // integer attribute, so `out` is read off the bias, which is therefore always there.
 void infer_shape(TF_ShapeInferenceContext* context, TF_Status* status) {
-  const int64_t ranks[kInputs] = {1, 4, 2, 1, 1};
+  const int64_t ranks[kInputs] = {1, 4, 2, 1, 1, 1};
   ShapeOwner in[kInputs], out(TF_NewShapeHandle());
   for (int i = 0; i < kInputs; ++i) {
     in[i].reset(TF_NewShapeHandle());
@@ -138,7 +138,7 @@ void infer_shape(TF_ShapeInferenceContext* context, TF_Status* status) {
 void* create(TF_OpKernelConstruction* context) {
   Status status(TF_NewStatus());
   auto attributes = std::make_unique<Attributes>();
-  float offset = 0, epsilon = 0;
+  float offset = 0, epsilon = 0, norm_epsilon = 0;
   const struct { const char* name; int64_t* value; } integers[] = {
       {"bits", &attributes->bits},
       {"trits", &attributes->trits},
@@ -149,16 +149,19 @@ void* create(TF_OpKernelConstruction* context) {
   for (const auto& row : integers)
     if (!TF_GetCode(status.get()))
       TF_OpKernelConstruction_GetAttrInt64(context, row.name, row.value, status.get());
-  if (!TF_GetCode(status.get()))
-    TF_OpKernelConstruction_GetAttrFloat(context, "offset", &offset, status.get());
-  if (!TF_GetCode(status.get()))
-    TF_OpKernelConstruction_GetAttrFloat(context, "epsilon", &epsilon, status.get());
+  const struct { const char* name; float* value; } floats[] = {
+      {"offset", &offset}, {"epsilon", &epsilon}, {"norm_epsilon", &norm_epsilon},
+  };
+  for (const auto& row : floats)
+    if (!TF_GetCode(status.get()))
+      TF_OpKernelConstruction_GetAttrFloat(context, row.name, row.value, status.get());
   if (TF_GetCode(status.get())) {
     TF_OpKernelConstruction_Failure(context, status.get());
     return nullptr;
   }
   attributes->offset = offset;
   attributes->epsilon = epsilon;
+  attributes->norm_epsilon = norm_epsilon;
   return attributes.release();
 }
 
@@ -216,7 +219,7 @@ void run(Attributes attributes, TF_OpKernelContext* context, TF_Status* status) 
   attributes.out_features = in[3].sizes.size() == 1 ? in[3].sizes[0] : 0;
   kbn_matmul problem;
   const char* wrong = kbn_adapter::describe(attributes, shape(0), shape(1), shape(2), shape(3),
-                                            shape(4), &problem);
+                                            shape(4), shape(5), &problem);
   if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
   problem.dtype = in[0].operand().dtype;
   std::vector<int64_t> result = in[0].sizes;
@@ -228,6 +231,7 @@ void run(Attributes attributes, TF_OpKernelContext* context, TF_Status* status) 
   problem.scale = static_cast<const float*>(in[2].operand().data);
   problem.bias = static_cast<const float*>(in[3].operand().data);
   if (in[4].sizes[0]) problem.x_scale = static_cast<const float*>(in[4].operand().data);
+  if (in[5].sizes[0]) problem.gain = static_cast<const float*>(in[5].operand().data);
   problem.y = TF_TensorData(y.get());
   wrong = kbn_run_limited(&problem, max_threads.load(std::memory_order_relaxed));
   if (wrong) TF_SetStatus(status, kInternal, wrong);
@@ -345,8 +349,10 @@ struct Op {
 const Op kOps[] = {
     {kOp, "KerasBitnetMatmulCPU",
      {"T: {float, bfloat16, half}", "bits: int", "trits: int", "group_size: int",
-      "activation_bits: int", "per_tensor: int", "offset: float", "epsilon: float"},
-     {"x: T", "tiles: uint8", "scale: float", "bias: float", "x_scale: float"}, {"y: T"}, false,
+      "activation_bits: int", "per_tensor: int", "offset: float", "epsilon: float",
+      "norm_epsilon: float"},
+     {"x: T", "tiles: uint8", "scale: float", "bias: float", "x_scale: float", "gain: float"},
+     {"y: T"}, false,
      infer_shape, create, compute, destroy},
     {kAttentionOp, "KerasBitnetAttendNextCPU",
      {"T: {float, bfloat16, half}", "C: {float, bfloat16, half, int8}", "scale: float"},

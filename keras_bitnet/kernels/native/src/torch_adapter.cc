@@ -46,15 +46,15 @@ KBN_TORCH_FUNCTIONS(X)
 int (*get_num_threads)();
 
 constexpr char kSchema[] =
-    "bit_matmul(Tensor x, Tensor tiles, Tensor scale, Tensor bias, Tensor x_scale, "
+    "bit_matmul(Tensor x, Tensor tiles, Tensor scale, Tensor bias, Tensor x_scale, Tensor gain, "
     "int out_features, int bits, int trits, int group_size, int activation_bits, "
-    "bool per_tensor, float offset, float epsilon) -> Tensor";
+    "bool per_tensor, float offset, float epsilon, float norm_epsilon) -> Tensor";
 constexpr char kAttentionSchema[] =
     "attend_next(Tensor query, Tensor key, Tensor value, Tensor cosines, Tensor sines, Tensor mask, "
     "Tensor index, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) key_scale, "
     "Tensor(d!) value_scale, float scale) -> Tensor";
 constexpr char kNormSchema[] = "rms_norm(Tensor x, Tensor scale, float epsilon) -> Tensor";
-constexpr int kTensors = 5;
+constexpr int kTensors = 6;
 constexpr int64_t kMaxRank = 32;
 
 // A tensor of the stack; the kernel owns it.
@@ -122,7 +122,7 @@ bool allocate(const Tensor& x, int64_t columns, Tensor* y) {
 
 const char* compute(Slot* stack, Tensor* tensors, Tensor* y) {
   Tensor &x = tensors[0], &tiles = tensors[1], &scale = tensors[2], &bias = tensors[3],
-         &x_scale = tensors[4];
+         &x_scale = tensors[4], &gain = tensors[5];
   if (const char* wrong = read_all(tensors, kTensors)) return wrong;
   kbn_adapter::Attributes attributes;
   int64_t* integers[] = {&attributes.out_features, &attributes.bits, &attributes.trits,
@@ -132,14 +132,15 @@ const char* compute(Slot* stack, Tensor* tensors, Tensor* y) {
   attributes.per_tensor &= 1;  // of a bool only the lowest byte is defined
   attributes.offset = float_of(stack[kTensors + 6]);
   attributes.epsilon = float_of(stack[kTensors + 7]);
+  attributes.norm_epsilon = float_of(stack[kTensors + 8]);
   kbn_matmul problem;
   const char* wrong = kbn_adapter::describe(attributes, x.shape(), tiles.shape(), scale.shape(),
-                                            bias.shape(), x_scale.shape(), &problem);
+                                            bias.shape(), x_scale.shape(), gain.shape(), &problem);
   if (wrong) return wrong;
   problem.dtype = kbn_dtype_of(x.dtype);
   if (problem.dtype < 0 || tiles.dtype != aoti_torch_dtype_uint8() ||
       scale.dtype != aoti_torch_dtype_float32() || bias.dtype != scale.dtype ||
-      x_scale.dtype != scale.dtype)
+      x_scale.dtype != scale.dtype || gain.dtype != scale.dtype)
     return "wrong dtype of an operand";
   if (x.rank > kMaxRank) return "x has too many axes";
   if (!allocate(x, attributes.out_features, y)) return "no memory for the result";
@@ -148,6 +149,7 @@ const char* compute(Slot* stack, Tensor* tensors, Tensor* y) {
   problem.scale = static_cast<const float*>(scale.data);
   problem.bias = bias.dims[0] ? static_cast<const float*>(bias.data) : nullptr;
   problem.x_scale = x_scale.dims[0] ? static_cast<const float*>(x_scale.data) : nullptr;
+  problem.gain = gain.dims[0] ? static_cast<const float*>(gain.data) : nullptr;
   problem.y = y->data;
   return kbn_run_limited(&problem, get_num_threads ? get_num_threads() : 0);
 }
