@@ -172,6 +172,16 @@ def test_a_packed_static_layer_runs_before_its_weights_are_loaded():
     assert np.isfinite(to_numpy(layer(np.ones((2, 8), "float32")))).all()
 
 
+def test_lower_precision_is_observed_in_float32(rng):
+    x = rng.integers(-16, 17, (1024, 12)).astype("float32") / 16  # bfloat16 holds them, not 1000
+    scales = []
+    for dtype in ("float32", "mixed_bfloat16"):
+        model = keras.Sequential([keras.Input((12,)), BitLinear(3, dtype=dtype)])
+        model = keras_bitnet.calibrate(model, x, "percentile", percentile=60, verbose=0)
+        scales.append(float(to_numpy(model.layers[0].activation_scale)))
+    assert scales[0] == scales[1]
+
+
 def resident_bytes():
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

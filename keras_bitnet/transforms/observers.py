@@ -39,7 +39,10 @@ class Observer(keras.layers.Layer):
         self.built = True
 
     def _zeros(self, name, shape):
-        return self.add_weight(name=name, shape=shape, initializer="zeros", trainable=False)
+        # Never cast: it is read where a layer of lower precision is called.
+        return self.add_weight(
+            name=name, shape=shape, initializer="zeros", trainable=False, autocast=False
+        )
 
     def update(self, x):
         """Takes in one batch of inputs `(..., in_features)`."""
