@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import to_numpy
+from helpers import once, to_numpy
 from test_gguf import TOKENS, make_model
 
 from keras_bitnet import cli
@@ -29,6 +29,17 @@ def test_a_model_goes_out_and_comes_in(to, tmp_path, capsys):
     again = common.load_model(tmp_path / "again.keras")
     tokens = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
     np.testing.assert_allclose(to_numpy(again(tokens)), to_numpy(model(tokens)), atol=0.02)
+
+
+@once
+def test_dots_in_the_name_of_a_folder_are_no_suffix(tmp_path, monkeypatch):
+    folder = tmp_path / "bitnet-b1.58-2B-4T"
+    folder.mkdir()
+    wanted = tmp_path / "bitnet-b1.58-2B-4T.keras"
+    monkeypatch.chdir(folder)
+    for given in (folder, "."):
+        arguments = cli.make_parser().parse_args(["import", str(given)])
+        assert common.output_path(arguments, ".keras") == wanted
 
 
 def test_errors_are_one_line(tmp_path, capsys):

@@ -93,7 +93,8 @@ def verbosity(arguments):
 
 
 def output_path(arguments, suffix, accepted=()):
-    """Where to write, checked before any work is done: `model.keras` gives `model.SUFFIX`.
+    """Where to write, checked before any work is done: `model.keras` gives `model.SUFFIX`,
+    a folder `model-1.5B` `model-1.5B.SUFFIX` beside it.
 
     Args:
         arguments: Those of the command.
@@ -105,8 +106,16 @@ def output_path(arguments, suffix, accepted=()):
         FileNotFoundError: Its folder does not exist.
         ValueError: The name ends otherwise.
     """
-    path = arguments.output or pathlib.Path(arguments.file).with_suffix(suffix)
+    path = arguments.output or _beside(pathlib.Path(arguments.file), suffix)
     return checked_path(path, arguments.force, accepted)
+
+
+def _beside(source, suffix):
+    """A folder's name has no suffix to replace, whatever dots are in it: bitnet-b1.58-2B-4T."""
+    if source.is_dir():
+        source = source.resolve()
+        return source.with_name(source.name + suffix)
+    return source.with_suffix(suffix)
 
 
 def checked_path(path, force, accepted=()):
