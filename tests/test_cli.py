@@ -192,6 +192,7 @@ def test_a_failure_leaves_no_file(saved, capsys, monkeypatch):
     [
         (["summary", "{dir}/none.keras"], "There is no file"),
         (["quantize", "{file}", "--weights", "int3"], "Received: 'int3'"),
+        (["quantize", "{file}", "--smoothing", "2"], "Layer 'a': `smoothing` must lie in [0, 1]"),
         (["quantize", "{file}", "-o", "{dir}/x.zip"], r"\*.keras"),
         (["quantize", "{file}", "-o", "{dir}/no/x.keras"], "no folder"),
         (["summary", "{dir}/text.keras"], "text.keras"),

@@ -102,7 +102,7 @@ def twin_of(layer, arguments=None):
         return None
     config = {k: v for k, v in layer.get_config().items() if k not in _NOT_KEPT}
     arguments = {k: v for k, v in (arguments or {}).items() if k not in twin.not_in_spec}
-    return twin.from_config({**config, **under_own_names(twin, arguments)})
+    return _made(twin, {**config, **under_own_names(twin, arguments)})
 
 
 def _requantization_refusal(layer):
@@ -117,7 +117,17 @@ def _requantized(layer, arguments):
     """The unbuilt copy of a quantized layer with other arguments."""
     cls = type(layer)
     arguments = {k: v for k, v in arguments.items() if k not in cls.not_in_spec}
-    return cls.from_config({**layer.get_config(), **under_own_names(cls, arguments)})
+    return _made(cls, {**layer.get_config(), **under_own_names(cls, arguments)})
+
+
+def _made(cls, config):
+    """`cls.from_config(config)`, with the constructor's own word where it refuses an argument."""
+    try:
+        return cls.from_config(config)
+    except TypeError as error:  # Keras's, with all of the config in it
+        if not isinstance(error.__context__, ValueError):
+            raise
+        raise ValueError(f"Layer '{config['name']}': {error.__context__}") from error
 
 
 def _take_weights(old, new):
