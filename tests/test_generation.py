@@ -96,7 +96,10 @@ def test_sampling_follows_the_seed_and_the_distribution(model):
     np.testing.assert_allclose(frequencies(temperature=1.0, top_p=0.4), [1, 0, 0, 0], **near)
     square = np.array([25, 9, 2.25, 0.25]) / 36.5
     np.testing.assert_allclose(frequencies(temperature=0.5), square, **near)
-    np.testing.assert_allclose(frequencies(), [1, 0, 0, 0])
+    for temperature in (0.0, 1e-38, 1e-40, 1e-60):
+        np.testing.assert_allclose(frequencies(temperature=temperature), [1, 0, 0, 0])
+        reverse = keras.ops.convert_to_tensor(30 * logits[:, ::-1])
+        assert (to_numpy(Sampler(temperature)(reverse, uniform)) == 3).all()
 
 
 def test_beam_search_of_full_width_finds_the_best(model):

@@ -2,9 +2,12 @@
 
 import dataclasses
 
+import numpy as np
 from keras import ops
 
 from keras_bitnet.ops.constants import constant_like
+
+LOWEST = float(np.finfo("float32").tiny)  # a temperature below would be rounded to 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,8 @@ class Sampler:
         logits = ops.cast(logits, "float32")
         if self.temperature == 0:
             return ops.cast(ops.argmax(logits, axis=-1), "int32")
-        probabilities = ops.softmax(logits / self.temperature)
+        logits = logits - ops.max(logits, axis=-1, keepdims=True)  # which a quotient may exceed
+        probabilities = ops.softmax(logits / max(self.temperature, LOWEST))
         lowest = self._lowest(probabilities)
         if lowest is not None:
             kept = probabilities >= lowest
