@@ -182,6 +182,8 @@ def test_a_text_that_ends_within_a_character(model, count):
         ([1, 2], {"max_length": 4, "top_p": 1.5}, "top_p=1.5"),
         ([1, 2], {"max_length": 4, "top_k": 3, "beams": 2}, "beam search"),
         ([1, 2], {"max_length": 4, "beams": 51}, "beams=51"),
+        ([1, 2], {"max_length": 4, "beams": 0}, "beams=0"),
+        ([1, 2], {"max_length": 4, "stop_tokens": "</s>"}, "Received: '</s>'"),
     ],
 )
 def test_bad_requests(prompts, options, message, model):

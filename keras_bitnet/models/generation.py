@@ -33,7 +33,7 @@ class Generation(keras.Model):
             ValueError: A prompt is empty, holds no token of the vocabulary, or is too long.
         """
         request = Request(self, prompts, max_length, **options)
-        rows = beam.search(self, request, beams) if beams > 1 else self._sample(request)
+        rows = self._sample(request) if beams == 1 else beam.search(self, request, beams)
         if not strip_prompt:
             rows = [[*prompt, *row] for prompt, row in zip(request.prompts, rows, strict=True)]
         return request.restore(rows)
@@ -225,7 +225,12 @@ class Request:
             stop_tokens = getattr(self.tokenizer, "stop_tokens", None)
         if stop_tokens is None:
             return frozenset()
-        return frozenset([stop_tokens] if np.ndim(stop_tokens) == 0 else stop_tokens)
+        ids = [stop_tokens] if np.ndim(stop_tokens) == 0 else list(stop_tokens)
+        if not all(isinstance(i, (int, np.integer)) for i in ids):
+            raise ValueError(
+                f"`stop_tokens` must be a token id or a list of them. Received: {stop_tokens!r}"
+            )
+        return frozenset(ids)
 
     def uniform(self):
         """The numbers that choose the token of each place, `(cache_length, batch)`."""
