@@ -8,6 +8,7 @@ from helpers import to_numpy
 
 from keras_bitnet import quantizers
 from keras_bitnet.interop import from_gguf, to_gguf, weights
+from keras_bitnet.interop.from_gguf import read_arguments
 from keras_bitnet.interop.gguf_file import GGUFFile
 from keras_bitnet.interop.tensor_map import projections
 from keras_bitnet.models import BitNetBackbone, BitNetCausalLM
@@ -148,3 +149,11 @@ def test_llama_cpp_gives_the_same_logits(tmp_path):
         found, expected = np.array(theirs.scores[:6]), logits(model)[0]
         assert (found.argmax(-1) == expected.argmax(-1)).all()
         assert np.corrcoef(found.reshape(-1), expected.reshape(-1))[0, 1] > 0.999
+
+
+def test_biases_are_refused(tmp_path):
+    to_gguf(make_model(weight_quantizer="ternary"), tmp_path / "m.gguf")
+    with GGUFFile(tmp_path / "m.gguf") as file:
+        file.tensors["blk.0.attn_q.bias"] = file.info("output_norm.weight")
+        with pytest.raises(ValueError, match=r"biases.*blk\.0\.attn_q\.bias"):
+            read_arguments(file, file.metadata["general.architecture"])

@@ -103,6 +103,9 @@ def read_arguments(file, arch):
         )
     if "rope_freqs.weight" in file or value("expert_count", 1) != 1:
         raise ValueError("Models with frequency factors or experts cannot be read.")
+    biases = [name for name in file.tensors if name.endswith(".bias")]
+    if biases:
+        raise ValueError(f"Projections with biases cannot be read. Received: {biases[:4]}")
     arguments = {
         "vocabulary_size": file.info("token_embd.weight").shape[0],
         "num_layers": value("block_count"),
