@@ -270,6 +270,11 @@ def test_data_files(tmp_path):
     assert sorted(common.load_data(tmp_path / "named.npz")[0]) == ["left", "right"]
     with pytest.raises(ValueError, match="one row an example"):
         common.load_data(tmp_path / "uneven.npz")
+    content = bytearray((tmp_path / "xy.npz").read_bytes())
+    content[200] ^= 255  # within `x`
+    (tmp_path / "damaged.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged.npz' holds no arrays that can be read: Bad CRC"):
+        common.load_data(tmp_path / "damaged.npz")
     with pytest.raises(ValueError, match="Received"):
         common.load_data(tmp_path / "x.csv")
 

@@ -247,9 +247,9 @@ def load_data(path, samples=None):
         raise ValueError(f"--samples must be positive. Received: {samples}")
     try:
         loaded = np.load(path)
+        arrays = {"x": loaded} if path.suffix == ".npy" else {name: loaded[name] for name in loaded}
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"'{path}' holds no arrays that can be read: {error}") from error
-    arrays = {"x": loaded} if path.suffix == ".npy" else {name: loaded[name] for name in loaded}
     lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise ValueError(
