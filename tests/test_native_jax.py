@@ -150,11 +150,8 @@ def test_handler_checks_its_operands(rng):
     _, packed = make_packed(rng, 100, 33)
     facts = cpu.Facts.of(packed, ActivationInt8())
     call = jax.jit(adapter._ffi_call, static_argnums=0)
-    weights = packed.tiles, packed.scale, None, None
     with pytest.raises(jax.errors.JaxRuntimeError, match="tiles must be"):
-        call(facts, jnp.ones((2, 50)), *weights, None).block_until_ready()
-    with pytest.raises(jax.errors.JaxRuntimeError, match="gain must be"):
-        call(facts, jnp.ones((2, 100)), *weights, jnp.ones(33)).block_until_ready()
+        call(facts, jnp.ones((2, 50)), packed.tiles, packed.scale, None, None).block_until_ready()
 
 
 def test_threads_of_xla_alone():
@@ -172,7 +169,8 @@ print(json.dumps(len(os.listdir("/proc/self/task")) - before))
 """
     if not pathlib.Path("/proc/self/task").is_dir():
         pytest.skip("no /proc on this system")
-    assert run_python(code) == 0
+    # What compiles has threads too: that of the float product must not come from a cache.
+    assert run_python(code, JAX_ENABLE_COMPILATION_CACHE="0") == 0
 
 
 # Ours and the header's, member by member.

@@ -39,11 +39,8 @@ for adapter in (native, cuda):
         bias = rng.normal(size=n).astype("float32")
         facts = Facts.of(packed, quantizer)
         static = jnp.float32(0.02) if quantizer.granularity == "static" else None
-        normalized = adapter is native and quantizer.granularity != "tensor"
-        gain = jnp.linspace(0.5, 1.5, 256) if normalized else None
-        facts = facts._replace(norm_epsilon=1e-5)
         def run(*operands):
-            return traced(adapter.PLACE, facts, *operands, static, gain)
+            return traced(adapter.PLACE, facts, *operands, static)
         wanted = np.asarray(jax.jit(run)(x, packed.tiles, packed.scale, bias))
         split = "model" if n == 128 else None
         weights = (put(packed.tiles, split),

@@ -110,7 +110,6 @@ class Facts(NamedTuple):
         offset: `w = scale * (code + offset)`.
         layout: `"tiles"` or `"trits"`.
         quantizer: The `ActivationQuantizer`.
-        norm_epsilon: Of an RMS norm before, where there is a gain for it.
     """
 
     in_features: int
@@ -120,11 +119,10 @@ class Facts(NamedTuple):
     offset: float
     layout: str
     quantizer: Any
-    norm_epsilon: float = 0.0
 
     @classmethod
-    def of(cls, packed, quantizer, norm_epsilon=0.0):
-        """The facts of a `PackedTensor`, an activation quantizer and a norm."""
+    def of(cls, packed, quantizer):
+        """The facts of a `PackedTensor` and an activation quantizer."""
         return cls(
             packed.in_features,
             packed.out_features,
@@ -133,7 +131,6 @@ class Facts(NamedTuple):
             packed.offset,
             packed.layout,
             quantizer,
-            norm_epsilon,
         )
 
     def packed(self, tiles, scale):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_bitnet.kernels import cpu, native, norm
+from keras_bitnet.kernels import cpu, native
 from keras_bitnet.kernels.jax_calls import Place, ffi_matmul, matmul, registration_error, result
 from keras_bitnet.kernels.select import Kernel
 from keras_bitnet.ops.reference import reference_matmul
@@ -16,28 +16,19 @@ def refuse(problem):
     return reason or registration_error(native.library(), "kbn_xla_matmul", TARGET, "cpu")
 
 
-def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None):
+def run(x, packed, activation_quantizer, bias, activation_scale=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
-    return matmul(PLACE, x, packed, activation_quantizer, bias, activation_scale, norm)
+    return matmul(PLACE, x, packed, activation_quantizer, bias, activation_scale)
 
 
 def _ffi_call(facts, x, *operands):
-    return ffi_matmul(
-        TARGET,
-        result(facts, x),
-        facts,
-        x,
-        *operands,
-        trits=np.int64(facts.layout == "trits"),
-        norm_epsilon=np.float64(facts.norm_epsilon),
-    )
+    trits = np.int64(facts.layout == "trits")
+    return ffi_matmul(TARGET, result(facts, x), facts, x, *operands, trits=trits)
 
 
-def _reference(facts, x, tiles, scale, bias, x_scale, gain):
-    if gain is not None:
-        x = norm.REFERENCE.run(x, gain, facts.norm_epsilon)
+def _reference(facts, x, tiles, scale, bias, x_scale):
     return reference_matmul(x, facts.packed(tiles, scale), facts.quantizer, bias, x_scale)
 
 
 PLACE = Place("cpu", _ffi_call, _reference)
-NATIVE = Kernel(cpu.NAME, refuse, run, cpu.normalizes)
+NATIVE = Kernel(cpu.NAME, refuse, run)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from keras import ops
 
-from keras_bitnet.kernels.cpu import Facts, gradients, norm_gradients
+from keras_bitnet.kernels.cpu import Facts, gradients
 from keras_bitnet.kernels.jax_partition import partitioned
 
 NOTHING = np.zeros(0, np.float32)  # what a handler takes for an operand that is not given
@@ -35,8 +35,7 @@ class Place(NamedTuple):
 
     Attributes:
         platform: `"cpu"` or `"cuda"`.
-        call: The kernel, `call(facts, x, tiles, scale, bias, x_scale, gain)`; the last three may
-            be `None`.
+        call: The kernel, `call(facts, x, tiles, scale, bias, x_scale)`; the last two may be `None`.
         elsewhere: What computes the same on any platform.
     """
 
@@ -45,43 +44,37 @@ class Place(NamedTuple):
     elsewhere: Callable
 
 
-def matmul(place, x, packed, activation_quantizer, bias, activation_scale, norm=None):
+def matmul(place, x, packed, activation_quantizer, bias, activation_scale):
     """`keras_bitnet.ops.bit_matmul` by a kernel, with a gradient, under `vmap` and on meshes."""
-    gain, norm_epsilon = (None, 0.0) if norm is None else (ops.cast(norm[0], "float32"), norm[1])
     bias = None if bias is None else ops.convert_to_tensor(bias)
     if activation_scale is not None:
         activation_scale = ops.cast(activation_scale, "float32")
-    facts = Facts.of(packed, activation_quantizer, norm_epsilon)
-    return traced(place, facts, x, packed.tiles, packed.scale, bias, activation_scale, gain)
+    facts = Facts.of(packed, activation_quantizer)
+    return traced(place, facts, x, packed.tiles, packed.scale, bias, activation_scale)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def traced(place, facts, x, tiles, scale, bias, x_scale, gain):
+def traced(place, facts, x, tiles, scale, bias, x_scale):
     """The same of what a program holds: arrays and facts."""
     bias = None if bias is None else bias.astype("float32")
-    return _differentiable(place, facts, x, tiles, scale, bias, x_scale, gain)
+    return _differentiable(place, facts, x, tiles, scale, bias, x_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable(place, facts, *operands):
-    return _batched(place, facts)(*operands)
+def _differentiable(place, facts, x, tiles, scale, bias, x_scale):
+    return _batched(place, facts)(x, tiles, scale, bias, x_scale)
 
 
 def _forward(place, facts, x, *others):
-    normalized = others[-1] is not None
-    return _differentiable(place, facts, x, *others), (x if normalized else None, *others)
+    return _differentiable(place, facts, x, *others), others
 
 
 def _backward(place, facts, operands, dy):
-    x, tiles, scale, bias, x_scale, gain = operands
+    tiles, scale, bias, x_scale = operands
     dx, dbias = gradients(dy, facts.packed(tiles, scale))
-    dgain = None
-    if gain is not None:
-        dx, dgain = norm_gradients(dx, x, gain, facts.norm_epsilon)
     no_gradient = np.zeros(tiles.shape, jax.dtypes.float0)
     nothing = None if x_scale is None else jnp.zeros_like(x_scale)
-    dbias = None if bias is None else dbias
-    return dx, no_gradient, jnp.zeros_like(scale), dbias, nothing, dgain
+    return dx, no_gradient, jnp.zeros_like(scale), None if bias is None else dbias, nothing
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -120,15 +113,14 @@ def _on_platform(place, facts, *operands):
     )
 
 
-def ffi_matmul(target, results, facts, x, tiles, scale, bias, x_scale, *others, **attributes):
-    """The results of a registered handler of the packed matmul, and what it takes beside."""
+def ffi_matmul(target, results, facts, x, tiles, scale, bias, x_scale, **attributes):
+    """The results of a registered handler of the packed matmul."""
     return jax.ffi.ffi_call(target, results)(
         x,
         tiles,
         scale,
         NOTHING if bias is None else bias,
         NOTHING if x_scale is None else jnp.reshape(x_scale, 1),
-        *(NOTHING if other is None else other for other in others),
         out_features=np.int64(facts.out_features),
         bits=np.int64(facts.bits),
         group_size=np.int64(facts.group_size or 0),

@@ -22,7 +22,7 @@ def partitioned(function, facts, *operands):
     Inputs are never split: a token's scale is of all of them.
 
     Args:
-        function: `function(facts, x, tiles, scale, bias, x_scale, gain)`.
+        function: `function(facts, x, tiles, scale, bias, x_scale)`.
         facts: `keras_bitnet.kernels.cpu.Facts`.
         *operands: Its other arguments, tensors or `None`.
 
@@ -39,7 +39,7 @@ def partitioned(function, facts, *operands):
         return whole(*operands)
 
     def specs(mesh, shapes):
-        x, tiles, scale, bias, x_scale, gain = shapes
+        x, tiles, scale, bias, x_scale = shapes
         outputs = _spec(tiles)[0]
         if facts.out_features % (_TILE_OUTPUTS * _size(mesh, outputs)):
             outputs = None
@@ -51,7 +51,6 @@ def partitioned(function, facts, *operands):
             PartitionSpec(None, outputs if scale.shape[1] > 1 else None),
             None if bias is None else PartitionSpec(outputs),
             None if x_scale is None else PartitionSpec(*[None] * len(x_scale.shape)),
-            None if gain is None else PartitionSpec(None),
         )
         operands = [None if s is None else NamedSharding(mesh, s) for s in wanted]
         return tuple(operands), NamedSharding(mesh, PartitionSpec(*rows, outputs)), outputs
@@ -85,7 +84,7 @@ def _size(mesh, entry):
     return math.prod(mesh.shape[name] for name in _names([entry]))
 
 
-def _rule(facts, x, tiles, scale, bias, x_scale, gain):
+def _rule(facts, x, tiles, scale, bias, x_scale):
     """The same for Shardy: which axes of operands and result are split together."""
     rows = [f"r{i}" for i in range(len(x.shape) - 1)]
     # Of one row of tiles there is nothing to split, and Shardy refuses products with factors of 1.
@@ -100,7 +99,5 @@ def _rule(facts, x, tiles, scale, bias, x_scale, gain):
         operands.append(outputs)
     if x_scale is not None:
         operands.append(" ".join(f"x{i}" for i in range(len(x_scale.shape))))
-    if gain is not None:
-        operands.append("k")
     rule = f"{', '.join(operands)} -> {' '.join([*rows, outputs])}"
     return {"sharding_rule": rule, **({"s": _TILE_OUTPUTS} if tiled else {})}

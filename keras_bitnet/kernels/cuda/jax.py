@@ -55,10 +55,10 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None):
     return matmul(PLACE, x, packed, activation_quantizer, bias, activation_scale)
 
 
-def _ffi_call(facts, x, tiles, scale, bias, x_scale, gain):
+def _ffi_call(facts, x, tiles, scale, *others):
     y = result(facts, x)
     workspace = jax.ShapeDtypeStruct((_workspace(facts, y),), jnp.uint8)
-    return ffi_matmul(TARGET, (y, workspace), facts, x, tiles, scale, bias, x_scale)[0]
+    return ffi_matmul(TARGET, (y, workspace), facts, x, tiles, scale, *others)[0]
 
 
 def _workspace(facts, y):
@@ -73,7 +73,7 @@ def _workspace(facts, y):
     return library.workspace(problem)
 
 
-def _elsewhere(facts, x, tiles, scale, bias, x_scale, gain):
+def _elsewhere(facts, x, tiles, scale, bias, x_scale):
     """What runs where the program is not compiled for CUDA: the CPU's kernel or the reference."""
     packed = facts.packed(tiles, scale)
     problem = dataclasses.replace(Problem.of(x, packed, facts.quantizer), device=None)

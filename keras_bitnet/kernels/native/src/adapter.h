@@ -33,6 +33,9 @@ struct Attributes {
   double norm_epsilon = 0;
 };
 
+constexpr int64_t kNone = 0;
+constexpr Shape kNothing{&kNone, 1};  // of an operand that is not given
+
 // Fills the sizes of `problem` and checks every shape that the kernel trusts: a graph that was
 // traced, saved and loaded again may bring operands that Python never saw. Pointers and dtype
 // are the caller's. Returns what is wrong, or null.

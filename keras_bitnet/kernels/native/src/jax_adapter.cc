@@ -98,9 +98,7 @@ bool read(const xla_ffi::Attributes& attributes, kbn_adapter::Attributes* out) {
       {"activation_bits", &out->activation_bits}, {"per_tensor", &out->per_tensor},
   };
   const struct { const char* name; double* value; } floats[] = {
-      {"offset", &out->offset},
-      {"epsilon", &out->epsilon},
-      {"norm_epsilon", &out->norm_epsilon},
+      {"offset", &out->offset}, {"epsilon", &out->epsilon},
   };
   for (const auto& row : integers) {
     const void* found = scalar(attributes, row.name, kS64);
@@ -154,31 +152,30 @@ void* run(const CallFrame* frame, const Problem& problem) {
 
 }  // namespace
 
-// Operands x, tiles, scale, bias, x_scale, gain; result y.
+// Operands x, tiles, scale, bias, x_scale; result y.
 KBN_API void* kbn_xla_matmul(xla_ffi::CallFrame* frame) {
   if (answer_metadata(frame) || frame->stage != kExecuteStage) return nullptr;
   kbn_adapter::Attributes attributes;
-  if (frame->arguments.size != 6 || frame->results.size != 1 ||
+  if (frame->arguments.size != 5 || frame->results.size != 1 ||
       !read(frame->attributes, &attributes))
     return error(frame, kInvalidArgument, "wrong number of operands or attributes");
   Buffer **in = frame->arguments.buffers, *y = frame->results.buffers[0];
-  Buffer *x = in[0], *tiles = in[1], *scale = in[2], *bias = in[3], *x_scale = in[4],
-         *gain = in[5];
+  Buffer *x = in[0], *tiles = in[1], *scale = in[2], *bias = in[3], *x_scale = in[4];
   kbn_matmul problem;
   const char* wrong = kbn_adapter::describe(attributes, shape(x), shape(tiles), shape(scale),
-                                            shape(bias), shape(x_scale), shape(gain), &problem);
+                                            shape(bias), shape(x_scale), kbn_adapter::kNothing,
+                                            &problem);
   if (wrong) return error(frame, kInvalidArgument, wrong);
   problem.dtype = dtype_of(x->dtype);
   if (problem.dtype < 0 || y->dtype != x->dtype || tiles->dtype != kU8 || scale->dtype != kF32 ||
-      bias->dtype != kF32 || x_scale->dtype != kF32 || gain->dtype != kF32 ||
-      shape(y).rows() != problem.rows || shape(y)[-1] != problem.out_features)
+      bias->dtype != kF32 || x_scale->dtype != kF32 || shape(y).rows() != problem.rows ||
+      shape(y)[-1] != problem.out_features)
     return error(frame, kInvalidArgument, "wrong dtype of an operand, or shape of the result");
   problem.x = x->data;
   problem.tiles = static_cast<const uint8_t*>(tiles->data);
   problem.scale = static_cast<const float*>(scale->data);
   problem.bias = bias->dims[0] ? static_cast<const float*>(bias->data) : nullptr;
   problem.x_scale = x_scale->dims[0] ? static_cast<const float*>(x_scale->data) : nullptr;
-  problem.gain = gain->dims[0] ? static_cast<const float*>(gain->data) : nullptr;
   problem.y = y->data;
   return run(frame, problem);
 }
@@ -193,13 +190,12 @@ KBN_API void* kbn_xla_attend(xla_ffi::CallFrame* frame) {
   if ((kept != 2 && kept != 4) || frame->results.size != 1 + kept || !scale)
     return error(frame, kInvalidArgument, "wrong number of operands or attributes");
   Buffer **in = frame->arguments.buffers, **out = frame->results.buffers;
-  const int64_t none = 0;
   kbn_adapter::Operand operands[kMost];
   for (int i = 0; i < kMost; ++i) {
     if (i < count)
       operands[i] = {shape(in[i]), operand_dtype_of(in[i]->dtype), in[i]->data};
     else
-      operands[i] = {{&none, 1}, KBN_F32, nullptr};
+      operands[i] = {kbn_adapter::kNothing, KBN_F32, nullptr};
   }
   double factor;
   memcpy(&factor, scale, sizeof factor);
