@@ -208,7 +208,8 @@ def under_own_names(layer, config):
 
 
 def _check_layout(packed_layout, quantizer):
-    check_choice("packed_layout", packed_layout, ("tiles", smallest_layout(quantizer)))
+    layouts = dict.fromkeys(("tiles", smallest_layout(quantizer)))  # one of them, or both
+    check_choice("packed_layout", packed_layout, tuple(layouts))
 
 
 def _check_arguments(layer, norm, norm_position, quantization_strength, lora_rank):
