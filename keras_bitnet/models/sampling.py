@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import numpy as np
 from keras import ops
 
 from keras_bitnet.ops.constants import constant_like
 
-LOWEST = float(np.finfo("float32").tiny)  # a temperature below would be rounded to 0
+LOWEST = 1e-30  # a temperature below would make infinities of logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +58,6 @@ class Sampler:
         logits = ops.cast(logits, "float32")
         if self.temperature == 0:
             return ops.cast(ops.argmax(logits, axis=-1), "int32")
-        logits = logits - ops.max(logits, axis=-1, keepdims=True)  # which a quotient may exceed
         probabilities = ops.softmax(logits / max(self.temperature, LOWEST))
         lowest = self._lowest(probabilities)
         if lowest is not None:
