@@ -1,7 +1,7 @@
 """Choices in the layers that rest on time, measured on this CPU.
 
-*Norm.* A packed layer with a norm before its product has the kernel normalize the rows that it
-quantizes. Beside it the same norm as an operation before the product, and no norm.
+*Norm.* A packed layer with a norm before its product has a kernel that can normalize the rows that
+it quantizes. Beside it the same norm as an operation before the product, and no norm.
 
 *Patches.* A convolution with quantized activations multiplies patches. With float activations
 it could be a convolution of the backend; forward and backward of both are compared.

@@ -32,6 +32,7 @@ WEIGHTS = {  # name -> (bits, offset, largest code)
     "int8": (8, -128.0, 255),
 }
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+GAIN = np.ones(4, np.float32)
 SIZES = (1, 7, 31, 33, 100, 257)
 ROWS = (1, 2, 3, 5, 13, 17, 64)
 
@@ -296,6 +297,7 @@ def test_isa_of_the_environment():
         ({"epsilon": 0.0}, "epsilon"),
         ({"y": None}, "scale and y must be given"),
         ({"tiles": None}, "tiles must be given"),
+        ({"gain": GAIN.ctypes.data, "per_tensor": 1}, "a norm needs an activation scale for each"),
     ],
 )
 def test_refused_arguments(change, message):

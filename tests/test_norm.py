@@ -150,7 +150,7 @@ def test_a_forced_row_that_refuses_is_an_error_where_it_is_asked_for():
 
 
 def product(packed, quantizer, apart, x, gain, bias):
-    """A norm within the native product, or before it; `apart` counts the norms before."""
+    """A norm within the native product, or `apart`, before it."""
     static = static_scale(quantizer)
     with kernels.use_kernel("native"):
         if apart:
@@ -183,20 +183,14 @@ def test_gradients_within_a_product(rng):
     gain, bias = (rng.normal(size=size).astype("float32") for size in (40, 17))
     weight = ops.convert_to_tensor(rng.normal(size=(2, 3, 17)).astype("float32"))
 
-    def loss(apart, x, gain, bias):
-        operands = (ops.convert_to_tensor(v) for v in (x, gain, bias))
-        return ops.sum(product(packed, ActivationInt8(), apart, *operands) * weight)
-
     for i, at in enumerate((x, gain, bias)):
-        found = []
-        for apart in (False, True):
 
-            def of(v, apart=apart, i=i):
-                return loss(
-                    apart, *(v if j == i else other for j, other in enumerate((x, gain, bias)))
-                )
+        def loss(value, apart, i=i):
+            operands = [ops.convert_to_tensor(v) for v in (x, gain, bias)]
+            operands[i] = value
+            return ops.sum(product(packed, ActivationInt8(), apart, *operands) * weight)
 
-            found.append(gradient(of, at))
+        found = (gradient(functools.partial(loss, apart=apart), at) for apart in (False, True))
         assert relative_error(*found) < 1e-5
 
 

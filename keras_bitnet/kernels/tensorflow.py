@@ -38,9 +38,10 @@ def reason(problem):
 
 def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
-    gain, norm_epsilon = norm or (_zeros(0), 0.0)
+    none = _zeros(0)
+    gain, norm_epsilon = norm or (none, 0.0)
     bias = _zeros(packed.out_features) if bias is None else ops.cast(bias, "float32")
-    x_scale = _zeros(0) if activation_scale is None else tf.reshape(activation_scale, (1,))
+    x_scale = none if activation_scale is None else tf.reshape(activation_scale, (1,))
     return MODULE.keras_bitnet_matmul(
         x=x,
         tiles=tf.convert_to_tensor(packed.tiles),  # a Variable would take TensorFlow's slow path

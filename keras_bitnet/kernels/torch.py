@@ -51,8 +51,8 @@ def _contiguous(array):
 
 
 def _setup_context(ctx, inputs, output):
-    x, tiles, scale, bias, _, gain, out_features, bits, trits, group_size, *others = inputs
-    offset, ctx.norm_epsilon = others[2], others[4]
+    x, tiles, scale, bias, _, gain, out_features, bits, trits, group_size, _, _, *others = inputs
+    offset, _, ctx.norm_epsilon = others
     ctx.has_bias, ctx.has_gain = bias.shape[0] > 0, gain.shape[0] > 0
     ctx.save_for_backward(tiles, scale, *((x, gain) if ctx.has_gain else ()))
     layout = "trits" if trits else "tiles"

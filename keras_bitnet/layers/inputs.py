@@ -96,16 +96,9 @@ class InputTreatment(KeptChannels):
     @property
     def norm_alone(self):
         """Whether an RMS norm of the inputs is all that is done before they are quantized."""
-        quantizer = self.activation_quantizer
-        return (
-            self.norm == "rms"
-            and self.norm_position == "pre"
-            and self.input_gain is None
-            and self.rotation is None
-            and not self.kept_channels
-            and quantizer is not None
-            and getattr(quantizer, "momentum", None) is None  # or the scale follows the inputs
-        )
+        follows = getattr(self.activation_quantizer, "momentum", None) is not None
+        between = self.input_gain is not None or self.rotation or self.kept_channels or follows
+        return self.norm == "rms" and self._norm_first and not between
 
     def smooth(self, x):
         """Inputs divided by the smoothing factors, `(..., in_features)`."""

@@ -102,15 +102,7 @@ def set_threads(count):
 
 
 def matmul(
-    x,
-    packed,
-    activation_bits=8,
-    per_tensor=False,
-    epsilon=1e-5,
-    x_scale=None,
-    bias=None,
-    norm=None,
-    out=None,
+    x, packed, activation_bits=8, per_tensor=False, epsilon=1e-5, x_scale=None, bias=None, out=None
 ):
     """Multiplies NumPy activations by a packed weight; see `ops.bit_matmul` for the meaning.
 
@@ -122,7 +114,6 @@ def matmul(
         epsilon: Lower bound of the absolute maximum of the activations.
         x_scale: A static activation scale, or `None` to compute it.
         bias: Array `(out_features,)` or `None`.
-        norm: `(gain, epsilon)` of an RMS norm before, a gain `(in_features,)`, or `None`.
         out: Contiguous array to write to, of the dtype of `x`, or `None`.
 
     Returns:
@@ -149,9 +140,6 @@ def matmul(
     problem.weights(packed)
     if bias is not None:
         problem.point("bias", np.ascontiguousarray(bias, np.float32), (packed.out_features,))
-    if norm is not None:
-        problem.point("gain", np.ascontiguousarray(norm[0], np.float32), x.shape[-1:])
-        problem.struct.norm_epsilon = norm[1]
     problem.point("y", out, shape)
     _check(_required().kbn_run(ctypes.byref(problem.struct), None))
     return out
