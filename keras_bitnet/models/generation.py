@@ -1,9 +1,12 @@
 """Generation of text: prompts in, tokens out, one compiled program a token."""
 
+import operator
+
 import keras
 import numpy as np
 from keras import ops
 
+from keras_bitnet.checks import check_count
 from keras_bitnet.models import beam, compiled
 from keras_bitnet.models.sampling import Sampler
 
@@ -30,7 +33,7 @@ class Generation(keras.Model):
             with its stop token.
 
         Raises:
-            ValueError: A prompt is empty, holds no token of the vocabulary, or is too long.
+            ValueError: A prompt is empty, holds what is no token of the vocabulary, or is too long.
         """
         request = Request(self, prompts, max_length, **options)
         rows = self._sample(request) if beams == 1 else beam.search(self, request, beams)
@@ -209,7 +212,7 @@ class Request:
             rows = [_ids(self.tokenizer.encode(text)) for text in texts]
         else:
             self.is_single = bool(texts) and all(np.ndim(text) == 0 for text in texts)
-            rows = [[int(t) for t in row] for row in ([texts] if self.is_single else texts)]
+            rows = [_integers(row) for row in ([texts] if self.is_single else texts)]
         if not rows or not all(rows):
             raise ValueError("Every prompt must hold at least one token. Received: an empty one")
         for row in rows:
@@ -271,12 +274,24 @@ def _ids(encoded):
     return [int(t) for t in getattr(encoded, "ids", encoded)]
 
 
+def _integers(row):
+    try:
+        return [operator.index(t) for t in row]
+    except TypeError as error:
+        raise ValueError(
+            f"Prompts must be strings, or lists of integer token ids. Received: {row!r}"
+        ) from error
+
+
 def _new_tokens(longest, max_length, max_new_tokens, limit):
     if (max_length is None) == (max_new_tokens is None):
         raise ValueError(
             "Give one of `max_length` and `max_new_tokens`. "
             f"Received: max_length={max_length}, max_new_tokens={max_new_tokens}"
         )
+    for name, value in (("max_length", max_length), ("max_new_tokens", max_new_tokens)):
+        if value is not None and not isinstance(value, np.integer):
+            check_count(name, value)
     new = max_length - longest if max_new_tokens is None else max_new_tokens
     if new < 1 or longest + new > limit:
         raise ValueError(
