@@ -196,6 +196,9 @@ def test_a_failure_leaves_no_file(saved, capsys, monkeypatch):
         (["quantize", "{file}", "-o", "{dir}/x.zip"], r"\*.keras"),
         (["quantize", "{file}", "-o", "{dir}/no/x.keras"], "no folder"),
         (["summary", "{dir}/text.keras"], "text.keras"),
+        (["summary", "{dir}"], "`keras-bitnet import` makes one"),
+        (["pack", "{dir}/text.gguf"], "`keras-bitnet import` makes one"),
+        (["summary", "{file}", "--depth", "-1"], "depth=-1"),
         (["summary", "{file}", "--import", "no_such_module"], "no_such_module"),
         (["quantize", "{file}", "--plan", "{dir}/none.json"], "none.json"),
         (["quantize", "{file}", "--plan", "{dir}/text.json", "--weights", "int4"], "--weights"),
@@ -218,7 +221,7 @@ def test_a_failure_leaves_no_file(saved, capsys, monkeypatch):
     ids=str,
 )
 def test_errors_have_exit_code_1_and_say_why(arguments, message, saved, capsys):
-    for suffix in ("keras", "json", "npy"):
+    for suffix in ("keras", "gguf", "json", "npy"):
         (saved.parent / f"text.{suffix}").write_text("no model, no plan, no data")
     np.save(saved.parent / "x.npy", np.ones((4, 6), "float32"))
     np.save(saved.parent / "wide.npy", np.ones((4, 9), "float32"))

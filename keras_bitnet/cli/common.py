@@ -139,8 +139,14 @@ def load_model(path):
     """
     import keras
 
-    if not pathlib.Path(path).exists():
+    file = pathlib.Path(path)
+    if not file.exists():
         raise FileNotFoundError(f"There is no file '{path}'.")
+    if file.suffix == ".gguf" or (file.is_dir() and not (file / "model.weights.h5").exists()):
+        raise ValueError(
+            f"'{path}' is no .keras file. `keras-bitnet import` makes one of a checkpoint folder "
+            "or a .gguf file."
+        )
     try:
         return keras.models.load_model(path)
     except (ValueError, OSError):

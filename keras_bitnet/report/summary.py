@@ -8,7 +8,7 @@ import math
 import keras
 import numpy as np
 
-from keras_bitnet.checks import check_built
+from keras_bitnet.checks import check_built, check_count
 from keras_bitnet.layers import BitLayer
 from keras_bitnet.ops import layout
 from keras_bitnet.report import table
@@ -129,8 +129,10 @@ def summary(model, print_fn=None, as_data=False, depth=None, input_shape=None):
         `None`, or a `ModelSummary` with `as_data=True`.
 
     Raises:
-        ValueError: `model` is no Keras model or is not built.
+        ValueError: `model` is no Keras model or is not built, or `depth` no count.
     """
+    if depth is not None:
+        check_count("depth", depth, least=0)
     data = _summarize(model, depth, input_shape)
     if as_data:
         return data
