@@ -151,9 +151,14 @@ def test_llama_cpp_gives_the_same_logits(tmp_path):
         assert np.corrcoef(found.reshape(-1), expected.reshape(-1))[0, 1] > 0.999
 
 
-def test_biases_are_refused(tmp_path):
+def test_biases_and_partial_rotation_are_refused(tmp_path):
     to_gguf(make_model(weight_quantizer="ternary"), tmp_path / "m.gguf")
     with GGUFFile(tmp_path / "m.gguf") as file:
+        heads = file.metadata["llama.rope.dimension_count"]
+        file.metadata["llama.rope.dimension_count"] = heads // 2
+        with pytest.raises(ValueError, match=f"whole heads of {heads}. Received: .*={heads // 2}"):
+            read_arguments(file, file.metadata["general.architecture"])
+        del file.metadata["llama.rope.dimension_count"]
         file.tensors["blk.0.attn_q.bias"] = file.info("output_norm.weight")
         with pytest.raises(ValueError, match=r"biases.*blk\.0\.attn_q\.bias"):
             read_arguments(file, file.metadata["general.architecture"])

@@ -122,6 +122,12 @@ def read_arguments(file, arch):
         "tie_word_embeddings": "output.weight" not in file,
         "max_sequence_length": value("context_length"),
     }
+    rotated = value("rope.dimension_count", arguments["head_dim"])
+    if rotated != arguments["head_dim"]:
+        raise ValueError(
+            f"The rotary embedding must turn whole heads of {arguments['head_dim']}. Received: "
+            f"{arch}.rope.dimension_count={rotated}"
+        )
     _check_sizes(file, arguments)
     return arguments
 
