@@ -11,7 +11,7 @@ from helpers import damaged
 from keras_bitnet.interop import files
 from keras_bitnet.interop.codecs import BLOCK_TYPES
 from keras_bitnet.interop.gguf_file import GGUFFile
-from keras_bitnet.interop.safetensors_file import Checkpoint, write_checkpoint
+from keras_bitnet.interop.safetensors_file import WEIGHTS, Checkpoint, write_checkpoint
 
 
 @pytest.fixture
@@ -147,6 +147,8 @@ def test_checkpoints_are_written_and_read(shard_bytes, tmp_path, rng):
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
         "model.safetensors.index.json",
     ])  # fmt: skip
+    (tmp_path / "any").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
     with Checkpoint(tmp_path) as checkpoint:
         assert sorted(checkpoint.keys()) == ["a", "b", "c"]
         assert checkpoint.dtype("a") == "BF16"
@@ -226,6 +228,17 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     with files.folder_written_whole(tmp_path / "new") as folder:
         (folder / "a").write_text("whole")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a"]
+
+
+def test_weights_written_before_do_not_stay_beside_new_ones(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for shard_bytes in (10**9, 70, 10**9, 50):
+        tensors = {name: np.full(20, shard_bytes, np.float32) for name in "abc"}
+        with files.folder_written_whole(tmp_path, replaced=WEIGHTS) as folder:
+            write_checkpoint(folder, tensors.items(), shard_bytes)
+        with Checkpoint(tmp_path) as checkpoint:
+            assert (checkpoint.read("a", (20,), ["F32"]) == shard_bytes).all()
+    assert (tmp_path / "tokenizer.json").exists()
 
 
 def test_a_missing_package_is_named_with_its_extra():

@@ -61,10 +61,11 @@ def read_json(path, limit=JSON_BYTES):
 
 
 @contextlib.contextmanager
-def folder_written_whole(path):
+def folder_written_whole(path, replaced=()):
     """Yields a temporary folder whose files are moved to the folder `path` if the block ends well.
 
-    Files of other names that are in `path` already stay.
+    Files of other names that are in `path` already stay, but for those that match one of the
+    patterns `replaced`: they belong to what was written there before.
     """
     path = pathlib.Path(path)
     if path.exists() and not path.is_dir():
@@ -75,5 +76,10 @@ def folder_written_whole(path):
         folder.mkdir()
         yield folder
         path.mkdir(exist_ok=True)
-        for file in sorted(folder.iterdir()):
+        written = sorted(folder.iterdir())
+        names = {file.name for file in written}
+        for file in written:
             os.replace(file, path / file.name)
+        for file in {file for pattern in replaced for file in path.glob(pattern)}:
+            if file.name not in names:
+                file.unlink()

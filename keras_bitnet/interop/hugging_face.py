@@ -18,7 +18,7 @@ from keras_bitnet.interop.hf_config import (
     read_variant,
     write_config,
 )
-from keras_bitnet.interop.safetensors_file import SHARD_BYTES, Checkpoint, write_checkpoint
+from keras_bitnet.interop.safetensors_file import SHARD_BYTES, WEIGHTS, Checkpoint, write_checkpoint
 from keras_bitnet.models import BitNetBackbone, BitNetCausalLM
 from keras_bitnet.quantizers import ActivationInt8, Ternary
 
@@ -153,7 +153,7 @@ def to_hugging_face(
     Args:
         model: `BitNetCausalLM`, packed or not, with ternary weights of one scale per tensor and
             int8 activations per token (for `variant="float"` any).
-        path: Folder, made if need be.
+        path: Folder, made if need be. Weights that it holds already are replaced.
         variant: `"offline"`: packed codes and their scale. `"bitlinear"`: packed codes and the
             inverse of the scale, as older programs read them. `"online"`: float masters that
             are quantized when they are used. `"float"`: the weights as float; the activations
@@ -177,7 +177,7 @@ def to_hugging_face(
     _check_quantizers(backbone, kind)
     tokenizer = tokenizer or own_tokenizer(model)
     config = write_config(backbone, kind, dtype, tokenizer)
-    with folder_written_whole(path) as folder:
+    with folder_written_whole(path, replaced=WEIGHTS) as folder:
         write_checkpoint(folder, _tensors(backbone, kind, DTYPES[dtype]), shard_bytes)
         files = {"config.json": config, **(tokenizer.files() if tokenizer else {})}
         if tokenizer is not None:

@@ -10,6 +10,8 @@ from keras_bitnet.interop.files import read_json, require
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARDS = "model-?????-of-?????.safetensors"
+WEIGHTS = (SINGLE, INDEX, SHARDS)  # all that `write_checkpoint` may write
 SHARD_BYTES = 5 * 10**9
 MAX_TENSORS = 1_000_000
 
@@ -170,7 +172,11 @@ def write_checkpoint(folder, tensors, shard_bytes=SHARD_BYTES):
     shard: dict[str, np.ndarray] = {}
 
     def flush():
-        save_file(shard, folder / _shard_name(len(shards)), metadata={"format": "pt"})
+        file = folder / _shard_name(len(shards))
+        file.touch()
+        mode = file.stat().st_mode
+        save_file(shard, file, metadata={"format": "pt"})
+        file.chmod(mode)  # safetensors makes files for their owner alone
         shards.append(list(shard))
         shard.clear()
 
