@@ -27,17 +27,12 @@ def compile_function(function, model, repeated=False):
             it is worth its time; else it is eager there.
 
     Returns:
-        A function of the same arguments. Call `begin` with it before a row of calls.
+        A function of the same arguments. Call its `begin()` before a row of calls: weights are
+        those of then.
     """
-    if BACKEND == "torch":
-        return _torch(function, model, repeated)
-    return {"jax": _Jax, "tensorflow": _tensorflow}[BACKEND](function, model)
-
-
-def begin(program):
-    """Prepares a compiled function for a row of calls."""
-    if isinstance(program, _Jax | _TorchStep):
-        program.begin()
+    if BACKEND == "torch" and not repeated:
+        return _TorchEager(function, model)
+    return {"jax": _Jax, "tensorflow": _TensorFlow, "torch": _TorchStep}[BACKEND](function, model)
 
 
 def is_asynchronous(tensor):
@@ -83,66 +78,125 @@ def _on_gpu(tensor):
     return tensor.device.type == "cuda"
 
 
-class _Jax:
+class _Program:
+    """A function and the weights that it reads."""
+
+    def __init__(self, function, model):
+        self.function, self.model = function, model
+        self.weights: Any = None
+
+    def begin(self):
+        self.weights = [v.value for v in self.model.variables]
+
+    def run(self, weights, state, arguments):
+        with keras.StatelessScope(zip(self.model.variables, weights, strict=True)):
+            return self.function(state, *arguments)
+
+
+class _Jax(_Program):
     """A jitted function to which the state is donated."""
 
     def __init__(self, function, model):
         import jax
 
-        self.model = model
-        self.weights: Any = None
-
-        @functools.partial(jax.jit, donate_argnums=1)
-        def run(weights, state, arguments):
-            with keras.StatelessScope(zip(model.variables, weights, strict=True)):
-                return function(state, *arguments)
-
-        self.run = run
-
-    def begin(self):
-        self.weights = [v.value for v in self.model.variables]
+        super().__init__(function, model)
+        self.jitted = jax.jit(self.run, donate_argnums=1)
 
     def __call__(self, state, *arguments):
-        return self.run(self.weights, state, arguments)
+        return self.jitted(self.weights, state, arguments)
 
 
-def _tensorflow(function, model):
-    import tensorflow as tf
+class _TorchEager(_Program):
+    """A function as it is."""
 
-    run = tf.function(function, autograph=False)
+    def __call__(self, state, *arguments):
+        import torch
 
-    def call(state, *arguments):
-        return run(state, *(tf.convert_to_tensor(a) for a in arguments))
-
-    return call
-
-
-def _torch(function, model, repeated):
-    return _TorchStep(function, model) if repeated else _torch_eager(function)
-
-
-def _torch_eager(function):
-    import torch
-
-    def call(state, *arguments):
         device = keras.tree.flatten(state)[0].device
         with torch.inference_mode():
-            return function(state, *(torch.as_tensor(a, device=device) for a in arguments))
-
-    return call
+            return self.function(state, *(torch.as_tensor(a, device=device) for a in arguments))
 
 
-class _TorchStep:
-    """A function recorded once for each shape of its arguments, then run without Python.
+class _Recorded(_Program):
+    """A function recorded once for each shape of its arguments, then run without its Python.
 
-    The record takes the weights as arguments: tensors that share their memory, so it follows
-    every assignment. A weight whose tensor was replaced is seen from the next `begin` on.
+    The record takes the weights as arguments. A state that the last call gave is one of the same
+    shapes again, and so are the other arguments with it.
     """
 
     def __init__(self, function, model):
-        self.function, self.model = function, model
-        self.weights: Any = None
+        super().__init__(function, model)
         self.recorded: dict = {}
+        self.last: Any = (None, None)  # the first tensor of the state given last, and its record
+
+    def call(self, state, leaves, inputs):
+        given, record = self.last
+        if leaves[0] is not given:
+            key = tuple((tuple(t.shape), t.dtype, t.device) for t in (*leaves, *inputs))
+            if key not in self.recorded:
+                self.recorded[key] = self.record(state, leaves, inputs)
+            record = self.recorded[key]
+        step, structure = record
+        both = keras.tree.pack_sequence_as(structure, step(self.weights, leaves, inputs))
+        self.last = keras.tree.flatten(both[1])[0], record
+        return both
+
+    def trace(self, run, leaves, inputs) -> Any:
+        """`run(weights, leaves, inputs)`, a list of tensors of lists of tensors, recorded."""
+        raise NotImplementedError
+
+    def record(self, state, leaves, inputs):
+        """The recorded function of flat arguments, and the structure of what it gives."""
+        structure = None
+
+        def run(weights, leaves, inputs):
+            nonlocal structure
+            both = self.run(weights, keras.tree.pack_sequence_as(state, leaves), inputs)
+            structure = keras.tree.map_structure(lambda _: 0, both)
+            return keras.tree.flatten(both)
+
+        return self.trace(run, leaves, inputs), structure
+
+
+class _TensorFlow(_Recorded):
+    """A graph, called as an operator of flat tensors.
+
+    `tf.function` takes a millisecond of Python to bind the hundreds of tensors of a decoder, and
+    its graph reads each variable anew.
+    """
+
+    def begin(self):
+        import tensorflow as tf
+
+        self.weights = [tf.convert_to_tensor(v.value) for v in self.model.variables]
+
+    def __call__(self, state, *arguments):
+        inputs = [ops.convert_to_tensor(a) for a in arguments]
+        return self.call(state, keras.tree.flatten(state), inputs)
+
+    def trace(self, run, leaves, inputs):
+        import tensorflow as tf
+
+        graph = tf.function(run, autograph=False).get_concrete_function(
+            self.weights, leaves, inputs
+        )
+        dtypes, constants = [t.dtype for t in graph.outputs], graph.captured_inputs
+        config = tf.compat.v1.ConfigProto()  # of the graph rewriter, which finds little and warns
+        config.graph_options.rewrite_options.disable_meta_optimizer = True
+        options = {"Tout": dtypes, "f": graph, "config_proto": config.SerializeToString()}
+
+        def step(weights, leaves, inputs):
+            tensors = [*weights, *leaves, *inputs, *constants]
+            return tf.raw_ops.StatefulPartitionedCall(args=tensors, **options)
+
+        return step
+
+
+class _TorchStep(_Recorded):
+    """A recorded function of tensors that share the memory of the weights.
+
+    So it follows every assignment; a weight whose tensor was replaced is seen at `begin`.
+    """
 
     def begin(self):
         self.weights = [v.value.detach() for v in self.model.variables]
@@ -151,28 +205,12 @@ class _TorchStep:
         import torch
 
         leaves = keras.tree.flatten(state)
-        device = leaves[0].device
-        inputs = [torch.as_tensor(a, device=device) for a in arguments]
-        key = tuple((tuple(t.shape), t.dtype, t.device) for t in (*leaves, *inputs))
+        inputs = [torch.as_tensor(a, device=leaves[0].device) for a in arguments]
         with torch.inference_mode():
-            if key not in self.recorded:
-                self.recorded[key] = self._record(state, leaves, inputs)
-            step, structure = self.recorded[key]
-            flat = step(self.weights, leaves, inputs)
-        return keras.tree.pack_sequence_as(structure, flat)
+            return self.call(state, leaves, inputs)
 
-    def _record(self, state, leaves, inputs):
-        """The recorded function of flat arguments, and the structure of what it gives."""
+    def trace(self, run, leaves, inputs):
         import torch
-
-        variables, structure = self.model.variables, None
-
-        def run(weights, leaves, inputs):
-            nonlocal structure
-            with keras.StatelessScope(zip(variables, weights, strict=True)):
-                both = self.function(keras.tree.pack_sequence_as(state, leaves), *inputs)
-            structure = keras.tree.map_structure(lambda _: 0, both)
-            return keras.tree.flatten(both)
 
         # Recording runs the function, which writes into the state: into that of a copy.
         example = (self.weights, [tensor.clone() for tensor in leaves], inputs)
@@ -180,9 +218,7 @@ class _TorchStep:
             # Of values that become constants: shapes, which are those of every call.
             warnings.simplefilter("ignore")
             step = torch.jit.trace(run, example, check_trace=False, strict=False)
-        if _on_gpu(leaves[0]):
-            step = _CudaGraph(step, leaves, inputs)
-        return step, structure
+        return _CudaGraph(step, leaves, inputs) if _on_gpu(leaves[0]) else step
 
 
 class _CudaGraph:

@@ -113,7 +113,7 @@ class Generation(keras.Model):
             programs.made[key] = compiled.compile_function(
                 lambda state, *tensors: function(self, *arguments, state, *tensors), self, repeated
             )
-        compiled.begin(programs.made[key])
+        programs.made[key].begin()
         return programs.made[key]
 
 
