@@ -8,13 +8,15 @@ import tempfile
 
 @contextlib.contextmanager
 def replacing(path, overwrite=True):
-    """Gives a temporary path beside `path`, which takes its place if the block ends well.
+    """Gives a temporary path, the file of which takes the place of `path` if the block ends well.
+
+    What the block writes beside it goes beside `path`, before it.
 
     >>> with replacing("plan.json") as temporary:
     ...     temporary.write_text(text)
 
     Args:
-        path: Where the file is to be; the temporary one has the same suffix.
+        path: Where the file is to be; the temporary one has the same name.
         overwrite: Whether a file that is there may be replaced.
 
     Raises:
@@ -26,7 +28,8 @@ def replacing(path, overwrite=True):
         temporary = pathlib.Path(folder, path.name)
         yield temporary
         check_absent(path, overwrite)  # another process may have been faster
-        os.replace(temporary, path)
+        for file in sorted(temporary.parent.iterdir(), key=lambda file: file == temporary):
+            os.replace(file, path.with_name(file.name))
 
 
 def check_absent(path, overwrite=False):

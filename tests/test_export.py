@@ -1,5 +1,7 @@
 """Exports of packed models: other programs give the same outputs, from small files."""
 
+import importlib
+
 import keras
 import numpy as np
 import pytest
@@ -77,7 +79,8 @@ def test_onnx_runtime_gives_the_outputs_of_the_model(rng, tmp_path):
 
 
 @only_torch
-def test_float_activations_stay_float_or_are_rounded(rng, tmp_path):
+def test_float_activations_stay_float_or_are_rounded(rng, tmp_path, monkeypatch):
+    """In one file, and with the weights apart, as those of large models are."""
     pytest.importorskip("onnxscript")
     layer = layers.BitLinear(
         5, activation_quantizer=None, weight_quantizer=quantizers.Int4(group_size=64)
@@ -89,7 +92,10 @@ def test_float_activations_stay_float_or_are_rounded(rng, tmp_path):
         to_onnx(model, tmp_path / "m.onnx", accuracy_level=level)
         (found,), _ = run_onnx(tmp_path / "m.onnx", x)
         errors.append(relative_error(found, expected))
+        module = importlib.import_module("keras_bitnet.interop.to_onnx")
+        monkeypatch.setattr(module, "INLINE_BYTES", 100)
     assert errors[0] < 2e-6 < errors[1] < 0.05
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
 
 
 @only_torch

@@ -1,5 +1,6 @@
 """Readers of files from strangers: whole files come in, all others are refused in words."""
 
+import contextlib
 import json
 import struct
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import damaged
 
+from keras_bitnet.files import replacing
 from keras_bitnet.interop import files
 from keras_bitnet.interop.codecs import BLOCK_TYPES
 from keras_bitnet.interop.gguf_file import GGUFFile
@@ -228,6 +230,16 @@ def test_files_are_written_whole_or_not_at_all(tmp_path):
     with files.folder_written_whole(tmp_path / "new") as folder:
         (folder / "a").write_text("whole")
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a"]
+
+
+def test_files_written_beside_another_are_whole_too(tmp_path):
+    for content in ("old", "new"):
+        with contextlib.suppress(TypeError), replacing(tmp_path / "m.onnx") as temporary:
+            temporary.with_name("m.onnx.data").write_text(content)
+            temporary.write_text(content if content == "old" else None)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(
+        ("m.onnx", "m.onnx.data"), "old"
+    )
 
 
 def test_weights_written_before_do_not_stay_beside_new_ones(tmp_path):

@@ -4,8 +4,6 @@ The model is traced by PyTorch's exporter. Products leave a placeholder with the
 the graph (`onnx_product.PRODUCT`); their bytes are rearranged once it is traced.
 """
 
-import pathlib
-
 import keras
 
 from keras_bitnet.checks import check_choice
@@ -73,13 +71,9 @@ def to_onnx(model, path, *, input_signature=None, accuracy_level=0):
         program = _trace(model, signature, onnx_product.TRANSLATIONS)
     onnx_product.lower_products(program.model)
     _tidy(program.model)
-    path = pathlib.Path(path)
     inline = sum(w.const_value.nbytes for w in program.model.graph.initializers.values())
-    if inline <= INLINE_BYTES:
-        with replacing(path) as temporary:
-            program.save(temporary, external_data=False)
-    else:
-        program.save(path, external_data=True)
+    with replacing(path) as temporary:
+        program.save(temporary, external_data=inline > INLINE_BYTES)
 
 
 def _check_dtypes(model):
