@@ -8,6 +8,7 @@ compiled by `torch.compile`, on JAX under `jax.jit`. Candidates take turns; the 
 Writes `results/gpu_training_<backend>.json`.
 """
 
+import argparse
 import functools
 import pathlib
 import sys
@@ -98,6 +99,11 @@ def jax_steps(k, n):
 
 def main():
     """Runs everything, writes the results, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=common.RESULTS / f"gpu_training_{BACKEND}.json"
+    )
+    output = parser.parse_args().output
     keras.config.set_dtype_policy("mixed_bfloat16")
     records = []
     for k, n in SHAPES:
@@ -116,8 +122,7 @@ def main():
         records.append({"in": k, "out": n, "milliseconds": spreads, "ratio": ratios})
         print(f"{k}->{n}:", {name: round(s["median"], 3) for name, s in spreads.items()}, ratios)
     head = common.header(gpu=common.gpu(), tokens=TOKENS, steps=STEPS, repeats=REPEATS)
-    content = {**head, "rows": records}
-    common.write_json(common.RESULTS / f"gpu_training_{BACKEND}.json", content)
+    common.write_json(output, {**head, "rows": records})
 
 
 if __name__ == "__main__":
