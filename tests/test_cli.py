@@ -187,6 +187,17 @@ def test_a_failure_leaves_no_file(saved, capsys, monkeypatch):
     assert [path.name for path in saved.parent.iterdir()] == ["model.keras"]
 
 
+def test_an_interrupted_command_leaves_no_file_and_no_traceback(saved, capsys, monkeypatch):
+    def interrupted(self, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keras.Sequential, "save", interrupted)
+    assert cli.main(["quantize", str(saved)]) == 130
+    assert capsys.readouterr().err == "\n"
+    assert [path.name for path in saved.parent.iterdir()] == ["model.keras"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

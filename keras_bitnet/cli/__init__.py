@@ -33,6 +33,7 @@ COMMANDS = (
     generate, chat, devices,
 )  # fmt: skip
 BACKENDS = ("jax", "torch", "tensorflow")
+INTERRUPTED = 130  # the exit code of a shell: 128 and the number of the signal
 
 
 def main(argv=None):
@@ -42,8 +43,8 @@ def main(argv=None):
         argv: List of arguments, those of the process by default.
 
     Returns:
-        The exit code: 0, or 1 after an error, which is printed to the standard error stream.
-        Wrong usage leaves with code 2, as `argparse` does.
+        The exit code: 0, or 1 after an error, which is printed to the standard error stream, or
+        130 after Ctrl-C. Wrong usage leaves with code 2, as `argparse` does.
     """
     arguments = make_parser().parse_args(argv)
     try:
@@ -56,6 +57,9 @@ def main(argv=None):
     except (ValueError, OSError, ImportError) as error:
         print(f"keras-bitnet {arguments.command.NAME}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # ends the line of a text that was cut short
+        return INTERRUPTED
     return 0
 
 
