@@ -104,6 +104,18 @@ def test_links_and_chunks_are_left_to_keras(tmp_path, monkeypatch):
         np.testing.assert_array_equal(to_numpy(variable), plain)
 
 
+class Rows:
+    """A matrix in a file, which counts the rows that are asked for at once."""
+
+    def __init__(self, matrix):
+        self.matrix, self.shape, self.counts = matrix, matrix.shape, []
+
+    def __getitem__(self, rows):
+        block = self.matrix[rows]
+        self.counts.append(len(block))
+        return block
+
+
 @pytest.mark.parametrize("group_size", [None, 32])
 def test_float_matrices_are_packed_in_blocks(group_size, rng, monkeypatch):
     granularity = "channel" if group_size is None else "group"
@@ -115,25 +127,15 @@ def test_float_matrices_are_packed_in_blocks(group_size, rng, monkeypatch):
     wanted = keras_bitnet.pack_model(layer, verbose=0)
     packed = BitLinear(50, use_bias=False, weight_quantizer=quantizer, packed=True)
     packed.build((None, 40))
-    monkeypatch.setattr(weights, "BLOCK_WEIGHTS", 16 * 40)  # blocks of 16, 16, 16 and 2 rows
-    weights.set_matrix(packed, matrix)
+    monkeypatch.setattr(large_weights, "PART_BYTES", 40 * 16)
+    rows = Rows(matrix)
+    weights.set_matrix(packed, rows)
+    assert rows.counts == [16, 16, 16, 2]
     np.testing.assert_array_equal(to_numpy(packed.kernel_tiles), to_numpy(wanted.kernel_tiles))
     np.testing.assert_array_equal(to_numpy(packed.kernel_scale), to_numpy(wanted.kernel_scale))
     matrix[-1, -1] = np.nan
     with pytest.raises(ValueError, match="NaN"):
         weights.set_matrix(packed, matrix)
-
-
-class Rows:
-    """A matrix in a file, which counts the rows that are asked for at once."""
-
-    def __init__(self, matrix):
-        self.matrix, self.shape, self.counts = matrix, matrix.shape, []
-
-    def __getitem__(self, rows):
-        block = self.matrix[rows]
-        self.counts.append(len(block))
-        return block
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -10,8 +10,6 @@ from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.large_weights import fill
 from keras_bitnet.ops import PackedTensor, layout
 
-BLOCK_WEIGHTS = 1 << 22  # weights in float32 at a time, where a matrix can be packed in blocks
-
 
 class Codes(NamedTuple):
     """A quantized matrix: `w = scale * (codes + offset)`.
@@ -105,18 +103,32 @@ def _packs_in_blocks(layer):
 
 def _set_in_blocks(layer, matrix):
     """Packs some rows of a matrix `(out, in)` at a time: a table of tokens is large in float32."""
-    out_features, in_features = matrix.shape
-    rows = max(1, BLOCK_WEIGHTS // (in_features * layout.TILE_OUTPUTS)) * layout.TILE_OUTPUTS
-    quantizer, tiles, scales = layer.weight_quantizer, [], []
-    for i in range(0, out_features, rows):
-        codes, scale, offset = quantizer.quantize(ops.convert_to_tensor(matrix[i : i + rows].T))
+    packed = _PackedRows(layer, matrix)
+    fill(layer.kernel_tiles, packed)
+    layer.kernel_scale.assign(np.concatenate(packed.scales, axis=1))
+
+
+class _PackedRows:
+    """Tiles of rows of a matrix, packed as they are read, in order; `scales` keeps their scales."""
+
+    def __init__(self, layer, matrix):
+        self._layer, self._matrix = layer, matrix
+        self.shape = tuple(layer.kernel_tiles.shape)
+        self.nbytes = int(np.prod(self.shape))
+        self.scales = []
+
+    def __getitem__(self, tiles):
+        rows = slice(tiles.start * layout.TILE_OUTPUTS, tiles.stop * layout.TILE_OUTPUTS)
+        quantizer = self._layer.weight_quantizer
+        codes, scale, offset = quantizer.quantize(ops.convert_to_tensor(self._matrix[rows].T))
         packed = PackedTensor.from_codes(
-            codes, scale, offset, quantizer.bits, quantizer.group_size, layer.packed_layout
+            codes, scale, offset, quantizer.bits, quantizer.group_size, self._layer.packed_layout
         )
-        tiles.append(packed.tiles)
-        scales.append(packed.scale)
-    layer.kernel_tiles.assign(np.concatenate(tiles))
-    layer.kernel_scale.assign(np.concatenate(scales, axis=1))
+        self.scales.append(ops.convert_to_numpy(packed.scale))
+        return ops.convert_to_numpy(packed.tiles)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self[0 : self.shape[0]], dtype)
 
 
 def get_matrix(layer, strength=None):
