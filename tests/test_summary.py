@@ -3,16 +3,19 @@
 import json
 import math
 import sys
+import threading
 
 import keras
 import numpy as np
 import pytest
+from helpers import once
 from keras import layers
 
 import keras_bitnet
 from keras_bitnet import pack_model, quantize_model
 from keras_bitnet.layers import BitEinsumDense, BitLayer, BitLinear
 from keras_bitnet.quantizers import Ternary
+from keras_bitnet.report.calls import intercepted
 
 QUANTIZERS = ["binary", "ternary", "int2", "int4", "int8", Ternary(group_size=32)]
 
@@ -315,3 +318,26 @@ def test_printing(capsys, monkeypatch):
         assert "bits (BitLinear)" in out
         assert "1.58/8" in out
         assert "100.0% low-bit" in out
+
+
+@once
+def test_summaries_of_several_threads_see_their_own_calls():
+    stock, seen = keras.Layer.__call__, []
+    model = keras.Sequential([keras.Input((4,)), BitLinear(3)])
+    expected = data_of(model)
+    found = []
+    other = threading.Thread(target=lambda: found.append(data_of(model)))
+    caller = threading.Thread(target=lambda: model(np.ones((1, 4), "float32")))
+
+    def handle(stock, layer, args, kwargs):
+        seen.append(layer)
+        return stock(layer, *args, **kwargs)
+
+    with intercepted(handle):
+        other.start()
+        caller.start()
+        caller.join()
+    other.join()
+    assert not seen
+    assert found == [expected]
+    assert keras.Layer.__call__ is stock

@@ -8,10 +8,12 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import threading
 from typing import Any
 
 import keras
 
+_ONE_THREAD = threading.RLock()  # has its calls intercepted
 _LENGTHS = (64, 96)  # stand for an unknown size; a shape that differs between them is unknown
 
 
@@ -121,19 +123,24 @@ class _Run(keras.Operation):
 def intercepted(handle):
     """Calls `handle(stock, layer, args, kwargs)` in place of every call of a layer in the block.
 
-    `stock(layer, *args, **kwargs)` is the call that it stands for.
+    `stock(layer, *args, **kwargs)` is the call that it stands for. Calls of other threads stay what
+    they are, and a block of another thread waits.
     """
-    stock = keras.Layer.__call__
+    thread = threading.get_ident()
+    with _ONE_THREAD:
+        stock = keras.Layer.__call__
 
-    @functools.wraps(stock)
-    def call(layer, *args, **kwargs):
-        return handle(stock, layer, args, kwargs)
+        @functools.wraps(stock)
+        def call(layer, *args, **kwargs):
+            if threading.get_ident() != thread:
+                return stock(layer, *args, **kwargs)
+            return handle(stock, layer, args, kwargs)
 
-    keras.Layer.__call__ = call
-    try:
-        yield
-    finally:
-        keras.Layer.__call__ = stock
+        keras.Layer.__call__ = call
+        try:
+            yield
+        finally:
+            keras.Layer.__call__ = stock
 
 
 def _recording(calls):
