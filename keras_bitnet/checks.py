@@ -1,5 +1,7 @@
 """Checks of arguments that several rooms make, with one wording."""
 
+import numbers
+
 import keras
 
 
@@ -36,3 +38,18 @@ def check_count(name, value, least=1):
         raise ValueError(
             f"`{name}` must be an integer of at least {least}. Received: {name}={value!r}"
         )
+
+
+def check_number(name, value, interval):
+    """Raises a `ValueError` unless `value` is a real number in an interval.
+
+    Args:
+        name: Name of the argument.
+        value: What was given for it.
+        interval: Such as `"[0, 1)"`, with a round bracket at an end that is left out; `inf` is one.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    inside = isinstance(value, numbers.Real) and low <= value <= high
+    left_out = (interval[0] == "(" and value == low) or (interval[-1] == ")" and value == high)
+    if not inside or left_out:
+        raise ValueError(f"`{name}` must be a number in {interval}. Received: {name}={value!r}")

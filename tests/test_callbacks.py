@@ -172,9 +172,10 @@ def fit_one(model, callback):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"end": 0}, "Received: start=0, end=0"),
+        ({"end": 0}, "Received: end=0"),
+        ({"start": 3, "end": 3}, "Received: start=3, end=3"),
         ({"start": -1, "end": 2}, "Received: start=-1"),
-        ({"end": 2, "schedule": "steps"}, r"one of \['cosine'.*Received: schedule='steps'"),
+        ({"end": 2, "schedule": "steps"}, r"one of \('linear'.*Received: schedule='steps'"),
         ({"end": 2, "update_freq": 0}, "Received: update_freq=0"),
         ({"end": 2, "update_freq": "batch"}, "Received: update_freq='batch'"),
         ({"end": 2, "filters": 3}, "Received: 3 of type int"),

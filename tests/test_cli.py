@@ -203,7 +203,10 @@ def test_an_interrupted_command_leaves_no_file_and_no_traceback(saved, capsys, m
     [
         (["summary", "{dir}/none.keras"], "There is no file"),
         (["quantize", "{file}", "--weights", "int3"], "Received: 'int3'"),
-        (["quantize", "{file}", "--smoothing", "2"], "Layer 'a': `smoothing` must lie in [0, 1]"),
+        (
+            ["quantize", "{file}", "--smoothing", "2"],
+            "Layer 'a': `smoothing` must be a number in [0, 1]",
+        ),
         (["quantize", "{file}", "-o", "{dir}/x.zip"], r"\*.keras"),
         (["quantize", "{file}", "-o", "{dir}/no/x.keras"], "no folder"),
         (["summary", "{dir}/text.keras"], "text.keras"),

@@ -80,7 +80,7 @@ def test_errors_are_one_line(files, capsys, tmp_path):
         ([tmp_path / "m.keras", "a"], "holds no language model"),
         ([tmp_path / "none.gguf", "a"], "There is no file"),
         ([gguf, ""], "no text to continue"),
-        ([gguf, "a", "--temperature", "-1"], "must not be negative"),
+        ([gguf, "a", "--temperature", "-1"], "`temperature` must be a number"),
         ([gguf, "a", "--max-new-tokens", "1000"], "the model takes 64"),
     ):
         assert cli.main(["generate", *map(str, arguments), "--json"]) == 1

@@ -216,7 +216,7 @@ def test_einsum_is_its_keras_twin(equation, output_shape, bias_axes, input_shape
         (lambda: BitLinear(3, quantization_strength=2), "Received: quantization_strength=2"),
         (lambda: BitLinear(3, weight_quantizer="int3"), "Unknown weight quantizer"),
         (lambda: BitLinear(3, weight_quantizer=None), "`weight_quantizer` is required"),
-        (lambda: BitLinear(3, lora_rank=0), "Received: 0"),
+        (lambda: BitLinear(3, lora_rank=0), "Received: lora_rank=0"),
         (lambda: BitLinear(3, dtype="int8_from_float32"), "dtype=int8_from_float32"),
         (lambda: BitLinear(3).enable_lora(2), "before enabling LoRA"),
         (lambda: BitLinear(3).build((None, None)), "must be known"),

@@ -10,7 +10,7 @@ from keras import ops
 from keras_bitnet import quantizers
 from keras_bitnet.callbacks.common import find_bit_layers, rebuild_functions
 from keras_bitnet.callbacks.statistics import _Probe, signal_to_noise
-from keras_bitnet.checks import check_count
+from keras_bitnet.checks import check_count, check_number
 from keras_bitnet.filters import layer_filter
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.block import BitBlock
@@ -94,10 +94,10 @@ class AdaptivePrecision(keras.callbacks.Callback):
         log_layers=False,
     ):
         super().__init__()
-        if not hysteresis >= 0:
-            raise ValueError(
-                f"`hysteresis` must not be negative. Received: hysteresis={hysteresis}"
-            )
+        check_number("target", target, "[-inf, inf]")
+        check_number("hysteresis", hysteresis, "[0, inf]")
+        check_number("min_bits", min_bits, "[0, inf]")
+        check_number("max_bits", max_bits, "[0, inf]")
         check_count("start", start, least=0)
         check_count("every", every)
         layer_filter(filters)  # says now what is wrong with it

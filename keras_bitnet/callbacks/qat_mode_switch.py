@@ -11,7 +11,7 @@ from keras_bitnet.callbacks.common import (
     freeze_variables,
     inner_optimizer,
 )
-from keras_bitnet.checks import check_count
+from keras_bitnet.checks import check_choice, check_count
 
 MODES = ("auto", "min", "max")
 
@@ -76,8 +76,7 @@ class QATModeSwitch(StepCallback):
                 "`monitor` and `threshold` go together. "
                 f"Received: monitor={monitor!r}, threshold={threshold}"
             )
-        if mode not in MODES:
-            raise ValueError(f"`mode` must be one of {MODES}. Received: mode={mode!r}")
+        check_choice("mode", mode, MODES)
         if epoch is not None and freeze_epoch is not None and freeze_epoch < epoch:
             raise ValueError(
                 "`freeze_epoch` must not be less than `epoch`. "

@@ -3,7 +3,7 @@
 import math
 
 from keras_bitnet.callbacks.common import StepCallback, find_bit_layers
-from keras_bitnet.checks import check_count
+from keras_bitnet.checks import check_choice, check_count, check_number
 from keras_bitnet.filters import layer_filter
 
 SHARPNESS = 10.0  # the logistic curve is cut at -5 and 5
@@ -57,15 +57,13 @@ class QuantizationScheduler(StepCallback):
 
     def __init__(self, start=0, *, end, schedule="linear", update_freq="epoch", filters=None):
         super().__init__()
-        if not 0 <= start < end:
+        check_number("start", start, "[0, inf)")
+        check_number("end", end, "(0, inf)")
+        if end <= start:
             raise ValueError(
-                "`start` must be at least 0 and `end` larger than `start`. "
-                f"Received: start={start}, end={end}"
+                f"`end` must be larger than `start`. Received: start={start}, end={end}"
             )
-        if schedule not in SCHEDULES:
-            raise ValueError(
-                f"`schedule` must be one of {sorted(SCHEDULES)}. Received: schedule={schedule!r}"
-            )
+        check_choice("schedule", schedule, tuple(SCHEDULES))
         if update_freq != "epoch":
             check_count("update_freq", update_freq)
         layer_filter(filters)  # says now what is wrong with it

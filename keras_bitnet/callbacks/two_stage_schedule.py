@@ -9,7 +9,7 @@ from keras_bitnet.callbacks.common import (
     inner_optimizer,
     rebuild_train_function,
 )
-from keras_bitnet.checks import check_count
+from keras_bitnet.checks import check_count, check_number
 
 
 class TwoStageSchedule(StepCallback):
@@ -66,19 +66,13 @@ class TwoStageSchedule(StepCallback):
         update_freq=10,
     ):
         super().__init__()
-        for name, value in (
-            ("learning_rate", learning_rate),
-            ("second_learning_rate", second_learning_rate),
-        ):
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
-        if weight_decay is not None and not (weight_decay >= 0 and second_weight_decay >= 0):
-            raise ValueError(
-                "Weight decays must not be negative. Received: "
-                f"weight_decay={weight_decay}, second_weight_decay={second_weight_decay}"
-            )
-        if not 0 < switch < 1:
-            raise ValueError(f"`switch` must lie in (0, 1). Received: switch={switch}")
+        check_number("learning_rate", learning_rate, "(0, inf)")
+        if second_learning_rate is not None:
+            check_number("second_learning_rate", second_learning_rate, "(0, inf)")
+        if weight_decay is not None:
+            check_number("weight_decay", weight_decay, "[0, inf)")
+            check_number("second_weight_decay", second_weight_decay, "[0, inf)")
+        check_number("switch", switch, "(0, 1)")
         if total_steps is not None:
             check_count("total_steps", total_steps)
         check_count("warmup_steps", warmup_steps, least=0)

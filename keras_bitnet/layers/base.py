@@ -11,10 +11,10 @@ import keras
 from keras import activations, constraints, initializers, ops, regularizers
 
 from keras_bitnet import quantizers
-from keras_bitnet.checks import check_choice, check_own_names
+from keras_bitnet.checks import check_choice, check_count, check_number, check_own_names
 from keras_bitnet.layers.inputs import InputTreatment
 from keras_bitnet.layers.kernel_weights import KernelWeights, smallest_layout
-from keras_bitnet.layers.lora import LowRankAdaptation, check_rank
+from keras_bitnet.layers.lora import LowRankAdaptation
 from keras_bitnet.layers.rms_normalization import RMSNormalization
 from keras_bitnet.ops.bit_matmul import bit_matmul
 
@@ -84,7 +84,11 @@ class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):
             )
         super().__init__(**kwargs)
         check_own_names(self, norm=norm, activation=activation)
-        _check_arguments(type(self).__name__, norm, norm_position, quantization_strength, lora_rank)
+        check_choice("norm", norm, (None, *NORMS))
+        check_choice("norm_position", norm_position, ("pre", "post"))
+        check_number("quantization_strength", quantization_strength, "[0, 1]")
+        if lora_rank is not None:
+            check_count("lora_rank", lora_rank)
         if self.quantization_mode is not None:
             raise ValueError(
                 f"{type(self).__name__} quantizes by itself: its dtype policy must be a plain one "
@@ -210,19 +214,3 @@ def under_own_names(layer, config):
 def _check_layout(packed_layout, quantizer):
     layouts = dict.fromkeys(("tiles", smallest_layout(quantizer)))  # one of them, or both
     check_choice("packed_layout", packed_layout, tuple(layouts))
-
-
-def _check_arguments(layer, norm, norm_position, quantization_strength, lora_rank):
-    if norm is not None and norm not in NORMS:
-        raise ValueError(f"`norm` must be None or one of {sorted(NORMS)}. Received: norm={norm!r}")
-    if norm_position not in ("pre", "post"):
-        raise ValueError(
-            f"`norm_position` must be 'pre' or 'post'. Received: norm_position={norm_position!r}"
-        )
-    if not 0 <= quantization_strength <= 1:
-        raise ValueError(
-            "`quantization_strength` must lie in [0, 1]. "
-            f"Received: quantization_strength={quantization_strength}"
-        )
-    if lora_rank is not None:
-        check_rank(lora_rank)

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops, regularizers
 
+from keras_bitnet.checks import check_count
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.windows import Window
 
@@ -88,9 +89,8 @@ class BitConv(BitLayer):
             lora_alpha=lora_alpha,
             **kwargs,
         )
-        for name, value in (("filters", filters), ("groups", groups)):
-            if not isinstance(value, int) or value <= 0:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+        check_count("filters", filters)
+        check_count("groups", groups)
         if filters % groups:
             raise ValueError(
                 "`filters` must be divisible by `groups`. "

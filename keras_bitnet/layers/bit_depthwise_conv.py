@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import keras
 from keras import ops, regularizers
 
+from keras_bitnet.checks import check_count
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.inputs import UNTREATED
 from keras_bitnet.layers.windows import Window
@@ -96,11 +97,7 @@ class BitDepthwiseConv(BitLayer):
                 f"{type(self).__name__} takes no static activations: quantize them per 'token' or "
                 f"'tensor'. Received: activation_quantizer={self.activation_quantizer}"
             )
-        if not isinstance(depth_multiplier, int) or depth_multiplier <= 0:
-            raise ValueError(
-                "`depth_multiplier` must be a positive integer. "
-                f"Received: depth_multiplier={depth_multiplier!r}"
-            )
+        check_count("depth_multiplier", depth_multiplier)
         self.depth_multiplier = depth_multiplier
         self.use_bias = use_bias
         self.window = Window.of(

@@ -5,6 +5,7 @@ from typing import ClassVar
 import keras
 from keras import ops, regularizers
 
+from keras_bitnet.checks import check_count
 from keras_bitnet.layers.base import BitLayer, under_own_names
 from keras_bitnet.layers.bit_linear import BitLinear
 from keras_bitnet.layers.block import BitBlock
@@ -75,9 +76,8 @@ class BitEmbedding(BitLayer):
         activation_quantizer=None,
         **kwargs,
     ):
-        for name, value in (("input_dim", input_dim), ("output_dim", output_dim)):
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+        check_count("input_dim", input_dim)
+        check_count("output_dim", output_dim)
         super().__init__(
             kernel_initializer=embeddings_initializer,
             kernel_regularizer=embeddings_regularizer,

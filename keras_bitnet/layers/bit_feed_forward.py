@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import activations, ops
 
-from keras_bitnet.checks import check_choice
+from keras_bitnet.checks import check_choice, check_count
 from keras_bitnet.layers.base import NORMS
 from keras_bitnet.layers.bit_linear import BitLinear
 from keras_bitnet.layers.block import BitBlock
@@ -63,11 +63,7 @@ class BitFeedForward(BitBlock):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if not isinstance(intermediate_dim, int) or intermediate_dim <= 0:
-            raise ValueError(
-                "`intermediate_dim` must be a positive integer. "
-                f"Received: intermediate_dim={intermediate_dim!r}"
-            )
+        check_count("intermediate_dim", intermediate_dim)
         check_choice("sub_norm", sub_norm, (None, *NORMS))
         self.supports_masking = True
         self.intermediate_dim = intermediate_dim

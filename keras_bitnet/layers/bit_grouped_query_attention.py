@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_bitnet.checks import check_choice
+from keras_bitnet.checks import check_choice, check_count, check_number
 from keras_bitnet.layers import key_value_cache
 from keras_bitnet.layers.base import NORMS
 from keras_bitnet.layers.bit_einsum_dense import BitEinsumDense
@@ -86,13 +86,8 @@ class BitGroupedQueryAttention(BitBlock):
         super().__init__(**kwargs)
         _check_heads(head_dim, num_query_heads, num_key_value_heads, rope_max_wavelength)
         check_choice("sub_norm", sub_norm, (None, *NORMS))
-        if sliding_window is not None and (
-            not isinstance(sliding_window, int) or sliding_window <= 0
-        ):
-            raise ValueError(
-                "`sliding_window` must be `None` or a positive integer. "
-                f"Received: sliding_window={sliding_window}"
-            )
+        if sliding_window is not None:
+            check_count("sliding_window", sliding_window)
         if flash_attention and dropout:
             raise ValueError(
                 f"Flash attention has no dropout. Received: flash_attention=True, dropout={dropout}"
@@ -309,21 +304,17 @@ def _turned(query, key, rotary):
 
 
 def _check_heads(head_dim, num_query_heads, num_key_value_heads, rope_max_wavelength):
-    sizes = {
-        "head_dim": head_dim,
-        "num_query_heads": num_query_heads,
-        "num_key_value_heads": num_key_value_heads,
-    }
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size <= 0:
-            raise ValueError(f"`{name}` must be a positive integer. Received: {name}={size!r}")
+    check_count("head_dim", head_dim)
+    check_count("num_query_heads", num_query_heads)
+    check_count("num_key_value_heads", num_key_value_heads)
     if num_query_heads % num_key_value_heads:
         raise ValueError(
             "`num_query_heads` must be a multiple of `num_key_value_heads`. Received: "
             f"num_query_heads={num_query_heads}, num_key_value_heads={num_key_value_heads}"
         )
-    if rope_max_wavelength is not None and (head_dim % 2 or rope_max_wavelength <= 0):
-        raise ValueError(
-            "A rotary embedding needs an even `head_dim` and a positive `rope_max_wavelength`. "
-            f"Received: head_dim={head_dim}, rope_max_wavelength={rope_max_wavelength}"
-        )
+    if rope_max_wavelength is not None:
+        check_number("rope_max_wavelength", rope_max_wavelength, "(0, inf)")
+        if head_dim % 2:
+            raise ValueError(
+                f"A rotary embedding needs an even `head_dim`. Received: head_dim={head_dim}"
+            )

@@ -3,6 +3,7 @@
 import keras
 from keras import regularizers
 
+from keras_bitnet.checks import check_count
 from keras_bitnet.layers.base import BitLayer
 
 
@@ -65,11 +66,7 @@ class BitLinear(BitLayer):
         lora_alpha=None,
         **kwargs,
     ):
-        if not isinstance(units, int) or units <= 0:
-            raise ValueError(
-                "Received an invalid value for `units`, expected a positive integer. "
-                f"Received: units={units}"
-            )
+        check_count("units", units)
         super().__init__(
             activation=activation,
             kernel_initializer=kernel_initializer,

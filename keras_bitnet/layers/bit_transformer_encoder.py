@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import keras
 from keras import ops
 
-from keras_bitnet.checks import check_choice
+from keras_bitnet.checks import check_choice, check_count
 from keras_bitnet.layers.base import NORMS
 from keras_bitnet.layers.bit_feed_forward import BitFeedForward
 from keras_bitnet.layers.bit_multi_head_attention import BitMultiHeadAttention
@@ -66,10 +66,7 @@ class BitTransformerEncoder(BitBlock):
     ):
         super().__init__(norm_epsilon=layer_norm_epsilon, **kwargs)
         check_choice("norm", norm, tuple(NORMS))
-        if not isinstance(num_heads, int) or num_heads <= 0:
-            raise ValueError(
-                f"`num_heads` must be a positive integer. Received: num_heads={num_heads!r}"
-            )
+        check_count("num_heads", num_heads)
         self.supports_masking = True
         self.num_heads = num_heads
         self.dropout = dropout

@@ -10,7 +10,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_bitnet.checks import check_choice, check_own_names
+from keras_bitnet.checks import check_choice, check_number, check_own_names
 from keras_bitnet.layers.kept_channels import KeptChannels
 from keras_bitnet.ops.hadamard import hadamard
 from keras_bitnet.ops.magnitude import largest_magnitude
@@ -46,10 +46,8 @@ class InputTreatment(KeptChannels):
         super().__init__(**kwargs)
         check_own_names(self, smoothing=smoothing, rotation=rotation)
         check_choice("rotation", rotation, (None, "hadamard"))
-        if smoothing is not None and not 0 <= smoothing <= 1:
-            raise ValueError(
-                f"`smoothing` must lie in [0, 1] or be None. Received: smoothing={smoothing}"
-            )
+        if smoothing is not None:
+            check_number("smoothing", smoothing, "[0, 1]")
         self.smoothing = smoothing
         self.rotation = rotation
         self.input_gain: Any = None

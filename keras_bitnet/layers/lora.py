@@ -3,6 +3,8 @@
 import keras
 from keras import initializers
 
+from keras_bitnet.checks import check_count
+
 
 class LowRankAdaptation(keras.Layer):
     """Mixin of `BitLayer`: LoRA as a side path, which a packed kernel can take too.
@@ -25,9 +27,10 @@ class LowRankAdaptation(keras.Layer):
             b_initializer: Initializer of `lora_kernel_b`, `(rank, out_features)`.
 
         Raises:
-            ValueError: The layer is not built, has LoRA already, or has a kernel constraint.
+            ValueError: The rank is no positive integer, or the layer is not built, has LoRA
+                already or has a kernel constraint.
         """
-        check_rank(rank)
+        check_count("rank", rank)
         if self.kernel_constraint is not None:
             raise ValueError(
                 "LoRA cannot keep a kernel constraint. Remove the `kernel_constraint` argument "
@@ -60,9 +63,3 @@ class LowRankAdaptation(keras.Layer):
         self.lora_enabled = True
         self.lora_rank = rank
         self.lora_alpha = lora_alpha if lora_alpha is not None else rank
-
-
-def check_rank(rank):
-    """Raises a `ValueError` unless `rank` is a positive integer."""
-    if not isinstance(rank, int) or rank <= 0:
-        raise ValueError(f"The rank of LoRA must be a positive integer. Received: {rank!r}")

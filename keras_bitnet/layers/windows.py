@@ -7,7 +7,7 @@ import math
 import keras
 from keras import ops
 
-from keras_bitnet.checks import check_choice
+from keras_bitnet.checks import check_choice, check_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +160,11 @@ class Window:
 
 
 def _sizes(name, value, rank):
-    sizes = (value,) * rank if isinstance(value, int) else tuple(value)
-    if len(sizes) != rank or not all(isinstance(size, int) and size > 0 for size in sizes):
+    sizes = value if isinstance(value, (tuple, list)) else (value,) * rank
+    if len(sizes) != rank:
         raise ValueError(
-            f"`{name}` must be a positive integer or a tuple of {rank}. Received: {name}={value!r}"
+            f"`{name}` must be an integer or a tuple of {rank}. Received: {name}={value!r}"
         )
-    return sizes
+    for size in sizes:
+        check_count(name, size)
+    return tuple(sizes)

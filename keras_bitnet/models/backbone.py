@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_bitnet import quantizers
+from keras_bitnet.checks import check_count
 from keras_bitnet.layers.bit_embedding import BitEmbedding
 from keras_bitnet.layers.bit_linear import BitLinear
 from keras_bitnet.layers.bit_transformer_decoder import BitTransformerDecoder
@@ -110,7 +111,11 @@ class BitNetBackbone(BitBlock, keras.Model):
     ):
         initializer = kernel_initializer or keras.initializers.RandomNormal(stddev=0.02)
         super().__init__(kernel_initializer=initializer, **kwargs)
-        self._check_sizes(vocabulary_size=vocabulary_size, hidden_dim=hidden_dim)
+        check_count("vocabulary_size", vocabulary_size)
+        check_count("num_layers", num_layers)
+        check_count("num_query_heads", num_query_heads)
+        check_count("hidden_dim", hidden_dim)
+        check_count("max_sequence_length", max_sequence_length)
         self.vocabulary_size = vocabulary_size
         self.num_layers = num_layers
         self.num_query_heads = num_query_heads
@@ -152,12 +157,6 @@ class BitNetBackbone(BitBlock, keras.Model):
         self.layer_norm = self.make_norm("rms", "layer_norm")
         self.output_projection = None if tie_word_embeddings else self._make_output_projection()
         self.build()
-
-    @staticmethod
-    def _check_sizes(**sizes):
-        for name, size in sizes.items():
-            if not isinstance(size, int) or size <= 0:
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={size!r}")
 
     def _table_arguments(self):
         names = ("activation_quantizer", "quantization_strength", "packed", "dtype")

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_bitnet.checks import check_number
 from keras_bitnet.models.backbone import tokens_and_mask
 from keras_bitnet.models.causal_lm import BitNetCausalLM
 
@@ -59,7 +60,9 @@ class BitDistiller(keras.Model):
     ):
         super().__init__(**kwargs)
         _check_models(student, teacher, attention_layer)
-        _check_numbers(logits_weight, temperature, attention_weight)
+        check_number("logits_weight", logits_weight, "[0, inf)")
+        check_number("temperature", temperature, "(0, inf)")
+        check_number("attention_weight", attention_weight, "[0, inf)")
         self.student = student
         self.teacher = teacher
         self.teacher.trainable = False
@@ -172,14 +175,6 @@ def _check_models(student, teacher, attention_layer):
             "Student and teacher must have the same vocabulary. "
             f"Received: sizes {sizes[0]} and {sizes[1]}"
         )
-
-
-def _check_numbers(logits_weight, temperature, attention_weight):
-    if not temperature > 0:
-        raise ValueError(f"`temperature` must be positive. Received: temperature={temperature}")
-    for name, value in (("logits_weight", logits_weight), ("attention_weight", attention_weight)):
-        if not value >= 0:
-            raise ValueError(f"`{name}` must not be negative. Received: {name}={value}")
 
 
 def _check_heads(relation_heads, *backbones):

@@ -4,6 +4,7 @@ import dataclasses
 
 from keras import ops
 
+from keras_bitnet.checks import check_count, check_number
 from keras_bitnet.ops.constants import constant_like
 
 LOWEST = 1e-30  # a temperature below would make infinities of logits
@@ -36,14 +37,11 @@ class Sampler:
     top_p: float | None = None
 
     def __post_init__(self):
-        if not self.temperature >= 0:
-            raise ValueError(
-                f"`temperature` must not be negative. Received: temperature={self.temperature}"
-            )
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
-            raise ValueError(f"`top_k` must be a positive integer. Received: top_k={self.top_k!r}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` must lie in (0, 1]. Received: top_p={self.top_p}")
+        check_number("temperature", self.temperature, "[0, inf]")
+        if self.top_k is not None:
+            check_count("top_k", self.top_k)
+        if self.top_p is not None:
+            check_number("top_p", self.top_p, "(0, 1]")
 
     def __call__(self, logits, uniform):
         """Chooses tokens.

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_bitnet.checks import check_choice
+from keras_bitnet.checks import check_choice, check_number
 from keras_bitnet.kernels import training
 from keras_bitnet.ops.constants import constant_like
 from keras_bitnet.ops.magnitude import largest_magnitude
@@ -46,8 +46,7 @@ class ActivationQuantizer(keras.Quantizer):
     def __init__(self, granularity="token", epsilon=1e-5):
         super().__init__(output_dtype="int8")
         check_choice("granularity", granularity, ("token", "tensor", "static"))
-        if not epsilon > 0:
-            raise ValueError(f"`epsilon` must be positive. Received: epsilon={epsilon}")
+        check_number("epsilon", epsilon, "(0, inf)")
         self.granularity = granularity
         self.epsilon = float(epsilon)
 
@@ -216,10 +215,8 @@ class StaticActivation(ActivationQuantizer):
     def __init__(self, bits=8, momentum=None, epsilon=1e-5):
         super().__init__("static", epsilon)
         check_choice("bits", bits, (4, 8))
-        if momentum is not None and not 0 <= momentum < 1:
-            raise ValueError(
-                f"`momentum` must lie in [0, 1) or be None. Received: momentum={momentum}"
-            )
+        if momentum is not None:
+            check_number("momentum", momentum, "[0, 1)")
         self.bits = bits
         self.highest = 2 ** (bits - 1) - 1
         self.momentum = momentum

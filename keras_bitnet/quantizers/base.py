@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_bitnet.checks import check_choice
+from keras_bitnet.checks import check_choice, check_number
 from keras_bitnet.kernels import training
 from keras_bitnet.ops.constants import constant_like
 from keras_bitnet.ops.packed_tensor import expand_scale
@@ -118,8 +118,7 @@ class WeightQuantizer(keras.Quantizer):
                 "`group_size` must be a positive multiple of 32, so that groups end where the "
                 f"tiles of the packed layout do. Received: group_size={group_size}"
             )
-        if not epsilon > 0:
-            raise ValueError(f"`epsilon` must be positive. Received: epsilon={epsilon}")
+        check_number("epsilon", epsilon, "(0, inf)")
         self.scale = scale
         self.granularity = granularity
         self.group_size = group_size

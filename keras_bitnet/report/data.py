@@ -6,6 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_bitnet.checks import check_count
+
 
 def batches(data, samples=256, batch_size=32):
     """Reads the first examples of data.
@@ -25,9 +27,8 @@ def batches(data, samples=256, batch_size=32):
         ValueError: There are no examples, they hold a NaN or an infinity, or arrays are not
             equally long.
     """
-    for name, value in (("samples", samples), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}")
+    check_count("samples", samples)
+    check_count("batch_size", batch_size)
     found = []
     for x, y in _items(data, samples, batch_size):
         x = keras.tree.map_structure(_array, x)

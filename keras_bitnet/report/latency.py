@@ -134,8 +134,8 @@ def benchmark_layers(
     """
     check_built(model)
     check_choice("memory", memory, ("fastest", "smallest"))
-    for name, value in (("batch_size", batch_size), ("repeats", repeats)):
-        check_count(name, value)
+    check_count("batch_size", batch_size)
+    check_count("repeats", repeats)
     specs = [layer_arguments(spec) for spec in precisions]
     if not specs or None in specs:
         raise ValueError(f"`precisions` must be a list of specs. Received: {precisions!r}")

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_bitnet.checks import check_built, check_choice
+from keras_bitnet.checks import check_built, check_choice, check_number
 from keras_bitnet.filters import layer_filter
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.inputs import watch_inputs
@@ -75,8 +75,7 @@ def calibrate(
     """
     check_built(model)
     check_choice("method", method, tuple(METHODS))
-    if not 0 < percentile <= 100:
-        raise ValueError(f"`percentile` must lie in (0, 100]. Received: percentile={percentile}")
+    check_number("percentile", percentile, "(0, 100]")
     _check_data(data)
     model, chosen = _prepare(model, layer_filter(filters), momentum, static)
     stream = _Stream(model, data, batch_size, steps, verbose)
