@@ -20,8 +20,8 @@ class BitConv(BitLayer):
     a norm before the product is one of patches; the kernel is the matrix
     `(prod(kernel_size) * channels / groups, filters)`. Training and packed inference multiply the
     same rows. With float activations nothing needs a patch, and the backend convolves. Padding is
-    zeros. A kernel of size 1 makes no patches. Groups cost as
-    much time as a convolution without groups, and a share of its memory.
+    zeros. A kernel of size 1 makes no patches. Groups cost as much time as a convolution without
+    groups, and a share of its memory.
 
     Args:
         filters: Positive integer, number of output channels.
@@ -124,21 +124,8 @@ class BitConv(BitLayer):
             self.build_bias((self.filters,))
         axis = 1 if self.window.channels_first else -1
         self.input_spec = keras.layers.InputSpec(ndim=self.rank + 2, axes={axis: channels})
-        self._kernel_shape = kernel_shape
         if self.lora_rank:
             self.enable_lora(self.lora_rank, self.lora_alpha)
-
-    def _initial_kernel(self, shape, dtype=None):
-        """Drawn in the shape of Keras, whose fan-out counts the taps."""
-        return self.kernel_initializer(shape, dtype=dtype)
-
-    def kernel_to_matrix(self, kernel):
-        """Taps and input channels become rows."""
-        return ops.reshape(kernel, (self.in_features, self.out_features))
-
-    def matrix_to_kernel(self, matrix):
-        """The inverse of `kernel_to_matrix`."""
-        return ops.reshape(matrix, self._kernel_shape)
 
     def call(self, inputs):
         """Computes the convolution; see the class."""

@@ -110,23 +110,12 @@ class BitDepthwiseConv(BitLayer):
         channels = self.window.channels(input_shape)
         self.compute_output_shape(input_shape)  # checks that the window fits
         filters = channels * self.depth_multiplier
-        self._kernel_shape = (*self.window.size, channels, self.depth_multiplier)
-        self.build_kernel(math.prod(self.window.size), filters, self._kernel_shape)
+        kernel_shape = (*self.window.size, channels, self.depth_multiplier)
+        self.build_kernel(math.prod(self.window.size), filters, kernel_shape)
         if self.use_bias:
             self.build_bias((filters,))
         axis = 1 if self.window.channels_first else -1
         self.input_spec = keras.layers.InputSpec(ndim=self.rank + 2, axes={axis: channels})
-
-    def _initial_kernel(self, shape, dtype=None):
-        return self.kernel_initializer(shape, dtype=dtype)
-
-    def kernel_to_matrix(self, kernel):
-        """Taps become rows, filters columns."""
-        return ops.reshape(kernel, (self.in_features, self.out_features))
-
-    def matrix_to_kernel(self, matrix):
-        """The inverse of `kernel_to_matrix`."""
-        return ops.reshape(matrix, self._kernel_shape)
 
     def call(self, inputs):
         """Computes the convolution; see the class."""

@@ -113,6 +113,11 @@ class BitEinsumDense(BitLayer):
         y = _transposed(y, [(axes.kept + axes.added).index(a) for a in axes.output])
         return y if self.activation is None else self.activation(y)
 
+    def _initial_kernel(self, shape, dtype=None):
+        """Drawn as a matrix, so that fan-in and fan-out are those of the product."""
+        matrix = self.kernel_initializer((self.in_features, self.out_features), dtype=dtype)
+        return self.matrix_to_kernel(matrix)
+
     def kernel_to_matrix(self, kernel):
         """Sums first, additions last, each side flattened."""
         kernel = ops.transpose(kernel, self._kernel_order)

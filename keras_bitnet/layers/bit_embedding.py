@@ -104,10 +104,6 @@ class BitEmbedding(BitLayer):
         if self.lora_rank:
             self.enable_lora(self.lora_rank, self.lora_alpha)
 
-    def _initial_kernel(self, shape, dtype=None):
-        """Drawn as the table that Keras draws."""
-        return self.kernel_initializer(shape, dtype=dtype)
-
     def kernel_to_matrix(self, kernel):
         """Tokens become columns."""
         return ops.transpose(kernel)
@@ -263,8 +259,7 @@ class ReversibleBitEmbedding(BitBlock):
         """Copies the weights of a `keras.layers.ReversibleEmbedding`, LoRA merged."""
         self.embedding.take_weights(layer)
         if not self.tie_weights:
-            assign_copy(self.reverse_projection.kernel, layer.reverse_embeddings)
-            self.reverse_projection.reset_scale()
+            self.reverse_projection.take_kernel(layer.reverse_embeddings)
             self.reverse_projection.mark_untrained()
 
     def get_config(self):

@@ -123,12 +123,11 @@ class BitSeparableConv(BitBlock):
 
     def take_weights(self, layer):
         """Copies the weights of a Keras `SeparableConv`."""
-        assign_copy(self.depthwise.kernel, layer.depthwise_kernel)
-        assign_copy(self.pointwise.kernel, layer.pointwise_kernel)
+        self.depthwise.take_kernel(layer.depthwise_kernel)
+        self.pointwise.take_kernel(layer.pointwise_kernel)
         if layer.bias is not None:
             assign_copy(self.pointwise.bias, layer.bias)
         for inner in (self.depthwise, self.pointwise):
-            inner.reset_scale()
             inner.mark_untrained()
 
     def get_config(self):

@@ -38,21 +38,22 @@ class KernelWeights(NamedWeights):
             kernel_shape: Shape of the float kernel, `(in_features, out_features)` by default.
         """
         self.in_features, self.out_features = in_features, out_features
+        self._kernel_shape = tuple(kernel_shape or (in_features, out_features))
         self.build_inputs()
         self.build_kept()
         if self.packed:
             self._build_packed()
         else:
-            self._build_float(kernel_shape or (in_features, out_features))
+            self._build_float()
         if self.normalization is not None:
             size = in_features if self.norm_position == "pre" else out_features
             self.normalization.build((None, size))
 
-    def _build_float(self, kernel_shape):
+    def _build_float(self):
         # Codes come from the float32 master weight, so kernel and scale are never autocast.
         self.kernel = self.add_weight(
             name="kernel",
-            shape=kernel_shape,
+            shape=self._kernel_shape,
             initializer=self._initial_kernel,
             regularizer=self.kernel_regularizer,
             constraint=self.kernel_constraint,
@@ -99,9 +100,8 @@ class KernelWeights(NamedWeights):
         )
 
     def _initial_kernel(self, shape, dtype=None):
-        """Initializes as a matrix, so that fan-in and fan-out are those of the product."""
-        matrix = self.kernel_initializer((self.in_features, self.out_features), dtype=dtype)
-        return self.matrix_to_kernel(matrix)
+        """Drawn in the shape of Keras, by which its initializers know fan-in and fan-out."""
+        return self.kernel_initializer(shape, dtype=dtype)
 
     def _initial_log2_scale(self, shape=None, dtype=None):
         matrix = self.without_kept_rows(self.kernel_matrix())
@@ -139,23 +139,29 @@ class KernelWeights(NamedWeights):
 
     def kernel_to_matrix(self, kernel):
         """Reshapes a float kernel to `(in_features, out_features)`."""
-        return kernel
+        if len(kernel.shape) == 2:
+            return kernel
+        return ops.reshape(kernel, (self.in_features, self.out_features))
 
     def matrix_to_kernel(self, matrix):
         """The inverse of `kernel_to_matrix`."""
-        return matrix
+        return ops.reshape(matrix, self._kernel_shape)
 
     def kernel_matrix(self):
         """The float kernel as a tensor `(in_features, out_features)`."""
         return self.kernel_to_matrix(ops.convert_to_tensor(self.kernel))
 
+    def take_kernel(self, kernel):
+        """Copies a float kernel for inputs that are not treated."""
+        matrix = self.adapt_matrix(self.kernel_to_matrix(ops.copy(kernel)))
+        self.kernel.assign(self.matrix_to_kernel(matrix))
+        self.reset_scale()
+
     def take_weights(self, layer):
         """Copies the weights of the float Keras layer that this one replaces, LoRA merged."""
-        matrix = self.adapt_matrix(self.kernel_to_matrix(ops.copy(layer.kernel)))
-        self.kernel.assign(self.matrix_to_kernel(matrix))
+        self.take_kernel(layer.kernel)
         if layer.bias is not None:
             assign_copy(self.bias, layer.bias)
-        self.reset_scale()
         self.mark_untrained()
 
     # -- codes ------------------------------------------------------------------------------

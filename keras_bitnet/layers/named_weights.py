@@ -56,11 +56,9 @@ class NamedWeights(ChangingPrecision):
     def _load_stock(self, found):
         """Reads the weights "0" (kernel) and "1" (bias) that a stock Keras layer saves."""
         self._assign("kernel", found["0"])
-        matrix = self.adapt_matrix(self.kernel_matrix())
-        self.kernel.assign(ops.copy(self.matrix_to_kernel(matrix)))
+        self.take_kernel(self.kernel)
         if "1" in found:
             self._assign("bias", found["1"])
-        self.reset_scale()
 
     def _assign(self, name, value):
         variable = self.own_weights().get(name)

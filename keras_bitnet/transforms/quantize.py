@@ -4,7 +4,6 @@ import warnings
 from typing import Any
 
 import keras
-from keras import ops
 
 from keras_bitnet import layers as bit_layers
 from keras_bitnet import quantizers
@@ -134,9 +133,7 @@ def _take_weights(old, new):
     if not isinstance(old, BitLayer):
         new.take_weights(old)
         return
-    matrix = new.adapt_matrix(new.kernel_to_matrix(ops.copy(old.kernel)))
-    new.kernel.assign(new.matrix_to_kernel(matrix))
-    new.reset_scale()
+    new.take_kernel(old.kernel)
     copy_the_rest(old, new)
     if old.untrained:
         new.mark_untrained()
