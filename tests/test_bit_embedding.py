@@ -130,6 +130,37 @@ def test_lora(packed, rng):
     layer.lora_kernel_b.assign(rng.normal(size=(2, 37)))
     low_rank = 2 * to_numpy(layer.lora_kernel_a) @ to_numpy(layer.lora_kernel_b)
     assert relative_error(to_numpy(layer(TOKENS)), before + low_rank.T[TOKENS]) < 1e-5
+    assert relative_error(to_numpy(layer.embeddings)[TOKENS], before + low_rank.T[TOKENS]) < 1e-5
+
+
+@keras.saving.register_keras_serializable("tests")
+class Tied(keras.layers.Layer):
+    """Reads the table of a layer inside, as layers written for Keras's embeddings do."""
+
+    def __init__(self, reversible, **kwargs):
+        super().__init__(**kwargs)
+        self.reversible = reversible
+        kind = keras.layers.ReversibleEmbedding if reversible else keras.layers.Embedding
+        self.embedding = kind(37, 8)
+
+    def build(self, input_shape):
+        self.embedding.build(input_shape)
+
+    def call(self, tokens):
+        return ops.matmul(self.embedding(tokens), ops.transpose(self.embedding.embeddings))
+
+    def get_config(self):
+        return {**super().get_config(), "reversible": self.reversible}
+
+
+@pytest.mark.parametrize("reversible", [False, True])
+def test_a_layer_that_reads_the_table_works_converted_and_packed(reversible):
+    model = keras.Sequential([keras.Input((4,), dtype="int32"), Tied(reversible)])
+    spec = {"weight_quantizer": "int8", "quantization_strength": 0.0}
+    converted = quantize_model(model, spec, verbose=0)
+    np.testing.assert_allclose(to_numpy(converted(TOKENS)), to_numpy(model(TOKENS)), atol=1e-6)
+    packed = pack_model(quantize_model(model, "int8", verbose=0), verbose=0)
+    np.testing.assert_allclose(to_numpy(packed(TOKENS)), to_numpy(model(TOKENS)), atol=1e-4)
 
 
 def test_quantize_model_takes_embeddings_and_leaves_out_what_they_do_not_have():

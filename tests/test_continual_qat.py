@@ -196,5 +196,9 @@ def test_from_keras_hub(teacher):
         assert np.abs(to_numpy(wanted)).max() > 0.5
         np.testing.assert_allclose(found[mask], to_numpy(wanted)[mask], rtol=0, atol=1e-4)
     assert convert_to_bitnet(model, x).backbone.sub_norm == "rms"
+    options = {"weight_quantizer": "int8", "activation_quantizer": None}
+    packed = from_keras_hub(llama, embedding_quantizer="int8", packed=True, **options)
+    assert packed.packed
+    assert mean_error(to_numpy(packed(x))[mask], to_numpy(wanted)[mask]) < 0.05
     with pytest.raises(ValueError, match="BitNetCausalLM"):
         from_keras_hub(teacher)

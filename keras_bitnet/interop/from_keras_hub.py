@@ -1,10 +1,12 @@
 """Decoders of KerasHub as `BitNetCausalLM`."""
 
+import operator
+
 from keras import ops
 
 from keras_bitnet.interop.files import require
 from keras_bitnet.interop.tensor_map import projections
-from keras_bitnet.interop.weights import set_norm
+from keras_bitnet.interop.weights import set_matrix, set_norm
 from keras_bitnet.models import BitNetBackbone, BitNetCausalLM
 
 # attribute of a KerasHub decoder layer, in the order of `tensor_map.PROJECTIONS`
@@ -25,7 +27,7 @@ def from_keras_hub(model, **arguments):
         model: `keras_hub.models.LlamaCausalLM` or `LlamaBackbone`, or the Llama 3 ones; it is
             left as it is.
         **arguments: Arguments of `BitNetBackbone` in place of those of the model, such as
-            `weight_quantizer="int4"` or `quantization_strength=1.0`.
+            `weight_quantizer="int4"`, `embedding_quantizer="int8"` or `packed=True`.
 
     Returns:
         `BitNetCausalLM` of float weights with `quantization_strength=0`: ready for
@@ -72,20 +74,22 @@ def from_keras_hub(model, **arguments):
 
 def _copy(source, backbone):
     embedding = source.token_embedding
-    backbone.token_embedding.embeddings.assign(ops.copy(embedding.embeddings))
+    set_matrix(backbone.token_embedding, _array(embedding.embeddings))
     if backbone.output_projection is not None:
-        backbone.output_projection.kernel.assign(ops.copy(embedding.reverse_embeddings))
-    set_norm(backbone.layer_norm, _scale(source.layer_norm))
+        set_matrix(backbone.output_projection, _array(embedding.reverse_embeddings).T)
+    set_norm(backbone.layer_norm, _array(source.layer_norm.scale))
     places = iter(projections(backbone))
     for old, new in zip(source.transformer_layers, backbone.decoder_layers, strict=True):
-        set_norm(new.attention_norm, _scale(old._self_attention_layernorm))
-        set_norm(new.feed_forward_norm, _scale(old._feedforward_layernorm))
+        set_norm(new.attention_norm, _array(old._self_attention_layernorm.scale))
+        set_norm(new.feed_forward_norm, _array(old._feedforward_layernorm.scale))
         for path in _PROJECTIONS:
-            layer = old
-            for name in path.split("."):
-                layer = getattr(layer, name)
-            next(places).layer.take_weights(layer)
+            dense, layer = operator.attrgetter(path)(old), next(places).layer
+            if layer.packed:
+                kernel = layer.kernel_to_matrix(ops.convert_to_tensor(dense.kernel))
+                set_matrix(layer, _array(kernel).T)
+            else:
+                layer.take_weights(dense)
 
 
-def _scale(norm):
-    return ops.convert_to_numpy(ops.cast(norm.scale, "float32"))
+def _array(weight):
+    return ops.convert_to_numpy(ops.cast(weight, "float32"))

@@ -4,7 +4,7 @@ import dataclasses
 import operator
 from typing import Any
 
-from keras_bitnet.layers.bit_embedding import BitEmbedding
+import keras
 
 # attribute of a decoder layer, name in Hugging Face's files, name in GGUF files
 PROJECTIONS = (
@@ -72,14 +72,9 @@ def matrix_shape(layer):
     """Shape `(out, in)` of the matrix of a layer, as outside files have it."""
     if hasattr(layer, "in_features"):
         return layer.out_features, layer.in_features
-    if hasattr(layer, "embeddings"):
-        return tuple(layer.embeddings.shape)
+    if isinstance(layer, keras.layers.Embedding):
+        return layer.input_dim, layer.output_dim
     return tuple(layer.kernel.shape)[::-1]
-
-
-def is_table_of_tokens(layer):
-    """Whether a layer stores its matrix as `(out, in)`: embeddings do."""
-    return isinstance(layer, BitEmbedding) or hasattr(layer, "embeddings")
 
 
 def _in_blocks(backbone, rows):

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -61,7 +62,7 @@ def set_matrix(layer, matrix):
     if _packs_in_blocks(layer):
         _set_in_blocks(layer, rows)
         return
-    if hasattr(layer, "embeddings"):
+    if isinstance(layer, keras.layers.Embedding):
         fill(layer.embeddings, rows)
         return
     matrix = rows[:]
@@ -131,22 +132,13 @@ class _PackedRows:
         return np.asarray(self[0 : self.shape[0]], dtype)
 
 
-def get_matrix(layer, strength=None):
-    """The float weights of a layer, `float32 (out, in)`.
-
-    Args:
-        layer: Any layer with one matrix.
-        strength: How far a layer that is not packed is quantized; its own strength by default.
-    """
-    if hasattr(layer, "embeddings"):
+def get_matrix(layer):
+    """The weights that a layer with one matrix multiplies with, `float32 (out, in)`."""
+    if isinstance(layer, keras.layers.Embedding):
         return ops.convert_to_numpy(ops.cast(layer.embeddings, "float32"))
     if not isinstance(layer, BitLayer):
         return ops.convert_to_numpy(ops.cast(layer.kernel, "float32")).T
-    if layer.packed:
-        return ops.convert_to_numpy(layer.packed_kernel.dequantize()).T
-    if strength is None:
-        strength = ops.convert_to_tensor(layer.quantization_strength)
-    return ops.convert_to_numpy(layer.fake_quantized_matrix(strength)).T
+    return ops.convert_to_numpy(layer.matrix_in_use()).T
 
 
 def get_master(layer):

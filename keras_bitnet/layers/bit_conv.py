@@ -146,12 +146,8 @@ class BitConv(BitLayer):
         return floats and untreated and alone and not normalized
 
     def _convolution(self, inputs):
-        if self.packed:
-            matrix = self.packed_kernel.dequantize()
-        else:
-            strength = ops.convert_to_tensor(self.quantization_strength)
-            matrix = self.fake_quantized_matrix(strength, inputs.dtype)
         x = self.window.padded(inputs)
+        matrix = self.matrix_in_use(x.dtype)
         y = ops.conv(
             x,
             ops.cast(self.matrix_to_kernel(matrix), x.dtype),

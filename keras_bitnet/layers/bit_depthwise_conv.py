@@ -123,11 +123,7 @@ class BitDepthwiseConv(BitLayer):
         x = ops.concatenate(self.window.taps(inputs), axis=-1)  # (batch, *spatial, taps * channels)
         if self.activation_quantizer is not None:
             x = self.activation_quantizer.fake_quantize(x, strength)
-        if self.packed:
-            matrix = self.packed_kernel.dequantize()
-        else:
-            matrix = self.fake_quantized_matrix(strength)
-        y = self.window.restore(self._multiply(x, ops.cast(matrix, x.dtype)))
+        y = self.window.restore(self._multiply(x, ops.cast(self.matrix_in_use(), x.dtype)))
         return y if self.activation is None else self.activation(y)
 
     def _multiply(self, x, matrix):

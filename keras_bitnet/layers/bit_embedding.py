@@ -118,14 +118,25 @@ class BitEmbedding(BitLayer):
         if self.packed:
             y = self.packed_kernel.gather(tokens)
         else:
-            strength = ops.convert_to_tensor(self.quantization_strength)
-            table = ops.transpose(self.fake_quantized_matrix(strength))
-            y = ops.take(table, tokens, axis=0)
+            y = ops.take(ops.transpose(self.matrix_in_use()), tokens, axis=0)
         if self.lora_enabled:
             low_rank = ops.take(ops.transpose(self.lora_kernel_b), tokens, axis=0)
             low_rank = ops.matmul(low_rank, ops.transpose(self.lora_kernel_a))
             y = y + low_rank * (self.lora_alpha / self.lora_rank)
         return ops.cast(y, self.compute_dtype)
+
+    @property
+    def embeddings(self):
+        """The table `(input_dim, output_dim)` of all vectors that `call` gives, as in Keras.
+
+        A tensor, `float32`, LoRA added: for layers that read the table of another. Packed, it is
+        unpacked whole.
+        """
+        table = ops.transpose(self.matrix_in_use())
+        if self.lora_enabled:
+            low_rank = ops.transpose(ops.matmul(self.lora_kernel_a, self.lora_kernel_b))
+            table = table + low_rank * (self.lora_alpha / self.lora_rank)
+        return table
 
     def compute_mask(self, inputs, mask=None):
         """Where the token is not 0, with `mask_zero`."""
@@ -219,6 +230,11 @@ class ReversibleBitEmbedding(BitBlock):
             self.reverse_projection = BitLinear(
                 input_dim, use_bias=False, name="reverse_projection", **self.layer_arguments()
             )
+
+    @property
+    def embeddings(self):
+        """The table of the lookup, see `BitEmbedding.embeddings`."""
+        return self.embedding.embeddings
 
     def build(self, input_shape=None):
         """Creates the table or tables; the shape of the inputs does not matter."""

@@ -172,6 +172,15 @@ class KernelWeights(NamedWeights):
         matrix = self.without_kept_rows(self.kernel_matrix())
         return self.weight_quantizer.fake_quantize(matrix, scale, strength, dtype)
 
+    def matrix_in_use(self, dtype=None):
+        """The kernel `(in_features, out_features)` that the layer multiplies with, as it is now.
+
+        Packed it is dequantized, else blended by `quantization_strength`; kept rows are left out.
+        """
+        if self.packed:
+            return self.packed_kernel.dequantize()
+        return self.fake_quantized_matrix(ops.convert_to_tensor(self.quantization_strength), dtype)
+
     def quantized_matrix(self):
         """The `QuantizedWeight` of the float kernel, at full strength."""
         matrix = self.without_kept_rows(self.kernel_matrix())
