@@ -348,6 +348,13 @@ def test_nothing_to_do_warns():
         keras_bitnet.pack_model(model, verbose=0)
 
 
+def test_a_layer_that_reads_a_float_kernel_is_named():
+    inner = keras.layers.SpectralNormalization(keras.layers.Dense(3), name="spectral")
+    model = keras_bitnet.quantize_model(keras.Sequential([keras.Input((4,)), inner]), verbose=0)
+    with pytest.raises(ValueError, match=r"'spectral' \(SpectralNormalization\).*`filters`"):
+        keras_bitnet.pack_model(model, verbose=0)
+
+
 def test_quantized_layers_take_other_arguments(rng):
     model = keras.Sequential([keras.Input((8,)), BitLinear(6, norm="rms", name="a"), BitLinear(3)])
     model.layers[0].normalization.scale.assign(rng.uniform(1, 2, 8))

@@ -168,7 +168,15 @@ def _convert(layer, recipe):
 
     @functools.wraps(stock_build)
     def build(*args, **kwargs):
-        stock_build(*args, **kwargs)
+        try:
+            stock_build(*args, **kwargs)
+        except AttributeError as error:
+            raise ValueError(
+                f"'{layer.name}' ({type(layer).__name__}) cannot be built around the layers that "
+                f"take the place of those inside: {error}. If it reads a float kernel, as "
+                "`SpectralNormalization` does, leave what is in it out with the `filters` of "
+                "`quantize_model`."
+            ) from error
         _follow_recipe(layer)
 
     layer.build = build

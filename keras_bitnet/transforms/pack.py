@@ -34,8 +34,8 @@ def pack_model(model, *, memory="fastest", verbose=1, return_changes=False):
         process `import keras_bitnet` first); or `(model, changes)`.
 
     Raises:
-        ValueError: `model` is not built, a kernel holds a NaN or an infinity, or `memory` is
-            neither of these.
+        ValueError: `model` is not built, a kernel holds a NaN or an infinity, a layer around a
+            quantized one reads its float kernel, or `memory` is neither of these.
 
     Warns:
         UserWarning: A layer below 4 bits was converted from float and not trained since;
