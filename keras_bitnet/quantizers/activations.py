@@ -9,9 +9,10 @@ from keras_bitnet.kernels import training
 from keras_bitnet.ops.constants import constant_like
 from keras_bitnet.ops.magnitude import largest_magnitude
 from keras_bitnet.ops.ste import blend, straight_through
+from keras_bitnet.quantizers.quantizer import Quantizer
 
 
-class ActivationQuantizer(keras.Quantizer):
+class ActivationQuantizer(Quantizer):
     """Base of the absmax quantizers.
 
         a = max(max |x|, epsilon),   code = clip(round(x * (highest / a)), -highest, highest)
@@ -44,11 +45,9 @@ class ActivationQuantizer(keras.Quantizer):
             cls.formula = cls.__name__
 
     def __init__(self, granularity="token", epsilon=1e-5):
-        super().__init__(output_dtype="int8")
+        super().__init__("int8", epsilon)
         check_choice("granularity", granularity, ("token", "tensor", "static"))
-        check_number("epsilon", epsilon, "(0, inf)")
         self.granularity = granularity
-        self.epsilon = float(epsilon)
 
     def quantize(self, x, scale=None):
         """Quantizes to integers.
@@ -128,23 +127,9 @@ class ActivationQuantizer(keras.Quantizer):
     def _round(self, ratio):
         return ops.clip(ops.round(ops.stop_gradient(ratio)), -self.highest, self.highest)
 
-    def __call__(self, x):
-        """Same as `fake_quantize(x)`."""
-        return self.fake_quantize(x)
-
     def get_config(self):
         """The arguments of the constructor."""
         return {"granularity": self.granularity, "epsilon": self.epsilon}
-
-    def __eq__(self, other):
-        return type(self) is type(other) and self.get_config() == other.get_config()
-
-    def __hash__(self):
-        return hash((type(self), *self.get_config().values()))
-
-    def __repr__(self):
-        arguments = ", ".join(f"{key}={value!r}" for key, value in self.get_config().items())
-        return f"{type(self).__name__}({arguments})"
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")

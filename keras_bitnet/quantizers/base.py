@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_bitnet.checks import check_choice, check_number
+from keras_bitnet.checks import check_choice
 from keras_bitnet.kernels import training
 from keras_bitnet.ops.constants import constant_like
 from keras_bitnet.ops.packed_tensor import expand_scale
 from keras_bitnet.ops.ste import blend, scale_gradient, straight_through
+from keras_bitnet.quantizers.quantizer import Quantizer
 
 GRANULARITIES = ("tensor", "channel", "group")
 GRADIENTS = ("identity", "clipped")
@@ -50,7 +51,7 @@ def absmedian(magnitude):
 STATISTICS = {"absmean": absmean, "absmedian": absmedian, "absmax": absmax}
 
 
-class WeightQuantizer(keras.Quantizer):
+class WeightQuantizer(Quantizer):
     """Base of the weight quantizers: a uniform grid of `level_count` values.
 
         w ~ scale * level,   level = code + offset,   code in {0 .. level_count - 1}
@@ -103,7 +104,7 @@ class WeightQuantizer(keras.Quantizer):
         gradient="identity",
         epsilon=1e-5,
     ):
-        super().__init__(output_dtype="uint8")
+        super().__init__("uint8", epsilon)
         if group_size is not None:
             granularity = "group"
         elif granularity == "group":
@@ -118,12 +119,10 @@ class WeightQuantizer(keras.Quantizer):
                 "`group_size` must be a positive multiple of 32, so that groups end where the "
                 f"tiles of the packed layout do. Received: group_size={group_size}"
             )
-        check_number("epsilon", epsilon, "(0, inf)")
         self.scale = scale
         self.granularity = granularity
         self.group_size = group_size
         self.gradient = gradient
-        self.epsilon = float(epsilon)
 
     @property
     def learned(self):
@@ -272,10 +271,6 @@ class WeightQuantizer(keras.Quantizer):
     def _expand(self, scale, weight):
         return expand_scale(scale, weight.shape[0], self.group_size)
 
-    def __call__(self, weight):
-        """Same as `fake_quantize(weight)`."""
-        return self.fake_quantize(weight)
-
     def get_config(self):
         """The arguments of the constructor."""
         return {
@@ -285,16 +280,6 @@ class WeightQuantizer(keras.Quantizer):
             "gradient": self.gradient,
             "epsilon": self.epsilon,
         }
-
-    def __eq__(self, other):
-        return type(self) is type(other) and self.get_config() == other.get_config()
-
-    def __hash__(self):
-        return hash((type(self), *self.get_config().values()))
-
-    def __repr__(self):
-        arguments = ", ".join(f"{key}={value!r}" for key, value in self.get_config().items())
-        return f"{type(self).__name__}({arguments})"
 
 
 def _as_matrix(weight):
