@@ -119,6 +119,14 @@ def test_padding_on_either_side_changes_nothing(rng):
         assert mean_error(got, logits) < 2e-2
 
 
+def test_the_smallest_memory_is_that_of_every_block(rng):
+    model, ids = make_model(), tokens(rng)
+    packed = [keras_bitnet.pack_model(model, memory=m, verbose=0) for m in ("fastest", "smallest")]
+    layouts = [p.backbone.decoder_layers[1].feed_forward.down_dense.packed_layout for p in packed]
+    assert layouts == ["tiles", "trits"]
+    assert mean_error(*(to_numpy(p(ids)) for p in packed)) < 1e-5
+
+
 @pytest.mark.parametrize("arguments", [{}, {"embedding_quantizer": "int8", **LLAMA}])
 def test_fit_pack_save_load(arguments, tmp_path, rng):
     model = make_model(**arguments)

@@ -20,6 +20,7 @@ class PacksAsWhole(keras.Layer):
     """
 
     packed: bool = False
+    weight_quantizer: Any
 
     def remade(self, **changes):
         """A copy made from the config with some arguments changed, weights not copied."""

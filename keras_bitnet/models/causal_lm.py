@@ -48,6 +48,11 @@ class BitNetCausalLM(PacksAsWhole, Generation):
         """Whether the kernels are packed."""
         return self.backbone.packed
 
+    @property
+    def weight_quantizer(self):
+        """That of the projections."""
+        return self.backbone.weight_quantizer
+
     def call(self, inputs, training=None):
         """Maps tokens to logits; see the class."""
         return self.backbone.logits(self.backbone(inputs, training=training))
