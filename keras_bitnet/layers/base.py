@@ -13,7 +13,7 @@ from keras import activations, constraints, initializers, ops, regularizers
 from keras_bitnet import quantizers
 from keras_bitnet.checks import check_choice, check_count, check_number, check_own_names
 from keras_bitnet.layers.inputs import InputTreatment
-from keras_bitnet.layers.kernel_weights import KernelWeights, smallest_layout
+from keras_bitnet.layers.kernel_weights import MEMORY, KernelWeights, layout_for
 from keras_bitnet.layers.lora import LowRankAdaptation
 from keras_bitnet.layers.rms_normalization import RMSNormalization
 from keras_bitnet.ops.bit_matmul import bit_matmul
@@ -104,7 +104,8 @@ class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):
         self._initial_strength = float(quantization_strength)
         self.packed = bool(packed)
         self.packed_layout = packed_layout
-        _check_layout(packed_layout, self.weight_quantizer)
+        layouts = (layout_for(memory, self.weight_quantizer) for memory in MEMORY)
+        check_choice("packed_layout", packed_layout, tuple(dict.fromkeys(layouts)))
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha if lora_alpha is not None else lora_rank
         self.activation = activations.get(activation)
@@ -209,8 +210,3 @@ def under_own_names(layer, config):
     """Arguments of `BitLayer` under the names that a layer or class has for them."""
     own = {layer.own_names.get(name, name): value for name, value in config.items()}
     return {name: value for name, value in own.items() if name is not None}
-
-
-def _check_layout(packed_layout, quantizer):
-    layouts = dict.fromkeys(("tiles", smallest_layout(quantizer)))  # one of them, or both
-    check_choice("packed_layout", packed_layout, tuple(layouts))

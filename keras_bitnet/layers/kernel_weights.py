@@ -12,6 +12,8 @@ from keras_bitnet.layers.named_weights import NamedWeights
 from keras_bitnet.ops import layout
 from keras_bitnet.ops.packed_tensor import PackedTensor
 
+MEMORY = ("fastest", "smallest")  # what packed codes are laid out for
+
 
 class KernelWeights(NamedWeights):
     """Mixin of `BitLayer`: the kernel and its scale, from float to codes to packed and back.
@@ -263,7 +265,12 @@ def assign_copy(target, source):
     target.assign(ops.copy(source))
 
 
-def smallest_layout(quantizer):
-    """The layout that holds the codes of a `WeightQuantizer` in the fewest bytes."""
-    fits = quantizer.level_count == 3 and quantizer.group_size is None
-    return "trits" if fits else "tiles"
+def layout_for(memory, quantizer):
+    """The layout of the packed codes of a `WeightQuantizer`, `"tiles"` or `"trits"`.
+
+    Args:
+        memory: `"fastest"`: what kernels read best. `"smallest"`: the fewest bytes.
+        quantizer: The `WeightQuantizer`.
+    """
+    smaller = quantizer.level_count == 3 and quantizer.group_size is None
+    return "trits" if memory == "smallest" and smaller else "tiles"

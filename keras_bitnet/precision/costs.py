@@ -2,7 +2,7 @@
 
 import math
 
-from keras_bitnet.layers.kernel_weights import smallest_layout
+from keras_bitnet.layers.kernel_weights import layout_for
 from keras_bitnet.ops import layout
 from keras_bitnet.report.macs import dtype_bits
 from keras_bitnet.report.pairs import inner_layers
@@ -53,6 +53,5 @@ def packed_bytes(layer, memory="fastest", quantizer=None):
 
 def _kernel_bytes(layer, memory, quantizer):
     size = (layer.in_features, layer.out_features)
-    packed_layout = smallest_layout(quantizer) if memory == "smallest" else "tiles"
-    tiles = math.prod(layout.tiles_shape(*size, quantizer.bits, packed_layout))
-    return tiles + 4 * math.prod(quantizer.scale_shape(*size)) + layer.kept_bytes
+    shape = layout.tiles_shape(*size, quantizer.bits, layout_for(memory, quantizer))
+    return math.prod(shape) + 4 * math.prod(quantizer.scale_shape(*size)) + layer.kept_bytes

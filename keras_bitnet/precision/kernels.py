@@ -8,7 +8,7 @@ import keras
 
 from keras_bitnet import quantizers
 from keras_bitnet.kernels.select import Problem, explain
-from keras_bitnet.layers.kernel_weights import smallest_layout
+from keras_bitnet.layers.kernel_weights import layout_for
 from keras_bitnet.ops.packed_tensor import PackedTensor
 from keras_bitnet.report.latency import multiplies
 from keras_bitnet.report.pairs import inner_layers
@@ -60,7 +60,7 @@ def _refusals(layer, rows, memory):
         in_features=layer.in_features,
         out_features=layer.out_features,
         group_size=quantizer.group_size,
-        layout=smallest_layout(quantizer) if memory == "smallest" else "tiles",
+        layout=layout_for(memory, quantizer),
     )
     x = keras.KerasTensor((rows, layer.in_features), dtype=layer.compute_dtype)
     answers = explain(Problem.of(x, record, layer.activation_quantizer))

@@ -86,7 +86,7 @@ class PrecisionSearch:
         return dataclasses.asdict(self)
 
     def to_json(self, **kwargs):
-        """The content as JSON; arguments go to `json.dumps`, infinities become `null`."""
+        """The content as JSON, `null` for infinities; arguments go to `json.dumps`."""
         return valid_json.dumps(self.to_dict(), **kwargs)
 
     def show(self):

@@ -3,6 +3,7 @@
 import numpy as np
 
 from keras_bitnet.checks import check_built, check_choice
+from keras_bitnet.layers.kernel_weights import MEMORY
 from keras_bitnet.precision.budget import Budget
 from keras_bitnet.precision.knapsack import check_scipy, solve
 from keras_bitnet.precision.result import Point, PrecisionSearch
@@ -80,7 +81,7 @@ def suggest_precision(
     """
     check_built(model)
     check_scipy()
-    check_choice("memory", memory, ("fastest", "smallest"))
+    check_choice("memory", memory, MEMORY)
     budget = Budget.of(budget)
     examples = batches(data, samples, batch_size)
     check_fit(model, examples)

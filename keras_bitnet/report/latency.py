@@ -2,26 +2,25 @@
 
 import collections
 import dataclasses
-import json
 
 import keras
 import numpy as np
 
-from keras_bitnet import quantizers
+from keras_bitnet import quantizers, valid_json
 from keras_bitnet.checks import check_built, check_choice, check_count
 from keras_bitnet.filters import layer_filter
 from keras_bitnet.kernels.select import explain
 from keras_bitnet.layers import BitEmbedding
-from keras_bitnet.layers.base import BitLayer, under_own_names
+from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.bit_depthwise_conv import BitDepthwiseConv
-from keras_bitnet.layers.kernel_weights import smallest_layout
+from keras_bitnet.layers.kernel_weights import MEMORY, layout_for
 from keras_bitnet.report.calls import CannotRunError, record_calls
 from keras_bitnet.report.macs import precision
 from keras_bitnet.report.pairs import BLOCKS, inner_layers, quantized_units
 from keras_bitnet.report.table import format_seconds, print_table, text_table
 from keras_bitnet.report.timing import compiled_call, interleaved_times, spread
 from keras_bitnet.transforms.precision_plan import layer_arguments
-from keras_bitnet.transforms.quantize import twin_of
+from keras_bitnet.transforms.quantize import requantized, twin_of
 from keras_bitnet.transforms.rewrite import named_layers
 
 
@@ -64,8 +63,8 @@ class LatencyReport:
         return dataclasses.asdict(self)
 
     def to_json(self, **kwargs):
-        """The content as JSON; arguments go to `json.dumps`."""
-        return json.dumps(self.to_dict(), **kwargs)
+        """The content as JSON, `null` for infinities; arguments go to `json.dumps`."""
+        return valid_json.dumps(self.to_dict(), **kwargs)
 
     def show(self):
         """Prints the table."""
@@ -133,7 +132,7 @@ def benchmark_layers(
             inputs are not known; or an argument is out of range.
     """
     check_built(model)
-    check_choice("memory", memory, ("fastest", "smallest"))
+    check_choice("memory", memory, MEMORY)
     check_count("batch_size", batch_size)
     check_count("repeats", repeats)
     specs = [layer_arguments(spec) for spec in precisions]
@@ -260,14 +259,8 @@ def _kernel(layer):
 
 def _packed(layer, spec, shape, memory):
     quantizer = quantizers.get(spec["weight_quantizer"])
-    packed_layout = smallest_layout(quantizer) if memory == "smallest" else "tiles"
-    arguments = {**spec, "packed": True, "packed_layout": packed_layout}
-    if inner_layers(layer):
-        own = {k: v for k, v in arguments.items() if k not in type(layer).not_in_spec}
-        own = under_own_names(type(layer), own)
-        packed = type(layer).from_config({**layer.get_config(), **own})
-    else:
-        packed = twin_of(layer, arguments)
+    arguments = {**spec, "packed": True, "packed_layout": layout_for(memory, quantizer)}
+    packed = requantized(layer, arguments) if inner_layers(layer) else twin_of(layer, arguments)
     packed.build(shape)
     for inner in inner_layers(packed):
         if inner.static:  # as if it were calibrated

@@ -2,12 +2,12 @@
 
 import collections
 import dataclasses
-import json
 import math
 
 import keras
 import numpy as np
 
+from keras_bitnet import valid_json
 from keras_bitnet.checks import check_built, check_count
 from keras_bitnet.layers import BitLayer
 from keras_bitnet.ops import layout
@@ -102,8 +102,8 @@ class ModelSummary:
         return dataclasses.asdict(self)
 
     def to_json(self, **kwargs):
-        """The content as JSON; arguments go to `json.dumps`."""
-        return json.dumps(self.to_dict(), **kwargs)
+        """The content as JSON, `null` for infinities; arguments go to `json.dumps`."""
+        return valid_json.dumps(self.to_dict(), **kwargs)
 
     def __str__(self):
         return table.as_text(self)

@@ -9,7 +9,7 @@ from keras import ops
 from keras_bitnet.checks import check_choice
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.block import PacksAsWhole
-from keras_bitnet.layers.kernel_weights import assign_copy, smallest_layout
+from keras_bitnet.layers.kernel_weights import MEMORY, assign_copy, layout_for
 from keras_bitnet.transforms.converted import Converted, child_layers, get_child
 from keras_bitnet.transforms.rewrite import Rule, copy_own_weights, copy_weights, rewrite
 
@@ -42,15 +42,14 @@ def pack_model(model, *, memory="fastest", verbose=1, return_changes=False):
             or its `quantization_strength` is not 1.
     """
 
-    check_choice("memory", memory, ("fastest", "smallest"))
+    check_choice("memory", memory, MEMORY)
 
     def replace(layer, path):
         if not (isinstance(layer, BitLayer) or _is_uniform(layer)):
             return f"{type(layer).__name__} is not quantized"
         if layer.packed:
             return "packed already"
-        small = memory == "smallest"
-        layout = smallest_layout(layer.weight_quantizer) if small else "tiles"
+        layout = layout_for(memory, layer.weight_quantizer)
         return _remade(layer, packed=True, packed_layout=layout)
 
     def transfer(old, new):

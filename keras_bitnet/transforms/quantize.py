@@ -79,7 +79,7 @@ def quantize_model(
         arguments = _arguments_for(spec, layer, path)
         if arguments is None:
             return "left out by `spec`"
-        return _requantized(layer, arguments) if again else twin_of(layer, arguments)
+        return requantized(layer, arguments) if again else twin_of(layer, arguments)
 
     paths: list[str] = []
     _check_spec(spec)
@@ -112,8 +112,8 @@ def _requantization_refusal(layer):
     return None
 
 
-def _requantized(layer, arguments):
-    """The unbuilt copy of a quantized layer with other arguments."""
+def requantized(layer, arguments):
+    """The unbuilt copy of a quantized layer with other arguments of `BitLayer`."""
     cls = type(layer)
     arguments = {k: v for k, v in arguments.items() if k not in cls.not_in_spec}
     return _made(cls, {**layer.get_config(), **under_own_names(cls, arguments)})
