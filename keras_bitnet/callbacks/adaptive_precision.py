@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_bitnet import quantizers
 from keras_bitnet.callbacks.common import find_bit_layers, rebuild_functions
-from keras_bitnet.callbacks.statistics import _Probe, signal_to_noise
+from keras_bitnet.callbacks.statistics import Probe, signal_to_noise
 from keras_bitnet.checks import check_count, check_number
 from keras_bitnet.filters import layer_filter
 from keras_bitnet.layers.base import BitLayer
@@ -309,7 +309,7 @@ class _Unit:
         return True
 
 
-class _Inputs(_Probe):
+class _Inputs(Probe):
     """The first rows of what the activation quantizer of a layer sees."""
 
     rows: Any = None

@@ -114,7 +114,7 @@ def activation_statistics(model, inputs, layers):
         strength. Empty where the model did not use the layer; without `activation_sqnr` where
         its inputs stay float.
     """
-    probes = [_Probe(layer) for layer in layers]
+    probes = [Probe(layer) for layer in layers]
     with contextlib.ExitStack() as stack:
         for probe in probes:
             stack.enter_context(probe)
@@ -122,8 +122,12 @@ def activation_statistics(model, inputs, layers):
     return [probe.statistics() for probe in probes]
 
 
-class _Probe:
-    """Adds up the powers of signal and noise over all uses of a layer."""
+class Probe:
+    """Context manager in which all uses of a layer are seen: adds up powers of signal and noise.
+
+    Args:
+        layer: A `BitLayer`. Its `product` is replaced meanwhile.
+    """
 
     def __init__(self, layer):
         self.layer = layer
@@ -143,6 +147,7 @@ class _Probe:
         del self.layer.product  # the instance's, which hid the method of the class
 
     def look(self, x):
+        """Takes in the inputs `(..., in_features)` of one use."""
         layer = self.layer
         x = ops.cast(layer.quantizer_inputs(x), "float32")
         values = ops.convert_to_numpy(x)
@@ -154,6 +159,7 @@ class _Probe:
             self.noise += _power(values - rounded)
 
     def statistics(self):
+        """See `activation_statistics`."""
         if not self.used:
             return {}
         found = {"activation_absmax": self.absmax}

@@ -1,7 +1,7 @@
 """Models to ONNX files, packed products as ONNX Runtime's `MatMulNBits`.
 
 The model is traced by PyTorch's exporter. Products leave a placeholder with the packed tiles in
-the graph (`onnx_product.PRODUCT`); their bytes are rearranged once it is traced.
+the graph (`onnx_product.PLACEHOLDER`); their bytes are rearranged once it is traced.
 """
 
 import keras

@@ -90,23 +90,13 @@ class BitResidual(keras.Layer):
                 f"Received: inputs of shape {input_shape}"
             )
         stream, branch = (tuple(shape) for shape in input_shape)
-        rank = max(len(stream), len(branch))
-        pairs = zip(
-            (1,) * (rank - len(stream)) + stream,
-            (1,) * (rank - len(branch)) + branch,
-            strict=True,
-        )
-        shape = []
-        for a, b in pairs:
-            if a not in (b, 1, None) and b not in (1, None):
-                raise ValueError(
-                    "The shapes of stream and branch do not broadcast. "
-                    f"Received: stream of shape {stream}, branch of shape {branch}"
-                )
-            sizes = [size for size in (a, b) if size != 1]
-            known = [size for size in sizes if size is not None]
-            shape.append(known[0] if known else None if sizes else 1)
-        return tuple(shape)
+        try:
+            return ops.add(keras.KerasTensor(stream), keras.KerasTensor(branch)).shape
+        except ValueError as error:
+            raise ValueError(
+                "The shapes of stream and branch do not broadcast. "
+                f"Received: stream of shape {stream}, branch of shape {branch}"
+            ) from error
 
     def get_config(self):
         """The arguments of the constructor."""

@@ -6,6 +6,7 @@ from keras import ops
 from keras_bitnet.checks import check_choice
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.inputs import watch_inputs
+from keras_bitnet.models.backbone import tokens_and_mask
 from keras_bitnet.models.causal_lm import BitNetCausalLM
 from keras_bitnet.transforms.converted import child_layers, get_child
 from keras_bitnet.transforms.rewrite import copy_own_weights
@@ -122,9 +123,7 @@ def _sub_norm_gains(model, converted, data):
         rms = np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + model.backbone.norm_epsilon)
         sums[layer] = np.sum(x**2 / rms, axis=0), np.sum((x / rms) ** 2, axis=0)
 
-    tokens, mask = (data["token_ids"], data.get("padding_mask")) if isinstance(data, dict) else (
-        data, None,
-    )  # fmt: skip
+    tokens, mask = tokens_and_mask(data)
     mask = np.ones(np.size(tokens), bool) if mask is None else np.asarray(mask, bool).reshape(-1)
     with watch_inputs(lasts[0], look):
         model(data)

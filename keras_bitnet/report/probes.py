@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_bitnet.callbacks.statistics import signal_to_noise
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.report.calls import intercepted
 from keras_bitnet.transforms.rewrite import Rule, named_layers, rewrite
@@ -49,9 +50,7 @@ class Comparison:
     @property
     def sqnr(self):
         """`10 log10(sum expected^2 / sum (actual - expected)^2)` in dB; infinite without noise."""
-        if not self.noise:
-            return math.inf
-        return 10 * math.log10(self.signal / self.noise) if self.signal else -math.inf
+        return signal_to_noise(self.signal, self.noise)
 
     @property
     def cosine(self):

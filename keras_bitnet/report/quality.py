@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 
-from keras_bitnet.callbacks.statistics import _Probe
+from keras_bitnet.callbacks.statistics import Probe
 from keras_bitnet.report import pairs, probes
 from keras_bitnet.report.macs import precision
 from keras_bitnet.report.outliers import (
@@ -135,7 +135,7 @@ class Measured:
                 self.outputs[path].add(first, second)
 
 
-class InputProbe(_Probe):
+class InputProbe(Probe):
     """Adds a histogram, the largest magnitude of every input, and a few rows of them."""
 
     def __init__(self, layer, batches):
@@ -146,7 +146,7 @@ class InputProbe(_Probe):
         self.rows = Rows(layer, batches)
 
     def look(self, x):
-        """Takes in the inputs of one call."""
+        """Takes in the inputs of one use."""
         super().look(x)
         self.rows.add(pairs.array(self.layer.normalize_inputs(x)))
         values = pairs.array(self.layer.quantizer_inputs(x))
