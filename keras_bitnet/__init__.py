@@ -17,7 +17,7 @@ def _command_line_starts():
 
 
 if not _command_line_starts():
-    from keras_bitnet import callbacks, interop, layers, models, ops, quantizers
+    from keras_bitnet import callbacks, interop, kernels, layers, models, ops, quantizers
     from keras_bitnet.kernels.select import explain
     from keras_bitnet.loading import load_model
     from keras_bitnet.precision import PrecisionPlan, suggest_precision
@@ -31,6 +31,7 @@ __all__ = [
     "callbacks",
     "explain",
     "interop",
+    "kernels",
     "layers",
     "load_model",
     "models",

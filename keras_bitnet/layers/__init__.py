@@ -14,7 +14,11 @@ from keras_bitnet.layers.bit_grouped_query_attention import BitGroupedQueryAtten
 from keras_bitnet.layers.bit_linear import BitLinear
 from keras_bitnet.layers.bit_multi_head_attention import BitMultiHeadAttention
 from keras_bitnet.layers.bit_residual import BitResidual
-from keras_bitnet.layers.bit_separable_conv import BitSeparableConv1D, BitSeparableConv2D
+from keras_bitnet.layers.bit_separable_conv import (
+    BitSeparableConv,
+    BitSeparableConv1D,
+    BitSeparableConv2D,
+)
 from keras_bitnet.layers.bit_transformer_decoder import BitTransformerDecoder
 from keras_bitnet.layers.bit_transformer_encoder import BitTransformerEncoder
 from keras_bitnet.layers.block import BitBlock
@@ -37,6 +41,7 @@ __all__ = [
     "BitLinear",
     "BitMultiHeadAttention",
     "BitResidual",
+    "BitSeparableConv",
     "BitSeparableConv1D",
     "BitSeparableConv2D",
     "BitTransformerDecoder",

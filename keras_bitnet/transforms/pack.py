@@ -62,8 +62,10 @@ def pack_model(model, *, memory="fastest", verbose=1, return_changes=False):
 def unpack_model(model, *, verbose=1, return_changes=False):
     """Returns a copy of a packed model whose kernels are float again, to train it further.
 
-    The float kernel is one that quantizes to the packed codes and scales, so the outputs stay
-    the same to 1e-5 relative in float32. What the kernel was before packing is not known.
+    The float kernel is one that the layer's quantizer takes to the packed codes and scales, so the
+    outputs stay the same to 1e-5 relative in float32. What the kernel was before packing is not
+    known. Where the scale is a mean or a median it is not the plain values either (see
+    `WeightQuantizer.restore`): another quantizer makes other weights of it.
 
     Args:
         model: A built Keras model or layer; it is left as it is.
