@@ -29,12 +29,6 @@ MARKS = (0.01, 0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the stream
 QUARTER = MARKS.index(0.25)
 
 
-def resident_bytes():
-    """Memory of this process that is in RAM now, from `/proc` (Linux)."""
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 class Stream:
     """An iterator of batches `(batch, features)` that notes the memory at the marks.
 
@@ -54,7 +48,7 @@ class Stream:
         for i in range(1, count + 1):
             yield (rng.standard_normal((batch, features), "float32"),)
             if i in marks:
-                self.memory[i * batch] = resident_bytes()
+                self.memory[i * batch] = common.memory("VmRSS")
 
 
 def measure(method, settings):

@@ -138,8 +138,7 @@ def resident():
     """Bytes of this process that are in memory, less what the C library holds back for later."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return common.memory("VmRSS")
 
 
 def added_memory():

@@ -3,6 +3,8 @@
 import concurrent.futures
 import contextlib
 import datetime
+import functools
+import importlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -36,24 +38,6 @@ def machine():
     }  # fmt: skip
 
 
-def device_name():
-    """The device that the backend computes on: the name of a GPU, or `"cpu"`."""
-    import keras
-
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.devices()[0].device_kind
-    if keras.backend.backend() == "torch":
-        import torch
-
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    import tensorflow as tf
-
-    gpus = tf.config.list_physical_devices("GPU")
-    return tf.config.experimental.get_device_details(gpus[0])["device_name"] if gpus else "cpu"
-
-
 _ISA = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 _SETTINGS = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "XLA_FLAGS", "TF_NUM_INTRAOP_THREADS", "GLIBC_TUNABLES",
@@ -83,7 +67,10 @@ def gpu():
         import jax
 
         return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
-    return None
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    return tf.config.experimental.get_device_details(gpus[0])["device_name"] if gpus else None
 
 
 def memory(field):
@@ -163,8 +150,40 @@ def in_processes(function, calls, jobs):
         return list(pool.map(function, *zip(*calls, strict=True)))
 
 
+class Skip(Exception):  # noqa: N818 (no error)
+    """A peer cannot run here; the message is the reason."""
+
+
+def peer(name):
+    """The module of a peer, or a `Skip`."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Skip(f"{name} cannot be imported ({error})") from error
+
+
+def in_turns(functions, repeats, warmup=2):
+    """What functions return that are called in turns: what else the machine does hits all alike.
+
+    Args:
+        functions: Dictionary of functions without arguments, each measures itself.
+        repeats: Turns that count.
+        warmup: Turns before that do not.
+
+    Returns:
+        A dictionary of lists, one entry a turn.
+    """
+    found = {name: [] for name in functions}
+    for turn in range(-warmup, repeats):
+        for name, function in functions.items():
+            value = function()
+            if turn >= 0:
+                found[name].append(value)
+    return found
+
+
 def interleaved_times(functions, repeats=15, warmup=2, clock=time.perf_counter):
-    """Times functions in turns, so that what else the machine does hits all of them alike.
+    """Times functions in turns.
 
     Args:
         functions: Dictionary of functions without arguments that return when the work is done.
@@ -176,15 +195,14 @@ def interleaved_times(functions, repeats=15, warmup=2, clock=time.perf_counter):
     Returns:
         A dictionary of lists of seconds, one a turn.
     """
-    times = {name: [] for name in functions}
-    for turn in range(-warmup, repeats):
-        for name, function in functions.items():
-            start = clock()
-            function()
-            seconds = clock() - start
-            if turn >= 0:
-                times[name].append(seconds)
-    return times
+
+    def timed(function):
+        start = clock()
+        function()
+        return clock() - start
+
+    timers = {name: functools.partial(timed, function) for name, function in functions.items()}
+    return in_turns(timers, repeats, warmup)
 
 
 def spread(values):

@@ -44,7 +44,7 @@ import common
 import keras
 import numpy as np
 from cpu_ceilings import Ceilings
-from cpu_peers import PEERS, Skip
+from cpu_peers import PEERS
 
 from keras_bitnet import kernels
 from keras_bitnet.kernels import native
@@ -145,7 +145,7 @@ def packed_layer(case):
 def trits_layer(case):
     """The same packed with `memory="smallest"`."""
     if ARGS.bits != 2:
-        raise Skip("the layout of 1.6 bits is for ternary weights")
+        raise common.Skip("the layout of 1.6 bits is for ternary weights")
     kwargs = {"use_bias": False, "weight_quantizer": QUANTIZER, "packed_layout": "trits"}
     layer = BitLinear(case.n, packed=True, **kwargs)
     layer.build((None, case.k))
@@ -205,7 +205,7 @@ def prepare(case, skipped):
     for name, make in CANDIDATES.items():
         try:
             call, weight, tolerance = make(case)
-        except Skip as reason:
+        except common.Skip as reason:
             skipped[name] = str(reason)
             continue
         for m in case.x:

@@ -14,22 +14,12 @@ import time
 import weakref
 
 import numpy as np
-
-
-class Skip(Exception):  # noqa: N818 (no error)
-    """A peer cannot run here; the message is the reason."""
-
-
-def _import(name):
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise Skip(f"{name} is not installed") from error
+from common import Skip, peer
 
 
 def torch_onednn_int8(case):
     """8-bit weights and dynamic 8-bit activations in PyTorch's oneDNN linear."""
-    torch = _import("torch")
+    torch = peer("torch")
     if "onednn" not in torch.backends.quantized.supported_engines:
         raise Skip("this PyTorch has no oneDNN engine")
     torch.backends.quantized.engine = "onednn"
@@ -52,7 +42,7 @@ def torch_onednn_int8(case):
 
 def openvino_u2(case):
     """2-bit weights in groups of 128 and dynamic 8-bit activations in OpenVINO."""
-    ov = _import("openvino")
+    ov = peer("openvino")
     import openvino.opset13 as ops
 
     size = 128
@@ -94,7 +84,7 @@ def openvino_u2(case):
 
 def onnxruntime_int4(case):
     """4-bit weights in blocks of 32 and 8-bit activations: `MatMulNBits` of ONNX Runtime."""
-    ort, onnx = _import("onnxruntime"), _import("onnx")
+    ort, onnx = peer("onnxruntime"), peer("onnx")
     size = 32
     groups = case.weight.T.reshape(case.n, -1, size)
     scale = np.abs(groups).max(-1) / 7

@@ -236,19 +236,17 @@ def measure(case, rows, repeats, peers):
                 # Peers add parts in bfloat16.
                 case.check(name, found[name][0](), x, 0.05 if name in peers else 0.02)
         programs = {name: prepare(functions) for name, functions in found.items()}
-    times = {name: [] for name in programs}
-    for turn in range(-2, repeats):
-        for name, program in programs.items():
-            seconds = program()
-            if turn >= 0:
-                times[name].append(seconds * 1e6)
+    times = common.in_turns(programs, repeats)
     record = {
         "out": case.n,
         "in": case.k,
         "bits": case.bits,
         "rows": rows,
         "packed_bytes": case.nbytes,
-        "microseconds": {name: common.spread(values) for name, values in times.items()},
+        "microseconds": {
+            name: common.spread([1e6 * seconds for seconds in values])
+            for name, values in times.items()
+        },
     }
     medians = {name: values["median"] for name, values in record["microseconds"].items()}
     print(

@@ -9,17 +9,7 @@ import functools
 import importlib
 
 import torch
-
-
-class Skip(Exception):  # noqa: N818 (no error)
-    """A peer cannot run here; the message is the reason."""
-
-
-def _import(name):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise Skip(f"{name} cannot be imported ({error})") from error
+from common import Skip, peer
 
 
 def _copies(case, weight, axis):
@@ -29,7 +19,7 @@ def _copies(case, weight, axis):
 
 def gemlite(case, activations):
     """Triton kernels; https://github.com/dropbox/gemlite, tuned with its default candidates."""
-    library, helper = _import("gemlite"), _import("gemlite.helper")
+    library, helper = peer("gemlite"), peer("gemlite.helper")
     make = {8: helper.A8W158_INT_dynamic, 16: helper.A16W158_INT}[activations]
     values = case.codes().T.to(torch.bfloat16) - 1
     layer = make(device="cuda", dtype=torch.bfloat16).from_weights(values, case.scale).cuda()
@@ -44,7 +34,7 @@ def gemlite(case, activations):
 
 def humming(case):
     """CUDA kernels compiled for a size; https://github.com/vllm-project/humming."""
-    layers, library = _import("humming.layer"), _import("humming.ops")
+    layers, library = peer("humming.layer"), peer("humming.ops")
     layer = layers.HummingLayer(
         shape_n=case.n,
         shape_k=case.k,

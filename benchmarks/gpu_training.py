@@ -108,12 +108,7 @@ def main():
     records = []
     for k, n in SHAPES:
         steps = torch_steps(k, n) if BACKEND == "torch" else jax_steps(k, n)
-        times = {name: [] for name in steps}
-        for turn in range(-3, REPEATS):
-            for name, step in steps.items():
-                milliseconds = step()
-                if turn >= 0:
-                    times[name].append(milliseconds)
+        times = common.in_turns(steps, REPEATS, warmup=3)
         ratios = {}
         for name in (name for name in times if name.startswith("BitLinear")):
             other = times[name.replace("BitLinear", "Dense")]

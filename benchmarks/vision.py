@@ -120,7 +120,7 @@ def run_kind(network, kind, data, settings):
     mean, deviation = statistics.mean(accuracies), statistics.stdev(accuracies)
     print(f"{network:4} {kind:24} {mean:6.2f} +- {deviation:.2f}", flush=True)
     return {
-        "network": network, "kind": kind, "device": common.device_name(),
+        "network": network, "kind": kind, "device": common.gpu() or "cpu",
         "mean": mean, "stdev": deviation,
         "accuracies": accuracies, "packed_accuracies": packed,
         "four_bit_activations": four_bits, "learning_rate": best,
