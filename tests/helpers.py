@@ -92,6 +92,19 @@ def mean_error(actual, expected):
     return np.abs(actual - expected).mean() / max(np.abs(expected).mean(), 1e-30)
 
 
+def decibel(signal, error):
+    """The power of an array over that of its error, in dB."""
+    return 10 * np.log10(np.sum(np.square(signal)) / np.sum(np.square(error)))
+
+
+def run_json(capsys, *arguments):
+    """What a command of the command line prints with `--json`."""
+    from keras_bitnet import cli
+
+    assert cli.main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
 def run_python(code, backend=BACKEND, **environment):
     """Runs code in a fresh process; returns what it printed last, as JSON."""
     code = f"import gc\ngc.disable()\n{code}"  # it ends soon

@@ -5,7 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
-from helpers import mean_error, trace_once
+from helpers import BACKEND, mean_error, trace_once
 from keras import ops
 
 from keras_bitnet import pack_model, quantize_model
@@ -14,7 +14,6 @@ from keras_bitnet.layers import BitEmbedding, BitLinear, BitSeparableConv2D
 from keras_bitnet.models import BitNetBackbone
 from keras_bitnet.quantizers import Int2, Int4, Int8, Ternary
 
-BACKEND = keras.backend.backend()
 JIT = [False] if BACKEND == "torch" else [False, True]  # torch.compile: one test, at the end
 FAST = BACKEND == "jax"
 RANDOM = np.random.default_rng(7)

@@ -110,10 +110,7 @@ def test_thresholds_against_numpy(rng):
         step = threshold / 7
         return np.square(x - np.clip(np.round(x / step), -7, 7) * step).sum()
 
-    least = min(error(t) for t in np.geomspace(0.5, 300, 400))
-    y = x.copy()
-    y[0, 0] = 20
-    x = y
+    x[0, 0] = 20
     least = min(error(t) for t in np.geomspace(0.5, 20, 400))
     assert error(scale_of(x, "mse", 4)) < 1.02 * least
     assert error(scale_of(x, "histogram", 4)) < 1.5 * least

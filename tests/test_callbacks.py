@@ -5,13 +5,12 @@ import functools
 import keras
 import numpy as np
 import pytest
-from helpers import trace_once
+from helpers import BACKEND, trace_once
 from keras import ops
 
 from keras_bitnet.callbacks import QuantizationScheduler, TwoStageSchedule
 from keras_bitnet.layers import BitLinear
 
-BACKEND = keras.backend.backend()
 JIT = [False] if BACKEND == "torch" else [False, True]  # torch.compile: one test, at the end
 FAST = BACKEND == "jax"  # JAX is fast when compiled, the others are when not
 

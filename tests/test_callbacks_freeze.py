@@ -5,7 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
-from helpers import trace_once
+from helpers import BACKEND, trace_once
 from keras import ops
 
 from keras_bitnet.callbacks import QATModeSwitch
@@ -13,7 +13,6 @@ from keras_bitnet.callbacks.statistics import layer_codes
 from keras_bitnet.layers import BitLinear
 from keras_bitnet.quantizers import Int4
 
-BACKEND = keras.backend.backend()
 JIT = [False] if BACKEND == "torch" else [False, True]  # torch.compile: one test, at the end
 FAST = BACKEND == "jax"  # JAX is fast when compiled, the others are when not
 RANDOM = np.random.default_rng(7)

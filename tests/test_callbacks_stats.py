@@ -8,6 +8,7 @@ import types
 import keras
 import numpy as np
 import pytest
+from helpers import BACKEND, decibel
 from keras import ops
 
 from keras_bitnet.callbacks import (
@@ -21,7 +22,6 @@ from keras_bitnet.callbacks.statistics import layer_codes
 from keras_bitnet.layers import BitLinear
 from keras_bitnet.quantizers import Ternary
 
-BACKEND = keras.backend.backend()
 X = np.random.default_rng(5).normal(size=(8, 6)).astype("float32")
 
 
@@ -48,10 +48,6 @@ def fit(model, *callbacks, epochs=2, **kwargs):
     y = np.ones((8, 3), "float32")
     kwargs = {"batch_size": 4, "verbose": 0, **kwargs}
     return model.fit(X, y, epochs=epochs, callbacks=list(callbacks), **kwargs).history
-
-
-def decibel(signal, noise):
-    return 10 * np.log10(np.sum(np.square(signal)) / np.sum(np.square(noise)))
 
 
 # -- the functions -----------------------------------------------------------------------

@@ -9,7 +9,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, ROOT, to_numpy
+from helpers import BACKEND, ROOT, run_json, to_numpy
 
 from keras_bitnet import cli
 from keras_bitnet.cli import common
@@ -24,11 +24,6 @@ def saved(tmp_path):
     path = tmp_path / "model.keras"
     model.save(path)
     return path
-
-
-def run_json(capsys, *arguments):
-    assert cli.main([*map(str, arguments), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def run_python(*arguments, cwd):

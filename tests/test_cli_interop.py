@@ -1,19 +1,12 @@
 """`keras-bitnet import` and `export`."""
 
-import json
-
 import numpy as np
 import pytest
-from helpers import once, to_numpy
+from helpers import once, run_json, to_numpy
 from test_gguf import TOKENS, make_model
 
 from keras_bitnet import cli
 from keras_bitnet.cli import common
-
-
-def run_json(capsys, *arguments):
-    assert cli.main([*map(str, arguments), "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("to", ["gguf", "hf"])

@@ -4,7 +4,7 @@ import io
 
 import keras
 import pytest
-from test_cli_interop import run_json
+from helpers import run_json
 from test_gguf import make_model
 from test_interop_tokenizer import metadata
 

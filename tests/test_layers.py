@@ -74,7 +74,7 @@ def test_norm(norm, position, rng):
     inputs = normalize(x) if position == "pre" else x
     wanted = oracle.linear(inputs, w, bias, "ternary", "tensor")
     wanted = wanted if position == "pre" else normalize(wanted)
-    assert relative_error(y, wanted) < 1e-2 if position == "pre" else 1e-4  # codes may flip
+    assert relative_error(y, wanted) < (1e-2 if position == "pre" else 1e-4)  # codes may flip
     twin = packed_twin(layer, (None, 20))
     assert relative_error(to_numpy(twin(x)), y) < 1e-5
 
@@ -232,7 +232,7 @@ def test_einsum_is_its_keras_twin(equation, output_shape, bias_axes, input_shape
     ],
 )
 def test_bad_arguments(make, message):
-    with pytest.raises((ValueError, AttributeError), match=message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 

@@ -5,7 +5,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, packed_twin, to_numpy
+from helpers import BACKEND, decibel, packed_twin, to_numpy
 
 import keras_bitnet
 from keras_bitnet import quantization_report
@@ -27,10 +27,6 @@ def float_model(seed=0):
 
 def report(model, data, **options):
     return quantization_report(model, data, **{"verbose": 0, **options})
-
-
-def decibel(signal, error):
-    return 10 * np.log10(np.square(signal).sum() / np.square(error).sum())
 
 
 def test_figures_against_numpy(rng):
