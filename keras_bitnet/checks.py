@@ -26,10 +26,7 @@ def check_own_names(layer, **arguments):
     """Raises a `ValueError` where an argument is given that the layer does not have."""
     for name, value in arguments.items():
         if value is not None and layer.own_names.get(name, name) is None:
-            raise ValueError(
-                f"{type(layer).__name__} has no `{name}`; put a layer for it behind this one. "
-                f"Received: {name}={value!r}"
-            )
+            raise ValueError(f"{type(layer).__name__} has no `{name}`. Received: {name}={value!r}")
 
 
 def check_count(name, value, least=1):

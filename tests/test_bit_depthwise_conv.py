@@ -123,6 +123,7 @@ def test_separable_trains_and_saves(rng, tmp_path):
         (lambda: BitDepthwiseConv2D(3, depth_multiplier=0), "depth_multiplier=0"),
         (lambda: BitDepthwiseConv2D(3, norm="rms"), "BitDepthwiseConv2D has no `norm`"),
         (lambda: BitDepthwiseConv2D(3).enable_lora(2), "has no LoRA"),
+        (lambda: BitDepthwiseConv2D(3, lora_rank=2), "has no `lora_rank`"),
         (lambda: BitDepthwiseConv2D(3, rotation="hadamard"), "has no `rotation`"),
         (lambda: BitDepthwiseConv2D(3, kept_channels=1), "has no `kept_channels`"),
         (lambda: BitDepthwiseConv2D(3, activation_quantizer="static_int8"), "no static"),

@@ -51,6 +51,8 @@ def backbone(**changes):
         (lambda v: BitLinear(2, smoothing=v), "smoothing", "a"),
         (lambda v: BitLinear(2, quantization_strength=v), "quantization_strength", None),
         (lambda v: BitLinear(2, lora_rank=v), "lora_rank", 0.5),
+        (lambda v: BitLinear(2, norm_epsilon=v), "norm_epsilon", None),
+        (lambda v: BitFeedForward(2, norm_epsilon=v), "norm_epsilon", -1),
         (lambda v: BitConv2D(4, 3, groups=v), "groups", 0),
         (lambda v: BitConv2D(4, v), "kernel_size", 2.5),
         (lambda v: BitConv2D(4, 3, strides=(1, v)), "strides", 0),

@@ -83,9 +83,10 @@ class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):
                 "place of Keras's `quantization_config`."
             )
         super().__init__(**kwargs)
-        check_own_names(self, norm=norm, activation=activation)
+        check_own_names(self, norm=norm, activation=activation, lora_rank=lora_rank)
         check_choice("norm", norm, (None, *NORMS))
         check_choice("norm_position", norm_position, ("pre", "post"))
+        check_number("norm_epsilon", norm_epsilon, "[0, inf)")
         check_number("quantization_strength", quantization_strength, "[0, 1]")
         if lora_rank is not None:
             check_count("lora_rank", lora_rank)

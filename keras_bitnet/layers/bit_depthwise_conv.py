@@ -36,7 +36,7 @@ class BitDepthwiseConv(BitLayer):
         depthwise_regularizer, bias_regularizer, activity_regularizer: Regularizers.
         depthwise_constraint, bias_constraint: Constraints.
         weight_quantizer, activation_quantizer, quantization_strength, packed: See
-            `keras_bitnet.layers.BitLayer`. There is no norm in the layer.
+            `keras_bitnet.layers.BitLayer`. There is no norm in the layer, and no LoRA.
         **kwargs: `name`, `dtype`, `trainable` of any Keras layer.
 
     Input shape:
@@ -58,7 +58,7 @@ class BitDepthwiseConv(BitLayer):
         "kernel_initializer": "depthwise_initializer",
         "kernel_regularizer": "depthwise_regularizer",
         "kernel_constraint": "depthwise_constraint",
-        **dict.fromkeys(("norm", "norm_position", "norm_epsilon")),
+        **dict.fromkeys(("norm", "norm_position", "norm_epsilon", "lora_rank", "lora_alpha")),
         **UNTREATED,
     }
 

@@ -104,6 +104,7 @@ class BitGroupedQueryAttention(BitBlock):
         self.seed = seed
         self.sub_norm = sub_norm
         self.rope_max_wavelength = rope_max_wavelength
+        check_number("rope_scaling_factor", rope_scaling_factor, "(0, inf)")
         self.rope_scaling_factor = float(rope_scaling_factor)
         self.query_dense = self._projection(num_query_heads, "query")
         self.key_dense = self._projection(num_key_value_heads, "key")

@@ -6,7 +6,7 @@ import keras
 from keras import constraints, initializers, regularizers
 
 from keras_bitnet import quantizers
-from keras_bitnet.checks import check_choice, check_own_names
+from keras_bitnet.checks import check_choice, check_number, check_own_names
 from keras_bitnet.layers.base import NORMS, make_norm, under_own_names
 from keras_bitnet.layers.changing_precision import ChangingPrecision
 from keras_bitnet.layers.inputs import UNTREATED
@@ -69,6 +69,8 @@ class BitBlock(ChangingPrecision, PacksAsWhole):
         super().__init__(**kwargs)
         check_own_names(self, projection_norm=projection_norm)
         check_choice("projection_norm", projection_norm, (None, *NORMS))
+        check_number("norm_epsilon", norm_epsilon, "[0, inf)")
+        check_number("quantization_strength", quantization_strength, "[0, 1]")
         self.weight_quantizer = quantizers.get(weight_quantizer)
         self.activation_quantizer = quantizers.get_activation(activation_quantizer)
         self.projection_norm = projection_norm
