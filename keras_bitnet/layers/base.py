@@ -2,7 +2,8 @@
 
 A layer is a matrix product between two reshapes: `call` brings its input to rows
 `(..., in_features)`, `BitLayer.product` multiplies, `call` shapes the rows `(..., out_features)`
-back. No layer code but this and `KernelWeights` knows what "packed" means.
+back. A layer that is such a product knows nothing of "packed": this and its mixins do. Embeddings
+and depthwise convolutions, which are none, ask for it themselves.
 """
 
 from typing import Any, ClassVar
