@@ -1,5 +1,6 @@
 """What the tests need from a backend."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -62,6 +63,22 @@ def gradient(fn, x):
         tape.watch(x)
         y = fn(x)
     return tape.gradient(y, x).numpy()
+
+
+def no_gradient():
+    """PyTorch's: rows of its tables refuse where a gradient may be asked for."""
+    if BACKEND != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
+def bit_layers(model):
+    """The quantized layers of a model, at any depth."""
+    from keras_bitnet.layers import BitLayer
+
+    return [layer for layer in model._flatten_layers() if isinstance(layer, BitLayer)]
 
 
 def relative_error(actual, expected):

@@ -240,7 +240,7 @@ def exact_products():
 
 
 @pytest.mark.skipif(BACKEND != "torch" or not GPU, reason="only a CUDA graph has one state")
-def test_two_generations_at_once_are_told(rng):
+def test_two_generations_at_once_are_told():
     model = make_model()
     first, second = (model.stream([1, 2, start], max_new_tokens=6) for start in (3, 4))
     next(first), next(second)

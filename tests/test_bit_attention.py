@@ -61,7 +61,7 @@ def test_strength_zero_is_its_keras_twin_and_strength_one_packs(arguments, call,
     assert type(layer).from_config(layer.get_config()).get_config() == layer.get_config()
 
 
-def test_masks_of_the_inputs_act_as_in_keras(rng):
+def test_masks_of_the_inputs_act_as_in_keras():
     tokens = np.array([[1, 2, 0, 0], [3, 4, 5, 0]])
     embedding = keras.layers.Embedding(10, 6, mask_zero=True)
     twin = keras.layers.MultiHeadAttention(2, 4)

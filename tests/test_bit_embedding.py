@@ -111,7 +111,7 @@ def test_reversible_is_its_keras_twin_and_packs(tie_weights, rng, tmp_path):
     assert sum(v.dtype == "uint8" for v in again.variables) == len(tables)
 
 
-def test_reverse_dtype_and_lower_precision(rng):
+def test_reverse_dtype_and_lower_precision():
     layer = ReversibleBitEmbedding(37, 8, dtype="mixed_bfloat16", reverse_dtype="float32")
     y = layer(TOKENS)
     assert keras.backend.standardize_dtype(y.dtype) == "bfloat16"

@@ -44,7 +44,7 @@ def test_accumulators_and_output_equal_the_oracle(name, granularity, group_size,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_sums_past_float32_stay_exact(name, rng):
+def test_sums_past_float32_stay_exact(name):
     k = 5000 if name in ("int4", "int8") else 200_000
     codes = np.full((k, 3), 2 ** quantizers.get(name).bits - 1 if name != "ternary" else 2)
     offset = quantizers.get(name).offset

@@ -194,7 +194,7 @@ def test_bad_requests(prompts, options, message, model):
         model.generate(prompts, **options)
 
 
-def test_new_weights_are_used(model):
+def test_new_weights_are_used():
     keras.utils.set_random_seed(3)
     other = make_model(kernel_initializer=keras.initializers.RandomNormal(stddev=0.5))
     before = other.generate(PROMPTS[0], max_new_tokens=6)

@@ -183,7 +183,7 @@ def test_an_index_names_only_files_of_its_folder(file, tmp_path):
         Checkpoint(tmp_path)
 
 
-def test_damaged_checkpoints_are_refused(tmp_path, rng):
+def test_damaged_checkpoints_are_refused(tmp_path):
     folder = tmp_path / "good"
     folder.mkdir()
     write_checkpoint(folder, {"a": np.ones((64, 64), np.float32)}.items())

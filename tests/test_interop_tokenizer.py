@@ -28,6 +28,12 @@ def metadata(pre, **changes):
     }  # fmt: skip
 
 
+def write(tokenizer, folder):
+    for name, content in tokenizer.files().items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_a_gguf_tokenizer_comes_in_and_goes_out(pre):
     given = metadata(pre)
@@ -56,9 +62,7 @@ def test_digits_are_split_as_the_kind_says():
 
 def test_a_folder_keeps_tokenizer_and_template(tmp_path):
     tokenizer = read_tokenizer(metadata("llama-bpe"))
-    for name, content in tokenizer.files().items():
-        text = content if isinstance(content, str) else json.dumps(content)
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    write(tokenizer, tmp_path)
     again = Tokenizer.from_folder(tmp_path)
     for text in TEXTS:
         assert again.encode(text) == tokenizer.encode(text)
@@ -72,9 +76,7 @@ def test_a_folder_keeps_tokenizer_and_template(tmp_path):
 def test_transformers_reads_the_folder_alike(tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer = read_tokenizer(metadata("smollm"))
-    for name, content in tokenizer.files().items():
-        text = content if isinstance(content, str) else json.dumps(content)
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    write(tokenizer, tmp_path)
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     for text in TEXTS:
         assert theirs.encode(text) == tokenizer.encode(text)
@@ -137,9 +139,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         tokenizer_metadata(tokenizer, 5)
     with pytest.raises(ValueError, match="no chat template"):
         tokenizer.apply_chat_template([])
-    for name, content in tokenizer.files().items():
-        text = content if isinstance(content, str) else json.dumps(content)
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    write(tokenizer, tmp_path)
     for template in (5, {"default": "a"}, [{"name": "default", "template": []}]):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
         with pytest.raises(ValueError, match="must be a text"):

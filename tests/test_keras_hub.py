@@ -5,10 +5,9 @@ import json
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, mean_error, needs, run_python, to_numpy
+from helpers import BACKEND, bit_layers, mean_error, needs, run_python, to_numpy
 
 import keras_bitnet
-from keras_bitnet.layers import BitLayer
 
 pytestmark = needs("keras_hub")
 
@@ -61,10 +60,6 @@ for path, inputs in FILES:
     found.append({"packed": sum(layer.packed for layer in layers), "outputs": outputs})
 print(json.dumps(found))
 """
-
-
-def bit_layers(model):
-    return [layer for layer in model._flatten_layers() if isinstance(layer, BitLayer)]
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def test_keras_loads_the_same(saved, rng):
     np.testing.assert_array_equal(to_numpy(loaded(ids)), to_numpy(model(ids)))
 
 
-def test_other_models_and_files(saved, tmp_path):
+def test_other_models_and_files(tmp_path):
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     model.compile("sgd", "mse")
     model.save(tmp_path / "plain.keras")

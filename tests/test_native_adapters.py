@@ -250,7 +250,7 @@ def problem(**changes):
         ({"bits": 8, "in_features": 200_000}, "int32"),
     ],
 )
-def test_explain_says_why(changes, reason, monkeypatch):
+def test_explain_says_why(changes, reason):
     rows = dict(kernels.explain(problem(**changes)))
     assert rows["reference"] is None
     if reason is None:

@@ -1,12 +1,19 @@
 """The RMS norm of the layers by the native operator against NumPy and Keras."""
 
-import contextlib
 import functools
 
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, compiled, gradient, packed_twin, relative_error, to_numpy
+from helpers import (
+    BACKEND,
+    compiled,
+    gradient,
+    no_gradient,
+    packed_twin,
+    relative_error,
+    to_numpy,
+)
 from keras import ops
 from test_native_adapters import make_packed, static_scale
 
@@ -20,15 +27,6 @@ from keras_bitnet.quantizers.activations import ActivationInt4, ActivationInt8
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reason()))
 HAS_ROW = BACKEND in norm.TABLES
 TOLERANCE = {"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3}
-
-
-def no_gradient():
-    """PyTorch's, where the row of its table refuses if a gradient may be asked for."""
-    if BACKEND != "torch":
-        return contextlib.nullcontext()
-    import torch
-
-    return torch.no_grad()
 
 
 @pytest.fixture

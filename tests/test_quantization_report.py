@@ -5,11 +5,12 @@ import json
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, decibel, packed_twin, to_numpy
+from helpers import BACKEND, decibel, to_numpy
 
 import keras_bitnet
 from keras_bitnet import quantization_report
 from keras_bitnet.layers import BitLinear
+from keras_bitnet.quantizers import Int4
 from keras_bitnet.report import outliers, pairs, probes
 
 
@@ -335,9 +336,12 @@ def test_packed_models_need_a_float_reference(rng):
         report(packed, x, reference=packed)
 
 
-def test_a_learned_scale_and_a_single_layer_twin(rng):
-    layer = BitLinear(6, weight_quantizer="int4", name="one")
-    packed_twin(layer, (None, 16))
+def test_a_learned_scale_of_a_single_layer(rng):
+    layer = BitLinear(6, weight_quantizer=Int4(scale="learned"), name="one")
     model = keras.Sequential([keras.Input((16,)), layer])
+    layer.kernel_log2_scale.assign(layer.kernel_log2_scale + 0.5)
     (row,) = report(model, rng.normal(size=(4, 16)).astype("float32")).layers
+    kernel = to_numpy(layer.kernel)
+    error = to_numpy(layer.fake_quantized_matrix()) - kernel
     assert row.path == "one"
+    assert row.weight.sqnr == pytest.approx(decibel(kernel, error), abs=1e-3)

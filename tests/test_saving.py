@@ -74,7 +74,7 @@ def test_a_ternary_kernel_takes_1_6_bits_on_disk(tmp_path):
         assert not any("kernel" in name for name in names if "optimizer" in name)
 
 
-def test_weights_of_a_dense_checkpoint_load(tmp_path, rng):
+def test_weights_of_a_dense_checkpoint_load(rng):
     dense = keras.layers.Dense(5, bias_initializer="ones")
     layer = BitLinear(5, quantization_strength=0.0)
     x = rng.normal(size=(3, 8)).astype("float32")

@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, mean_error, relative_error, to_numpy
+from helpers import BACKEND, mean_error, no_gradient, relative_error, to_numpy
 from keras import ops
 
 import keras_bitnet
@@ -121,16 +121,6 @@ def test_decoding_with_a_cache_equals_the_whole(cache_dtype, sliding_window, rng
             parts.append(to_numpy(y))
     error = relative_error(np.concatenate(parts, 1), wanted)
     assert error < (1e-4 if cache_dtype == "float32" else 0.05)
-
-
-def no_gradient():
-    import contextlib
-
-    if keras.backend.backend() != "torch":
-        return contextlib.nullcontext()
-    import torch
-
-    return torch.no_grad()
 
 
 def test_padding_does_not_reach_other_tokens(rng):

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import test_models
-from helpers import mean_error, relative_error, to_numpy
+from helpers import bit_layers, mean_error, relative_error, to_numpy
 
 import keras_bitnet
 from keras_bitnet.layers import BitEinsumDense, BitLinear
@@ -124,10 +124,6 @@ MODELS = [sequential, functional, subclassed, around_unsaved]
 @pytest.fixture
 def x(rng):
     return rng.normal(size=(4, 5, 8)).astype("float32")
-
-
-def bit_layers(model):
-    return [v for v in model._flatten_layers() if isinstance(v, keras_bitnet.layers.BitLayer)]
 
 
 @pytest.mark.parametrize("make", MODELS)
