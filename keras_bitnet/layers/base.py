@@ -179,21 +179,10 @@ class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):
     def get_config(self):
         """The arguments of the constructor."""
         config = {
-            "weight_quantizer": quantizers.serialize(self.weight_quantizer),
-            "activation_quantizer": quantizers.serialize(self.activation_quantizer),
+            **arguments_of(self),
             "norm": self.norm,
             "norm_position": self.norm_position,
-            "norm_epsilon": self.norm_epsilon,
-            "quantization_strength": self._initial_strength,
-            "packed": self.packed,
-            "packed_layout": self.packed_layout,
             "activation": activations.serialize(self.activation),
-            "kernel_initializer": initializers.serialize(self.kernel_initializer),
-            "bias_initializer": initializers.serialize(self.bias_initializer),
-            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
-            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
-            "kernel_constraint": constraints.serialize(self.kernel_constraint),
-            "bias_constraint": constraints.serialize(self.bias_constraint),
         }
         if self.lora_rank:
             config["lora_rank"] = self.lora_rank
@@ -206,6 +195,24 @@ def make_norm(kind, **arguments):
     norm = NORMS[kind](**arguments)
     norm.supports_masking = True
     return norm
+
+
+def arguments_of(layer):
+    """Those that layers and blocks of them have in common, as a config holds them."""
+    return {
+        "weight_quantizer": quantizers.serialize(layer.weight_quantizer),
+        "activation_quantizer": quantizers.serialize(layer.activation_quantizer),
+        "norm_epsilon": layer.norm_epsilon,
+        "quantization_strength": layer._initial_strength,
+        "packed": layer.packed,
+        "packed_layout": layer.packed_layout,
+        "kernel_initializer": initializers.serialize(layer.kernel_initializer),
+        "bias_initializer": initializers.serialize(layer.bias_initializer),
+        "kernel_regularizer": regularizers.serialize(layer.kernel_regularizer),
+        "bias_regularizer": regularizers.serialize(layer.bias_regularizer),
+        "kernel_constraint": constraints.serialize(layer.kernel_constraint),
+        "bias_constraint": constraints.serialize(layer.bias_constraint),
+    }
 
 
 def under_own_names(layer, config):

@@ -7,7 +7,7 @@ from keras import constraints, initializers, regularizers
 
 from keras_bitnet import quantizers
 from keras_bitnet.checks import check_choice, check_number, check_own_names
-from keras_bitnet.layers.base import NORMS, make_norm, under_own_names
+from keras_bitnet.layers.base import NORMS, arguments_of, make_norm, under_own_names
 from keras_bitnet.layers.changing_precision import ChangingPrecision
 from keras_bitnet.layers.inputs import UNTREATED
 
@@ -132,21 +132,7 @@ class BitBlock(ChangingPrecision, PacksAsWhole):
 
     def get_config(self):
         """The arguments of the constructor."""
-        config = {
-            "weight_quantizer": quantizers.serialize(self.weight_quantizer),
-            "activation_quantizer": quantizers.serialize(self.activation_quantizer),
-            "projection_norm": self.projection_norm,
-            "norm_epsilon": self.norm_epsilon,
-            "quantization_strength": self._initial_strength,
-            "packed": self.packed,
-            "packed_layout": self.packed_layout,
-            "kernel_initializer": initializers.serialize(self.kernel_initializer),
-            "bias_initializer": initializers.serialize(self.bias_initializer),
-            "kernel_regularizer": regularizers.serialize(self.kernel_regularizer),
-            "bias_regularizer": regularizers.serialize(self.bias_regularizer),
-            "kernel_constraint": constraints.serialize(self.kernel_constraint),
-            "bias_constraint": constraints.serialize(self.bias_constraint),
-        }
+        config = {**arguments_of(self), "projection_norm": self.projection_norm}
         return {**super().get_config(), **under_own_names(self, config)}
 
 
