@@ -35,6 +35,8 @@ def test_lookup_is_the_quantized_table_and_its_packed_twin(quantizer):
     packed = packed_twin(layer, None)
     assert packed.kernel_tiles.shape == layout.tiles_shape(70, 37, layer.weight_quantizer.bits)
     assert relative_error(to_numpy(packed(TOKENS)), y) < 1e-6
+    rows = ops.vectorized_map(packed, ops.convert_to_tensor(TOKENS))
+    assert relative_error(to_numpy(rows), y) < 1e-6
 
 
 def test_strength_zero_is_embedding():

@@ -96,7 +96,8 @@ class PackedTensor:
         codes = gather(self.tiles, columns, self.bits, *size, self.layout)
         groups = self.scale.shape[0]
         scale = ops.broadcast_to(self.scale, (groups, self.out_features))
-        scale = ops.moveaxis(ops.take(scale, columns, axis=1), 0, -1)  # (..., groups)
+        scale = ops.take(scale, columns, axis=1)  # (groups, ...)
+        scale = ops.transpose(scale, (*range(1, len(scale.shape)), 0))
         if self.group_size is not None:
             scale = ops.repeat(scale, self.group_size, axis=-1)[..., : self.in_features]
         return (ops.cast(codes, "float32") + self.offset) * scale
