@@ -179,6 +179,18 @@ def test_lower_precision_is_observed_in_float32(rng):
     assert scales[0] == scales[1]
 
 
+def test_kernels_of_16_bits_are_treated_in_float32(rng):
+    x = rng.integers(-16, 17, (16, 12)).astype("float32") / 16
+    model = keras.Sequential([keras.Input((12,)), keras.layers.Dense(3, dtype="bfloat16")])
+    spec = {"smoothing": 0.5, "kept_channels": 2, "rotation": "hadamard"}
+    model = keras_bitnet.calibrate(
+        keras_bitnet.quantize_model(model, spec, verbose=0), x, verbose=0
+    )
+    packed = keras_bitnet.pack_model(model, verbose=0)
+    y, expected = (to_numpy(keras.ops.cast(m(x), "float32")) for m in (packed, model))
+    assert np.abs(y - expected).max() < 0.02 * np.abs(expected).max()
+
+
 def resident_bytes():
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")

@@ -111,7 +111,10 @@ class InputTreatment(KeptChannels):
         return ops.transpose(self.rotate(ops.transpose(matrix)))
 
     def adapt_matrix(self, matrix):
-        """The kernel of a float layer `(in_features, out_features)` for the treated inputs."""
+        """The kernel of a float layer `(in_features, out_features)` for the treated inputs.
+
+        Both are `float32`, whatever the dtype of the variable: so are the factors.
+        """
         if self.input_gain is not None:
             matrix = matrix / ops.convert_to_tensor(self.input_gain)[:, None]
         return self.rotate_rows(matrix)
@@ -129,7 +132,8 @@ class InputTreatment(KeptChannels):
         for gain in gains:
             gain.assign(gain / ops.cast(factor, gain.dtype))
         if self._norm_first and self.lora_enabled:  # LoRA reads what the norm gives
-            self.lora_kernel_a.assign(self.lora_kernel_a * factor[:, None])
+            rows = ops.cast(self.lora_kernel_a, "float32")
+            self.lora_kernel_a.assign(rows * factor[:, None])
         matrix = self.rotate_rows(self.kernel_matrix()) * factor[:, None]
         self.kernel.assign(self.matrix_to_kernel(self.rotate_rows(matrix)))
         self.reset_scale()

@@ -150,12 +150,13 @@ class KernelWeights(NamedWeights):
         return ops.reshape(matrix, self._kernel_shape)
 
     def kernel_matrix(self):
-        """The float kernel as a tensor `(in_features, out_features)`."""
-        return self.kernel_to_matrix(ops.convert_to_tensor(self.kernel))
+        """The float kernel as a `float32` tensor `(in_features, out_features)`."""
+        return self.kernel_to_matrix(ops.cast(ops.convert_to_tensor(self.kernel), "float32"))
 
     def take_kernel(self, kernel):
         """Copies a float kernel for inputs that are not treated."""
-        matrix = self.adapt_matrix(self.kernel_to_matrix(ops.copy(kernel)))
+        kernel = ops.cast(ops.copy(kernel), "float32")
+        matrix = self.adapt_matrix(self.kernel_to_matrix(kernel))
         self.kernel.assign(self.matrix_to_kernel(matrix))
         self.reset_scale()
 
