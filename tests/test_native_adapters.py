@@ -28,6 +28,7 @@ QUANTIZERS = (
     ActivationInt8("tensor"),
     ActivationInt4("tensor"),
     ActivationInt8("static"),
+    None,
 )
 X_SCALE = np.float32(0.02)  # clips some: an int8 code reaches 127 * 0.02 = 2.54
 # A result is rounded to its dtype, and float32 sums differ in order.
@@ -46,10 +47,13 @@ def make_packed(rng, k, n, bits=2, granularity="tensor", offset=None, layout="ti
 
 
 def static_scale(quantizer):
-    return ops.convert_to_tensor(X_SCALE) if quantizer.granularity == "static" else None
+    is_static = quantizer is not None and quantizer.granularity == "static"
+    return ops.convert_to_tensor(X_SCALE) if is_static else None
 
 
 def expected(x, codes, packed, quantizer, bias):
+    if quantizer is None:
+        return x.astype("float64") @ to_numpy(packed.dequantize()) + (0 if bias is None else bias)
     if quantizer.granularity == "static":
         inverse, top = np.float32(1) / X_SCALE, quantizer.highest
         x_codes, x_scale = np.clip(np.rint(x * inverse), -top, top).astype(np.int64), X_SCALE
@@ -241,7 +245,8 @@ def problem(**changes):
         ({"group_size": 64, "activation_bits": 4, "activation_granularity": "tensor"}, None),
         ({"device": "cuda:0"}, "'cuda:0', not on the CPU"),
         ({"device": "/job:localhost/replica:0/task:0/device:GPU:0"}, "not on the CPU"),
-        ({"activation_bits": None}, "activations are float"),
+        ({"activation_bits": None, "activation_granularity": None}, None),
+        ({"activation_bits": None, "dtype": "float64"}, "dtype float64"),
         ({"activation_bits": 6}, "activations of 6 bits"),
         ({"activation_granularity": "static"}, None),
         ({"activation_granularity": "channel"}, "'channel'"),
@@ -265,9 +270,9 @@ def test_explain_without_a_library(monkeypatch):
 
 
 def test_forced_kernel_that_cannot_run(rng):
-    _, packed = make_packed(rng, 32, 8)
-    with kernels.use_kernel("native"), pytest.raises(ValueError, match="activations are float"):
-        bit_matmul(np.ones((2, 32), "float32"), packed)
+    _, packed = make_packed(rng, 96, 8, granularity=48)
+    with kernels.use_kernel("native"), pytest.raises(ValueError, match="not a multiple of 32"):
+        bit_matmul(np.ones((2, 96), "float32"), packed)
 
 
 def test_layer_runs_the_native_kernel_by_itself(rng, monkeypatch):

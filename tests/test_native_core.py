@@ -178,6 +178,46 @@ def test_output_without_groups_is_the_formula(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 64])
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("isa", ISAS)
+def test_float_activations(isa, weight, granularity, dtype):
+    """Off by 2^-24 of the largest input and float32 rounding, then rounded to the dtype."""
+    skip_grouped_trits(weight, granularity)
+    native.set_isa(isa)
+    rng = np.random.default_rng(10)
+    for k, n, m in zip(SIZES, reversed(SIZES), ROWS, strict=False):
+        packed, codes = make(weight, k, n, granularity)
+        x = rng.standard_normal((m, k)) * 10.0 ** rng.integers(-3, 1, (m, 1))
+        x = x.astype(DTYPES[dtype])
+        x[-1, : k // 2] = 0
+        bias = rng.standard_normal(n).astype(np.float32) if n % 2 else None
+        y, check_guards = guarded((m, n), DTYPES[dtype])
+        native.matmul(x, packed, activation_bits=0, bias=bias, out=y)
+        check_guards()
+        groups = np.repeat(packed.scale.astype(float), packed.group_size or k, axis=0)[:k]
+        kernel = (codes + packed.offset) * groups
+        expected = x.astype(float) @ kernel + (0 if bias is None else bias)
+        largest = np.abs(x.astype(float)) @ np.abs(kernel) + (0 if bias is None else np.abs(bias))
+        relative = {"float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
+        close = relative * np.abs(expected) + (2e-6 if dtype == "float32" else 1e-4) * largest
+        assert (np.abs(y.astype(float) - expected) <= close).all(), (k, n, m)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_float_activations_at_the_ends_of_float32(isa):
+    native.set_isa(isa)
+    packed, codes = make("ternary", 64, 33, "tensor")
+    rng = np.random.default_rng(11)
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    x *= np.float32([[1e36], [1e-25], [1], [0], [1e-44]])
+    y = native.matmul(x, packed, activation_bits=0)
+    wanted = x.astype(float) @ (codes - 1.0) * packed.scale[0, 0]
+    error = np.abs(y - wanted).max(axis=1) / np.abs(wanted).max(axis=1, initial=1e-30)
+    assert error.max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("isa", ISAS)
 def test_quantized_activations_are_the_same_bits(isa, dtype):
     native.set_isa(isa)
@@ -229,7 +269,7 @@ def test_every_float16_and_bfloat16_survives(isa):
 def test_not_finite_input_shows(isa, bad, dtype):
     native.set_isa(isa)
     packed, _ = make("ternary", 100, 33)
-    for options in ({}, {"per_tensor": True}, {"x_scale": 0.1}):
+    for options in ({}, {"per_tensor": True}, {"x_scale": 0.1}, {"activation_bits": 0}):
         x = np.ones((5, 100), DTYPES[dtype])
         clean = native.matmul(x, packed, **options)
         x[2, 99] = bad
@@ -292,7 +332,8 @@ def test_isa_of_the_environment():
         ({"in_features": 0}, "in_features"),
         ({"bits": 8, "offset": -128.0, "in_features": 140_000}, "int32"),
         ({"dtype": 7}, "dtype must be"),
-        ({"activation_bits": 3}, "activation_bits must be 8 or 4"),
+        ({"activation_bits": 3}, "activation_bits must be 8, 4 or 0 (float)"),
+        ({"activation_bits": 0, "per_tensor": 1}, "have no scale"),
         ({"scale_columns": 2}, "scale_columns must be 1 or out_features=3"),
         ({"epsilon": 0.0}, "epsilon"),
         ({"y": None}, "scale and y must be given"),

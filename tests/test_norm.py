@@ -200,7 +200,7 @@ def test_gradients_within_a_product(rng):
         ({"norm_position": "post"}, False),
         ({"norm": "layer"}, False),
         ({"rotation": "hadamard"}, False),
-        ({"activation_quantizer": None}, False),
+        ({"activation_quantizer": None}, True),
         ({"activation_quantizer": ActivationInt8("tensor")}, False),
         ({"lora_rank": 2}, False),
     ],

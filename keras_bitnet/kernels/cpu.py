@@ -1,5 +1,6 @@
 """What the native CPU rows of the three backends share; each adds its own way into the library."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -19,6 +20,9 @@ def refuse(problem):
         problem: `keras_bitnet.kernels.Problem`. An unknown device is no reason: JAX takes the
             reference where the compiled program turns out not to run on a CPU.
     """
+    if problem.activation_bits is None:  # they are split into activations of 8 bits
+        tokens = {"activation_granularity": "token", "activation_formula": "absmax"}
+        problem = dataclasses.replace(problem, activation_bits=8, **tokens)
     return _refuse_place(problem) or refuse_operands(problem)
 
 
@@ -96,7 +100,28 @@ _CPU_DEVICES = ("cpu", "cpu:0", "cpu_0", "meta")
 
 def normalizes(activation_quantizer):
     """Whether the native library normalizes what it quantizes so: row by row, as a norm is."""
-    return activation_quantizer.granularity != "tensor"
+    return not Activations.of(activation_quantizer).per_tensor
+
+
+class Activations(NamedTuple):
+    """How a kernel takes the activations, as attributes of a call.
+
+    Attributes:
+        bits: 8 or 4; 0: they stay float.
+        per_tensor: Whether all rows share a scale.
+        epsilon: Lower bound of the absolute maximum of a token.
+    """
+
+    bits: int
+    per_tensor: bool
+    epsilon: float
+
+    @classmethod
+    def of(cls, quantizer):
+        """Those of an `ActivationQuantizer`, or of `None`."""
+        if quantizer is None:
+            return cls(0, False, 0.0)
+        return cls(quantizer.bits, quantizer.granularity == "tensor", quantizer.epsilon)
 
 
 class Facts(NamedTuple):
@@ -109,7 +134,7 @@ class Facts(NamedTuple):
         group_size: Inputs that share a scale, or `None`.
         offset: `w = scale * (code + offset)`.
         layout: `"tiles"` or `"trits"`.
-        quantizer: The `ActivationQuantizer`.
+        quantizer: The `ActivationQuantizer`, or `None`.
     """
 
     in_features: int
@@ -149,7 +174,7 @@ class Facts(NamedTuple):
     @property
     def per_tensor(self):
         """Whether all rows of the activations share a scale."""
-        return self.quantizer.granularity == "tensor"
+        return Activations.of(self.quantizer).per_tensor
 
 
 def gradients(dy, packed):

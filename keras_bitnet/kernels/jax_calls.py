@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from keras import ops
 
-from keras_bitnet.kernels.cpu import Facts, gradients
+from keras_bitnet.kernels.cpu import Activations, Facts, gradients
 from keras_bitnet.kernels.jax_partition import partitioned
 
 NOTHING = np.zeros(0, np.float32)  # what a handler takes for an operand that is not given
@@ -115,6 +115,7 @@ def _on_platform(place, facts, *operands):
 
 def ffi_matmul(target, results, facts, x, tiles, scale, bias, x_scale, **attributes):
     """The results of a registered handler of the packed matmul."""
+    activations = Activations.of(facts.quantizer)
     return jax.ffi.ffi_call(target, results)(
         x,
         tiles,
@@ -124,10 +125,10 @@ def ffi_matmul(target, results, facts, x, tiles, scale, bias, x_scale, **attribu
         out_features=np.int64(facts.out_features),
         bits=np.int64(facts.bits),
         group_size=np.int64(facts.group_size or 0),
-        activation_bits=np.int64(facts.quantizer.bits),
-        per_tensor=np.int64(facts.per_tensor),
+        activation_bits=np.int64(activations.bits),
+        per_tensor=np.int64(activations.per_tensor),
         offset=np.float64(facts.offset),
-        epsilon=np.float64(facts.quantizer.epsilon),
+        epsilon=np.float64(activations.epsilon),
         **attributes,
     )
 

@@ -40,6 +40,7 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None)
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
     none = _zeros(0)
     gain, norm_epsilon = norm or (none, 0.0)
+    activations = cpu.Activations.of(activation_quantizer)
     bias = _zeros(packed.out_features) if bias is None else ops.cast(bias, "float32")
     x_scale = none if activation_scale is None else tf.reshape(activation_scale, (1,))
     return MODULE.keras_bitnet_matmul(
@@ -52,10 +53,10 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None)
         bits=packed.bits,
         trits=int(packed.layout == "trits"),
         group_size=packed.group_size or 0,
-        activation_bits=activation_quantizer.bits,
-        per_tensor=int(activation_quantizer.granularity == "tensor"),
+        activation_bits=activations.bits,
+        per_tensor=int(activations.per_tensor),
         offset=packed.offset,
-        epsilon=activation_quantizer.epsilon,
+        epsilon=activations.epsilon,
         norm_epsilon=norm_epsilon,
     )
 

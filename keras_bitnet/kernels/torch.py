@@ -25,6 +25,7 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None)
     x_scale = none if activation_scale is None else ops.reshape(activation_scale, (1,))
     bias = none if bias is None else ops.cast(bias, "float32")
     gain, norm_epsilon = norm or (none, 0.0)
+    activations = cpu.Activations.of(activation_quantizer)
     return torch.ops.keras_bitnet.bit_matmul.default(
         x.contiguous(),
         _contiguous(packed.tiles),
@@ -36,10 +37,10 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None)
         packed.bits,
         int(packed.layout == "trits"),
         packed.group_size or 0,
-        activation_quantizer.bits,
-        activation_quantizer.granularity == "tensor",
+        activations.bits,
+        activations.per_tensor,
         packed.offset,
-        activation_quantizer.epsilon,
+        activations.epsilon,
         norm_epsilon,
     )
 

@@ -145,6 +145,27 @@ void check_output(Example& example) {
   }
 }
 
+// Activations that stay float.
+void check_float_output(const Example& example) {
+  kbn_matmul problem = example.problem;
+  const int64_t k = problem.in_features, n = problem.out_features;
+  std::vector<float> y(problem.rows * n);
+  problem.activation_bits = 0, problem.y = y.data();
+  require(kbn_run(&problem, nullptr) == 0, example.name() + ": " + kbn_error(1));
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    for (int64_t column = 0; column < n; ++column) {
+      double wanted = example.bias[column], terms = std::fabs(wanted);
+      for (int64_t i = 0; i < k; ++i) {
+        const double weight = 0.5 * (example.codes[i * n + column] + double(problem.offset));
+        wanted += weight * example.x[row * k + i];
+        terms += std::fabs(weight);  // |x| is at most 1
+      }
+      require(std::fabs(y[row * n + column] - wanted) <= 1e-6 * terms,
+              "float output of " + example.name());
+    }
+  }
+}
+
 // Attention of a new token to a cache of float32 or int8, with rotary tables and a mask or without.
 void check_attention(int64_t groups, int64_t dim, int64_t tokens, bool int8, bool all, uint32_t seed) {
   const int64_t batch = 2, heads = 2, rows = batch * heads;
@@ -274,6 +295,7 @@ void check_isa() {
                             width.trits);
             check_sums(example);
             check_output(example);
+            check_float_output(example);
             check_normalized_product(example);
             ++count;
           }

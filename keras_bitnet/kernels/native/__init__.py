@@ -12,7 +12,7 @@ import threading
 
 import numpy as np
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _lock = threading.Lock()
@@ -109,7 +109,7 @@ def matmul(
     Args:
         x: Array `(..., in_features)` of float32, bfloat16 or float16.
         packed: `PackedTensor` of NumPy arrays.
-        activation_bits: 8 or 4.
+        activation_bits: 8 or 4, or 0: `x` stays float.
         per_tensor: One activation scale for all of `x` instead of one for each row.
         epsilon: Lower bound of the absolute maximum of the activations.
         x_scale: A static activation scale, or `None` to compute it.

@@ -12,7 +12,9 @@ enum kbn_dtype { KBN_F32 = 0, KBN_BF16 = 1, KBN_F16 = 2, KBN_I8 = 3 };
 enum kbn_layout { KBN_TILES = 0, KBN_TRITS = 1 };
 
 // One packed matmul, y = dequantize(quantize(x)) @ dequantize(tiles) + bias. With a gain x is
-// normalized first, row by row, as `kbn_norm` says, and rounded to its dtype.
+// normalized first, row by row, as `kbn_norm` says, and rounded to its dtype. Activations that stay
+// float are split into whole numbers of 8 bits each, three of float32 and two of the others: off by
+// at most 2^-24 or 2^-16 of the largest in their row, and by the rounding of float32.
 //
 // Sums of a group, or of all inputs, are int32: `in_features` or `group_size` may be at most
 // 2^31 / (128 * max |step * (code + offset)|), so 131,071 at 8 bits, 2,097,151 at 4 bits and
@@ -26,8 +28,8 @@ typedef struct kbn_matmul {
   int64_t group_size;      // inputs that share a row of `scale`, a multiple of 32; 0: all
   int32_t bits;            // 1, 2, 4 or 8
   int32_t dtype;           // kbn_dtype of x and y
-  int32_t activation_bits; // 8 or 4: codes in [-127, 127] or [-7, 7]
-  int32_t per_tensor;      // 1: one activation scale for all rows
+  int32_t activation_bits; // 8 or 4: codes in [-127, 127] or [-7, 7]; 0: x stays float
+  int32_t per_tensor;      // 1: one activation scale for all rows; not of float ones
   float offset;            // w = scale * (code + offset), a multiple of 1/2
   float epsilon;           // lower bound of the absolute maximum of a token
   int32_t scale_columns;   // 1: one scale for all outputs, else out_features

@@ -75,11 +75,15 @@ int check_activations(const kbn_matmul& p) {
     return fail(kInvalid, "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16). Received: %d",
                 p.dtype);
   }
-  if (p.activation_bits != 8 && p.activation_bits != 4) {
-    return fail(kInvalid, "activation_bits must be 8 or 4. Received: activation_bits=%d",
+  if (p.activation_bits == 0) {
+    if (p.per_tensor || p.x_scale) {
+      return fail(kInvalid, "float activations (activation_bits=0) have no scale. Received: "
+                  "per_tensor=%d, x_scale %s", p.per_tensor, p.x_scale ? "given" : "null");
+    }
+  } else if (p.activation_bits != 8 && p.activation_bits != 4) {
+    return fail(kInvalid, "activation_bits must be 8, 4 or 0 (float). Received: activation_bits=%d",
                 p.activation_bits);
-  }
-  if (p.x_scale != nullptr ? !(*p.x_scale > 0 && std::isfinite(*p.x_scale)) : !(p.epsilon > 0)) {
+  } else if (p.x_scale != nullptr ? !(*p.x_scale > 0 && std::isfinite(*p.x_scale)) : !(p.epsilon > 0)) {
     return fail(kInvalid,
                 "epsilon, and a static x_scale, must be positive and finite. "
                 "Received: epsilon=%g, x_scale=%g",
@@ -167,7 +171,7 @@ int run_checked(const kbn_matmul& problem, const kbn_parallel* parallel, const P
 }  // namespace
 }  // namespace kbn
 
-int kbn_abi_version(void) { return 4; }
+int kbn_abi_version(void) { return 5; }
 
 int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel) {
   int error = kbn::check_weights(*problem);
@@ -210,7 +214,7 @@ int kbn_accumulate(const kbn_matmul* problem, const int8_t* x_codes, int32_t* su
   probe.x_codes = x_codes;
   probe.sums = sums;
   kbn_matmul p = *problem;
-  p.per_tensor = 0;
+  p.per_tensor = 0, p.activation_bits = 8;
   const int error = kbn::check_weights(p);
   return error ? error : kbn::run_checked(p, nullptr, probe);
 }

@@ -15,6 +15,7 @@ constexpr int64_t kActivationBytes = 384 << 10;  // activations kept in the L2 c
 constexpr int kSumsPerBlock = 4096;              // numbers in the buffer that a block fills
 // Kernels may sum codes that are still shifted left, so int32 bounds the inputs of a segment.
 constexpr int64_t kLongestSegment = 16384;
+constexpr float kLeast = 1e-30f;  // absolute maximum of float activations: its inverse is finite
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -28,11 +29,13 @@ class Matmul {
         parallel_(parallel),
         probe_(probe),
         format_(format_of(problem)),
+        planes_(planes_of(problem)),
+        rows_(problem.rows * planes_),
         tile_inputs_(4 * operands(format_)),
         tiles_in_(ceil_div(problem.in_features, tile_inputs_)),
         tiles_out_(ceil_div(problem.out_features, kTileOutputs)),
         groups_(problem.group_size ? ceil_div(problem.in_features, problem.group_size) : 1),
-        row_blocks_(ceil_div(problem.rows, kernels.rows)),
+        row_blocks_(ceil_div(problem.rows, kernels.rows / planes_)),
         packed_inputs_(tiles_in_ * tile_inputs_),
         factor_(problem.offset == std::floor(problem.offset) ? 1 : 2),
         shift_(static_cast<int32_t>(factor_ * problem.offset)) {
@@ -41,10 +44,10 @@ class Matmul {
   }
 
   void run() {
-    const int64_t codes = round_up(p_.rows * packed_inputs_, 64);
+    const int64_t codes = round_up(rows_ * packed_inputs_, 64);
     const int64_t scales = round_up(p_.rows * 4, 64);
-    const int64_t sums = round_up(p_.rows * groups_ * 4, 64);
-    const int64_t work = round_up(row_blocks_ * packed_inputs_, 64);
+    const int64_t sums = round_up(rows_ * groups_ * 4, 64);
+    const int64_t work = round_up(row_blocks_ * planes_ * packed_inputs_, 64);
     normalized_bytes_ = p_.gain ? p_.in_features * size_of(p_.dtype) : 0;
     // All memory comes from here: a task must not throw.
     Scratch scratch(codes + scales + sums + work + row_blocks_ * normalized_bytes_);
@@ -56,11 +59,11 @@ class Matmul {
 
     const int threads = parallel_ ? parallel_->threads : pool_threads();
     const bool small =
-        threads < 2 || p_.rows * packed_inputs_ < kSmall / std::max<int64_t>(p_.out_features, 1);
+        threads < 2 || rows_ * packed_inputs_ < kSmall / std::max<int64_t>(p_.out_features, 1);
     if (p_.per_tensor && !p_.x_scale) {
       tensor_absmax_ = kernels_.absmax(p_.x, p_.dtype, p_.rows * p_.in_features);
     }
-    const bool few = small || p_.rows * packed_inputs_ < kSmall / 16;
+    const bool few = small || rows_ * packed_inputs_ < kSmall / 16;
     for_each(few, row_blocks_, [](void* self, int64_t i) {
       static_cast<Matmul*>(self)->quantize_block(i);
     });
@@ -80,12 +83,17 @@ class Matmul {
     return p.bits == 1 ? kBits1 : p.bits == 2 ? kBits2 : p.bits == 4 ? kBits4 : kBits8;
   }
 
+  // Rows of codes that a row of x becomes.
+  static int planes_of(const kbn_matmul& p) {
+    return p.activation_bits ? 1 : p.dtype == KBN_F32 ? 3 : 2;
+  }
+
   void for_each(bool alone, int64_t count, Task task) {
     run_tasks(parallel_, alone, count, task, this);
   }
 
-  // Blocks of nearly equal size.
-  int64_t first_row(int64_t block) const { return p_.rows * block / row_blocks_; }
+  // Blocks of nearly equal size, in rows of codes; those of one row of x stay together.
+  int64_t first_row(int64_t block) const { return p_.rows * block / row_blocks_ * planes_; }
 
   // A row of x, normalized where that is asked for: then it lies in memory of its block.
   const char* x_row(int64_t row, int64_t block) const {
@@ -98,49 +106,61 @@ class Matmul {
 
   // Quantizes the rows of a block and packs them as `Block::x_codes` wants them.
   void quantize_block(int64_t block) {
-    const int64_t begin = first_row(block), end = first_row(block + 1), rows = end - begin;
+    const int64_t begin = first_row(block), rows = first_row(block + 1) - begin;
     int8_t* packed = x_codes_ + begin * packed_inputs_;
     if (rows == 1) return quantize_row(begin, block, packed);
-    int8_t* codes = rows_in_work_ + block * packed_inputs_;
+    int8_t* codes = rows_in_work_ + block * planes_ * packed_inputs_;
     for (int64_t row = 0; row < rows; ++row) {
-      quantize_row(begin + row, block, codes);
+      const int plane = static_cast<int>(row % planes_);
+      if (plane == 0) quantize_row((begin + row) / planes_, block, codes);
       for (int64_t k = 0; k < packed_inputs_; k += 4) {
-        std::memcpy(packed + k * rows + row * 4, codes + k, 4);
+        std::memcpy(packed + k * rows + row * 4, codes + plane * packed_inputs_ + k, 4);
       }
     }
   }
 
+  // The codes of a row of x, those of one plane after another.
   void quantize_row(int64_t row, int64_t block, int8_t* codes) {
     const int64_t k = p_.in_features;
     if (probe_.x_codes) {
       std::memcpy(codes, probe_.x_codes + row * k, k);
     } else {
-      const float highest = p_.activation_bits == 8 ? 127.0f : 7.0f;
+      const float highest = p_.activation_bits == 4 ? 7.0f : 127.0f;
       const char* x = x_row(row, block);
       float absmax = tensor_absmax_;
       if (!p_.per_tensor || p_.x_scale) absmax = kernels_.absmax(x, p_.dtype, k);
-      Step step = step_of(absmax, p_.epsilon, highest);
+      Step step = step_of(absmax, p_.activation_bits ? p_.epsilon : kLeast, highest);
       if (p_.x_scale) step = {*p_.x_scale, 1.0f / *p_.x_scale};
-      if (std::isfinite(absmax)) {
+      if (!std::isfinite(absmax)) {
+        // The scale carries NaN or infinity to every output, which no integer could.
+        std::memset(codes, 0, planes_ * packed_inputs_);
+        step.scale = absmax;
+      } else if (p_.activation_bits) {
         kernels_.quantize(x, p_.dtype, k, step.inverse, highest, codes);
       } else {
-        // The scale carries NaN or infinity to every output, which no integer could.
-        std::memset(codes, 0, k);
-        step.scale = absmax;
+        kernels_.split(x, p_.dtype, k, step.inverse, planes_, codes, packed_inputs_);
       }
       x_scales_[row] = step.scale;
     }
-    std::memset(codes + k, 0, packed_inputs_ - k);
     if (probe_.quantized) {
       std::memcpy(probe_.quantized + row * k, codes, k);
       probe_.x_scales[row] = x_scales_[row];
     }
+    for (int plane = 0; plane < planes_; ++plane, codes += packed_inputs_) {
+      std::memset(codes + k, 0, packed_inputs_ - k);
+      sum_codes(codes, x_sums_ + (row * planes_ + plane) * groups_);
+    }
+  }
+
+  // The sum of the codes of each group of inputs.
+  void sum_codes(const int8_t* codes, int32_t* sums) const {
+    const int64_t k = p_.in_features;
     for (int64_t group = 0; group < groups_; ++group) {
       const int64_t begin = group * p_.group_size;
       const int64_t end = p_.group_size ? std::min(begin + p_.group_size, k) : k;
       uint32_t sum = 0;
       for (int64_t i = begin; i < end; ++i) sum += static_cast<uint32_t>(codes[i]);
-      x_sums_[row * groups_ + group] = static_cast<int32_t>(sum);
+      sums[group] = static_cast<int32_t>(sum);
     }
   }
 
@@ -254,14 +274,20 @@ class Matmul {
     }
   }
 
-  void store(const Block& block, int64_t row, int64_t tile, const float* y) const {
+  // Joins the planes of each row of x and writes it.
+  void store(const Block& block, int64_t row, int64_t tile, float* y) const {
     const int width = block.columns * kTileOutputs, valid = valid_columns(block, tile);
     const int64_t column = tile * kTileOutputs;
     const float* bias = p_.bias ? p_.bias + column : nullptr;
-    for (int r = 0; r < block.rows; ++r) {
+    for (int r = 0; r < block.rows; r += planes_, y += planes_ * width) {
+      for (int plane = planes_ - 1; plane > 0; --plane) {
+        float* to = y + (plane - 1) * width;
+        for (int i = 0; i < valid; ++i) to[i] += to[i + width] * (1 / kPlane);
+      }
+      const int64_t x_row = (row + r) / planes_;
       char* out = static_cast<char*>(p_.y) +
-                  ((row + r) * p_.out_features + column) * size_of(p_.dtype);
-      kernels_.store(y + r * width, x_scales_[row + r], bias, p_.dtype, valid, out);
+                  (x_row * p_.out_features + column) * size_of(p_.dtype);
+      kernels_.store(y, x_scales_[x_row], bias, p_.dtype, valid, out);
     }
   }
 
@@ -270,6 +296,8 @@ class Matmul {
   const kbn_parallel* parallel_;
   const Probe& probe_;
   const Format format_;
+  const int planes_;             // rows of codes to a row of x
+  const int64_t rows_;           // of codes
   const int64_t tile_inputs_;
   const int64_t tiles_in_, tiles_out_;
   const int64_t groups_;
@@ -281,9 +309,9 @@ class Matmul {
   int64_t task_tiles_ = 0;
   float tensor_absmax_ = 0.0f;
   int8_t* x_codes_ = nullptr;   // row blocks, packed as `Block::x_codes`
-  float* x_scales_ = nullptr;   // (rows)
+  float* x_scales_ = nullptr;   // (rows of x)
   int32_t* x_sums_ = nullptr;   // (rows, groups)
-  int8_t* rows_in_work_ = nullptr;  // a row for each block, before it is packed
+  int8_t* rows_in_work_ = nullptr;  // a row of x for each block, before it is packed
   char* normalized_ = nullptr;      // a row of numbers for each block
   int64_t normalized_bytes_ = 0;
 };

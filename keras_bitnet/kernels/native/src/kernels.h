@@ -31,6 +31,7 @@ constexpr int kTileOutputs = 16;
 constexpr int kTileBytes = 64;
 constexpr int kMaxRows = 12;   // most rows of a block in any table
 constexpr int kMaxTiles = 4;   // most column tiles of a block in any table
+constexpr float kPlane = 254;  // of a rest in [-1/2, 1/2], the largest code is 127 again
 constexpr int kMaxColumns = kMaxTiles * kTileOutputs;
 
 // A block of the product: a few rows of activations times a few columns of tiles.
@@ -121,6 +122,12 @@ struct Kernels {
   // codes = clip(rint(x * inverse), -highest, highest), halves to even.
   void (*quantize)(const void* x, int dtype, int64_t count, float inverse, float highest,
                    int8_t* codes);
+
+  // The first `count` numbers as sums of `planes` codes: x * inverse = code_0 + code_1 / kPlane +
+  // code_2 / kPlane^2 and so on, up to a half of the last one. |x * inverse| must be at most 127.
+  // The codes of a plane begin `stride` behind those of the one before.
+  void (*split)(const void* x, int dtype, int64_t count, float inverse, int planes, int8_t* codes,
+                int64_t stride);
 
   // Computes a block. A segment may be 16384 inputs long.
   void (*multiply[kFormats])(const Block& block);

@@ -118,6 +118,27 @@ void quantize_as(const void* data, int64_t count, float inverse, float highest, 
 }
 
 template <typename Element>
+void split_as(const void* data, int64_t count, float inverse, int planes, int8_t* codes,
+              int64_t stride) {
+  constexpr int64_t kPart = 256;
+  const float magic = 12582912.0f;  // as above
+  const auto* x = static_cast<const typename Element::Storage*>(data);
+  for (int64_t begin = 0; begin < count; begin += kPart) {
+    const int64_t size = count - begin < kPart ? count - begin : kPart;
+    float rest[kPart];
+    for (int64_t i = 0; i < size; ++i) rest[i] = Element::widen(x[begin + i]) * inverse;
+    for (int plane = 0; plane < planes; ++plane) {
+      int8_t* to = codes + plane * stride + begin;
+      for (int64_t i = 0; i < size; ++i) {
+        const float shifted = rest[i] + magic;
+        to[i] = static_cast<int8_t>(as_bits(shifted));
+        rest[i] = (rest[i] - (shifted - magic)) * kPlane;  // the difference is exact
+      }
+    }
+  }
+}
+
+template <typename Element>
 void store_as(const float* y, float x_scale, const float* bias, int count, void* out) {
   auto* to = static_cast<typename Element::Storage*>(out);
   if (bias != nullptr) {
@@ -135,6 +156,13 @@ void quantize(const void* x, int dtype, int64_t count, float inverse, float high
               int8_t* codes) {
   with_element(dtype, [=](auto element) {
     quantize_as<decltype(element)>(x, count, inverse, highest, codes);
+  });
+}
+
+void split(const void* x, int dtype, int64_t count, float inverse, int planes, int8_t* codes,
+           int64_t stride) {
+  with_element(dtype, [=](auto element) {
+    split_as<decltype(element)>(x, count, inverse, planes, codes, stride);
   });
 }
 
