@@ -26,7 +26,7 @@ double seconds(int threads, const std::function<void()>& run) {
 __attribute__((target("avx512f"), noinline)) void read_all(const char* p, size_t bytes) {
   for (const char* end = p + bytes; p < end; p += 256) {
     __asm__ volatile(
-        "prefetcht0 6144(%0)\n prefetcht0 6208(%0)\n prefetcht0 6272(%0)\n prefetcht0 6336(%0)\n"
+        "prefetcht1 6144(%0)\n prefetcht1 6208(%0)\n prefetcht1 6272(%0)\n prefetcht1 6336(%0)\n"
         "vmovdqu64 (%0), %%zmm0\n vmovdqu64 64(%0), %%zmm1\n"
         "vmovdqu64 128(%0), %%zmm2\n vmovdqu64 192(%0), %%zmm3\n"
         :: "r"(p) : "xmm0", "xmm1", "xmm2", "xmm3", "memory");

@@ -153,6 +153,16 @@ def trits_layer(case):
     return keras_call(layer, case, layer.packed_kernel.nbytes), None, 1e-5
 
 
+def float_inputs(case):
+    """The packed weight alone: inputs that no quantizer touches."""
+    layer = BitLinear(
+        case.n, use_bias=False, packed=True, weight_quantizer=QUANTIZER, activation_quantizer=None
+    )
+    layer.build((None, case.k))
+    layer.pack_from(case.source)
+    return keras_call(layer, case, case.packed.nbytes), case.dequantized, 1e-5
+
+
 def bare_abi(case):
     """The C ABI over ctypes and NumPy: what the adapters stand on."""
     tiles = [case.packed.tiles.copy() for _ in range(case.copies(case.packed.nbytes))]
@@ -183,6 +193,7 @@ def keras_dense(case, mode=None):
 CANDIDATES = {
     "BitLinear": packed_layer,
     "BitLinear, 1.6 bits": trits_layer,
+    "BitLinear, float inputs": float_inputs,
     "C ABI": bare_abi,
     "Keras float32": keras_dense,
     "Keras int8": lambda case: keras_dense(case, "int8"),
@@ -241,7 +252,8 @@ def main():
     shapes, rows = (SHAPES[:2], ROWS[::2]) if ARGS.quick else (SHAPES, ROWS)
     rounds = ARGS.rounds or (7 if ARGS.quick else 15)
     native.set_threads(ARGS.threads)
-    path = ARGS.results / f"cpu_matmul_{BACKEND}_{ARGS.threads}_threads.json"
+    width = "" if ARGS.bits == 2 else f"_{ARGS.bits}_bits"
+    path = ARGS.results / f"cpu_matmul_{BACKEND}{width}_{ARGS.threads}_threads.json"
     report = {
         **common.header(bits=ARGS.bits, threads=ARGS.threads, rounds=rounds),
         "isa": native.isa(), "kernel": None, "skipped": {}, "rows": [],

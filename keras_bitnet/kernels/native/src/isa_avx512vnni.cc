@@ -9,7 +9,7 @@ namespace kbn {
 namespace {
 
 // Bytes between the prefetched and the used weights of one row, measured (decision note 7).
-constexpr int kAhead = 6144, kTritsAhead = 12288;
+constexpr int kAhead = 6144, kTritsAhead = 8192;
 
 // Given the intrinsic, gcc 12 copies accumulators around the instruction and spills them, which
 // halves the speed of the loops below; an operand of inline assembly stays in its register.
@@ -50,7 +50,7 @@ void multiply_row(const uint8_t* tile, const int8_t* x, const Block& block, int3
     for (; step + Bits <= block.segment_steps; step += Bits) {
       KBN_UNROLL for (int u = 0; u < Bits; ++u) {
         const __m512i raw = _mm512_loadu_si512(tile + u * kTileBytes);
-        _mm_prefetch(reinterpret_cast<const char*>(tile) + u * kTileBytes + kAhead, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(tile) + u * kTileBytes + kAhead, _MM_HINT_T1);
         KBN_UNROLL for (int i = 0; i < kOperands; ++i) {
           dot(acc[u][i], operand<Bits>(raw, i), broadcast(x + (u * kOperands + i) * 4));
         }
@@ -91,7 +91,7 @@ void multiply_row<kTrits>(const uint8_t* tile, const int8_t* x, const Block& blo
     KBN_UNROLL for (int i = 0; i < kOperands; ++i) here[i] = next[i] = _mm512_setzero_si512();
     for (int64_t step = 0; step < block.segment_steps; ++step) {
       __m512i v = _mm512_loadu_si512(tile);
-      _mm_prefetch(reinterpret_cast<const char*>(tile) + kTritsAhead, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(tile) + kTritsAhead, _MM_HINT_T1);
       KBN_UNROLL for (int i = 0; i < kOperands; ++i) {
         const __m512i word = broadcast(x + i * 4);
         dot(here[i], v, word);
