@@ -2,10 +2,12 @@ import keras
 import numpy as np
 import pytest
 from helpers import BACKEND, to_numpy
+from keras import ops
 from test_models import make_model
 
 import keras_bitnet
 from keras_bitnet.models import Sampler, compiled
+from keras_bitnet.models.sampling import argmax
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6]]
 
@@ -34,6 +36,23 @@ def test_greedy_equals_no_cache_in_a_padded_batch(model):
     assert model.generate(PROMPTS[0], max_length=11) == rows[0]
     assert model.generate(PROMPTS[0], max_length=11, strip_prompt=True) == rows[0][5:]
     assert list(model.stream(PROMPTS[1], max_new_tokens=6)) == rows[1][2:]
+
+
+def test_mixed_precision():
+    keras.utils.set_random_seed(1)
+    model = make_model(dtype="mixed_bfloat16")
+    for network in (model, keras_bitnet.pack_model(model, verbose=0)):
+        row = network.generate(PROMPTS[0], max_new_tokens=4)
+        logits = to_numpy(ops.cast(network(np.array([row], "int32")), "float32"))[0, 4:-1]
+        behind = logits.max(-1) - logits[np.arange(4), row[5:]]
+        assert (behind < 0.3 * logits.std(-1)).all()
+
+
+def test_argmax_is_the_first_of_the_largest():
+    x = np.random.default_rng(0).integers(0, 90, (5, 768)).astype("float32")
+    for size in (768, 300, 257, 1):
+        found = argmax(ops.convert_to_tensor(x[:, :size]))
+        np.testing.assert_array_equal(to_numpy(found), x[:, :size].argmax(-1))
 
 
 def test_stop_tokens_end_sequences(model):

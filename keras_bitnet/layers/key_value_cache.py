@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_bitnet import quantizers
 from keras_bitnet.kernels import attention
-from keras_bitnet.layers.rotary import rotate
+from keras_bitnet.layers.rotary import in_float32, rotate
 
 BACKEND = keras.backend.backend()
 
@@ -109,6 +109,7 @@ def attend_next(cache, query, key, value, index, scale, mask=None, rotary=None):
     Returns:
         `(y, cache)`: a tensor of the shape and dtype of `query`, and the cache with the tokens.
     """
+    rotary = None if rotary is None else in_float32(rotary)
     kernel = attention.choose(cache, query)
     return kernel.run(cache, query, key, value, index, scale, mask, rotary)
 

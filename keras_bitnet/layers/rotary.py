@@ -23,6 +23,11 @@ def rotary_tables(positions, head_dim, max_wavelength, scaling_factor=1.0):
     return ops.cos(angles), ops.sin(angles)
 
 
+def in_float32(tables):
+    """The tables as they were made: a layer may get its arguments in its compute dtype."""
+    return tuple(ops.cast(table, "float32") for table in tables)
+
+
 def rotate(x, tables):
     """Turns each pair `(x[i], x[i + head_dim / 2])` by its angle.
 
@@ -36,7 +41,7 @@ def rotate(x, tables):
     Source:
         Su et al. 2021, RoFormer (https://arxiv.org/abs/2104.09864).
     """
-    cos, sin = tables
+    cos, sin = in_float32(tables)
     dtype, half = x.dtype, x.shape[-1] // 2
     x = ops.cast(x, "float32")
     turned = ops.concatenate([-x[..., half:], x[..., :half]], axis=-1)

@@ -1,13 +1,36 @@
 """How the next token is chosen from the logits."""
 
 import dataclasses
+import math
 
+import keras
 from keras import ops
 
 from keras_bitnet.checks import check_count, check_number
 from keras_bitnet.ops.constants import constant_like
 
 LOWEST = 1e-30  # a temperature below would make infinities of logits
+
+
+def argmax(x):
+    """The first place of the largest number of each row.
+
+    PyTorch has one block of a GPU look through a row, so there parts of it are rows first.
+
+    Args:
+        x: Tensor `(batch, size)`.
+
+    Returns:
+        Integer tensor `(batch,)`.
+    """
+    parts = math.gcd(x.shape[-1], 256) if keras.backend.backend() == "torch" else 1
+    if parts == 1:
+        return ops.argmax(x, axis=-1)
+    size = x.shape[-1] // parts
+    x = ops.reshape(x, (-1, parts, size))
+    part = ops.argmax(ops.max(x, axis=-1), axis=-1)
+    place = ops.take_along_axis(ops.argmax(x, axis=-1), part[:, None], axis=-1)[:, 0]
+    return part * size + place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +78,7 @@ class Sampler:
         """
         logits = ops.cast(logits, "float32")
         if self.temperature == 0:
-            return ops.cast(ops.argmax(logits, axis=-1), "int32")
+            return ops.cast(argmax(logits), "int32")
         probabilities = ops.softmax(logits / max(self.temperature, LOWEST))
         lowest = self._lowest(probabilities)
         if lowest is not None:

@@ -20,8 +20,9 @@ def largest_magnitude(x, axis, least):
         Tensor that broadcasts with `x`, without a gradient.
     """
     x = ops.abs(ops.stop_gradient(x))
-    if BACKEND == "torch" and 0 not in x.shape:
-        # `torch.compile` does not trace through `ops.max`; `initial` costs a copy to the device.
-        largest = ops.amax(x, axis=axis, keepdims=True)
+    if BACKEND == "torch":
+        # `torch.compile` does not trace through `ops.max`; `initial` costs a copy to the device,
+        # and Keras 3.15 has the largest of nothing on the CPU.
+        largest = (ops.sum if 0 in x.shape else ops.amax)(x, axis=axis, keepdims=True)
         return ops.maximum(largest, constant_like(largest, least))
     return ops.max(x, axis=axis, keepdims=True, initial=least)
