@@ -13,7 +13,7 @@ from test_native_adapters import make_packed, packed_layer
 
 from keras_bitnet import kernels
 from keras_bitnet.kernels.cuda import library
-from keras_bitnet.ops import bit_matmul, layout
+from keras_bitnet.ops import PackedTensor, bit_matmul, layout
 from keras_bitnet.quantizers.activations import ActivationInt8
 
 if library.reason(0) is not None:
@@ -23,11 +23,24 @@ MATRIX_KERNELS = range(1, 11)  # rows of the table in matmul.cc
 GROUPED = (5, 6)
 
 
+def product(x, packed, kernel):
+    """The product by one of `MATRIX_KERNELS`."""
+    from keras_bitnet.kernels.cuda import torch as adapter
+
+    tensors = x, packed.tiles, packed.scale, None, None
+    sizes = packed.out_features, packed.bits, packed.group_size or 0
+    return adapter._launch(*tensors, *sizes, 8, False, packed.offset, 1e-5, kernel)
+
+
+def with_scale_1(tiles, in_features, out_features, bits=2):
+    return PackedTensor(
+        tiles, torch.ones(1, 1, device="cuda"), -1.0, bits, in_features, out_features
+    )
+
+
 @pytest.mark.parametrize("rows", [2, 11, 100, 257])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_every_matrix_kernel(bits, rows, rng):
-    from keras_bitnet.kernels.cuda import torch as adapter
-
     # Of the most inputs every block of a cluster has some.
     for k, n in ((40, 20), (1000, 132), (2304, 528), (9000, 130)):
         for kernel in MATRIX_KERNELS:
@@ -38,10 +51,7 @@ def test_every_matrix_kernel(bits, rows, rng):
                 wanted = bit_matmul(x, packed, ActivationInt8())
             if "wgmma" in _name(kernel) and torch.cuda.get_device_capability() != (9, 0):
                 continue
-            y = adapter._launch(
-                x, packed.tiles, packed.scale, None, None, n, bits, packed.group_size or 0, 8,
-                False, packed.offset, 1e-5, kernel,
-            )  # fmt: skip
+            y = product(x, packed, kernel)
             assert relative_error(y.cpu(), wanted.cpu()) < 2e-6, (_name(kernel), k, n)
 
 
@@ -51,45 +61,31 @@ def _name(kernel):
 
 @pytest.mark.parametrize("out_features", [130, 6000, 12000])  # clusters of 8, 4 and 2 on 132 SMs
 def test_blocks_that_share_inputs(out_features, rng):
-    from keras_bitnet.kernels.cuda import torch as adapter
-
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no cluster of blocks multiplies on this GPU")
     *shared, alone = 7, 8, 9, 10  # the last one has no memory for sums of other blocks
     shape = layout.tiles_shape(4200, out_features, 2)
     tiles = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
-    scale = torch.ones(1, 1, device="cuda")
+    packed = with_scale_1(tiles, 4200, out_features)
     for rows in (5, 33, 130):
         x = torch.randn(rows, 4200, device="cuda")
-        y = {
-            kernel: [
-                adapter._launch(
-                    x, tiles, scale, None, None, out_features, 2, 0, 8, False, -1.0, 1e-5, kernel
-                )
-                for _ in range(20)
-            ]
-            for kernel in (alone, *shared)
-        }  # fmt: skip
+        y = {kernel: [product(x, packed, kernel) for _ in range(20)] for kernel in (alone, *shared)}
         for kernel in shared:
             assert all(torch.equal(found, y[alone][0]) for found in y[kernel]), (kernel, rows)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_the_largest_sums(bits):
-    from keras_bitnet.kernels.cuda import torch as adapter
-
     # With so many outputs one block sums over all inputs.
     inputs, outputs, rows = 98304, 17000, 40
     shape = layout.tiles_shape(inputs, outputs, bits)
     tiles = torch.full(shape, 255, dtype=torch.uint8, device="cuda")
-    scale, x = torch.ones(1, 1, device="cuda"), torch.ones(rows, inputs, device="cuda")
+    packed, x = with_scale_1(tiles, inputs, outputs, bits), torch.ones(rows, inputs, device="cuda")
     wanted = torch.full((rows, outputs), (2.0**bits - 2) * inputs, device="cuda")
     for kernel in MATRIX_KERNELS:
         if kernel in GROUPED or (kernel > 6 and torch.cuda.get_device_capability() != (9, 0)):
             continue
-        y = adapter._launch(
-            x, tiles, scale, None, None, outputs, bits, 0, 8, False, -1.0, 1e-5, kernel
-        )
+        y = product(x, packed, kernel)
         torch.testing.assert_close(y, wanted, rtol=1e-6, atol=0.1)
 
 
@@ -180,8 +176,6 @@ def test_second_device(rng):
     _, packed = make_packed(rng, 100, 33)
     x = torch.randn(5, 100, device="cuda:0")
     wanted = bit_matmul(x, packed, ActivationInt8())
-    from keras_bitnet.ops import PackedTensor
-
     moved = PackedTensor(
         packed.tiles.to("cuda:1"), packed.scale.to("cuda:1"), packed.offset, 2, 100, 33
     )
@@ -209,9 +203,9 @@ def test_opcheck(rng):
 def test_operator_checks_its_operands(rng):
     _, packed = make_packed(rng, 100, 33)
     op = torch.ops.keras_bitnet.bit_matmul_cuda
-    x = torch.randn(5, 50, device="cuda")
+    x, tensors = torch.randn(5, 50, device="cuda"), (packed.tiles, packed.scale, None, None)
     with pytest.raises(ValueError, match="`tiles` must be"):
-        op(x, packed.tiles, packed.scale, None, None, 33, 2, 0, 8, False, packed.offset, 1e-5)
+        op(x, *tensors, 33, 2, 0, 8, False, packed.offset, 1e-5)
 
 
 def test_trains_what_is_around_a_packed_layer(rng):

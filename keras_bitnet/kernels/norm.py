@@ -57,6 +57,12 @@ def rms_norm(x, scale, epsilon):
     return row.run(x, scale, epsilon)
 
 
+def _torch_cuda():
+    from keras_bitnet.kernels.cuda import torch_norm
+
+    return torch_norm.CUDA
+
+
 def _torch():
     from keras_bitnet.kernels import torch_norm
 
@@ -76,6 +82,6 @@ def _reference(x, scale, epsilon):
 REFERENCE = select.Kernel("reference", lambda problem: None, _reference)
 
 TABLES: dict[str, tuple[select.Kernel, ...]] = {
-    "torch": (select.later("native", _torch), REFERENCE),
+    "torch": (select.later("cuda", _torch_cuda), select.later("native", _torch), REFERENCE),
     "tensorflow": (select.later("native", _tensorflow), REFERENCE),
 }

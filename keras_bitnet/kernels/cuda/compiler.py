@@ -1,7 +1,7 @@
 """Compiles the CUDA sources: ahead of time with nvcc, else with NVRTC when a width is first used.
 
-A compiled file (cubin) holds the kernels of one width of weights, of training or of attention, for
-one architecture. It is named after the sources, so a file of other sources is never
+A compiled file (cubin) holds the kernels of one width of weights, of training, of attention or of
+norms, for one architecture. It is named after the sources, so a file of other sources is never
 taken for it. It is looked for beside the package, then in the user's cache; what is compiled goes
 to the cache, whole or not at all, so that several processes may compile at once.
 
@@ -29,8 +29,8 @@ SOURCES = FOLDER / "src"
 BUILT = FOLDER / "cubins"
 WIDTHS = (1, 2, 4, 8)
 # They stand for a width where kernels are meant that have none.
-TRAINING, ATTENTION = 0, -1
-KINDS = (*WIDTHS, TRAINING, ATTENTION)
+TRAINING, ATTENTION, NORM = 0, -1, -2
+KINDS = (*WIDTHS, TRAINING, ATTENTION, NORM)
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 OLDEST = 80
 CACHE_VARIABLE = "KERAS_BITNET_CACHE"
@@ -44,7 +44,7 @@ class CompileError(RuntimeError):
 
 def _main(bits):
     """The source of a kind of kernels, and the width that it is compiled for."""
-    names = {TRAINING: "training.cu", ATTENTION: "attention.cu"}
+    names = {TRAINING: "training.cu", ATTENTION: "attention.cu", NORM: "norm.cu"}
     return (names[bits], 8) if bits in names else ("bitnet.cu", bits)
 
 

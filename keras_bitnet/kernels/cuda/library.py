@@ -7,7 +7,7 @@ import threading
 
 from keras_bitnet.kernels.cuda import compiler
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _lock = threading.Lock()
 
 
@@ -40,6 +40,20 @@ class MatmulStruct(ctypes.Structure):
 
 # Values of `weights`: who may still be writing the tiles.
 WEIGHTS_UNKNOWN, WEIGHTS_READY, WEIGHTS_SETTLE = range(3)
+
+
+class NormStruct(ctypes.Structure):
+    """`kbc_norm` of `src/shim.h`, field by field."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("features", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("epsilon", ctypes.c_float),
+        ("x", ctypes.c_void_p),
+        ("gain", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+    )
 
 
 class FakeStruct(ctypes.Structure):
@@ -99,6 +113,7 @@ class AttentionStruct(ctypes.Structure):
 # What queues a problem, by its struct.
 _RUN = {
     MatmulStruct: "kbc_run",
+    NormStruct: "kbc_run_norm",
     FakeStruct: "kbc_run_fake",
     AttentionStruct: "kbc_run_attention",
 }
@@ -189,7 +204,7 @@ def workspace(problem):
 
 
 def run(problem, device, stream):
-    """Queues a `MatmulStruct`, a `FakeStruct` or an `AttentionStruct` on a stream.
+    """Queues a problem, one of the structs, on a stream.
 
     Raises:
         RuntimeError: The launcher refuses an argument, or the driver the launch.

@@ -22,9 +22,9 @@ extern __shared__ __align__(1024) u8 block_memory[];
 
 // ---- elements ------------------------------------------------------------------------------
 
-struct F32 { static constexpr int SIZE = 4; };
-struct BF16 { static constexpr int SIZE = 2; };
-struct F16 { static constexpr int SIZE = 2; };
+struct F32 { static constexpr int SIZE = 4, DTYPE = 0; };
+struct BF16 { static constexpr int SIZE = 2, DTYPE = 1; };
+struct F16 { static constexpr int SIZE = 2, DTYPE = 2; };
 
 DEVICE float half_to_float(u32 bits) {
   float value;

@@ -12,7 +12,7 @@ template <class T, int WARPS>
 DEVICE float quantize_row(const Matmul& p, int row, u32* codes, int* row_sum) {
   __shared__ u32 maxima[WARPS];
   __shared__ int sums[WARPS];
-  constexpr int THREADS = WARPS * 32, HELD = T::SIZE == 4 ? 4 : 8;
+  constexpr int THREADS = WARPS * 32, HELD = 8;
   const char* x = static_cast<const char*>(p.x) + (long long)row * p.k * T::SIZE;
   const int fours = p.k_tiles * TILE_INPUTS / 4;
   Four<T> held[HELD];
@@ -159,6 +159,13 @@ DEVICE void gemv(const Matmul& p) {
     for (int i = 0; i < STAGES; ++i, advance())
       if (rows_left > 0 && tiles_left > 0) prefetch(next);
     next = start, tiles_left = p.k_tiles - first_tile, turns_left = turns, rows_left = rows;
+  }
+  if (!GROUPED && member == 0) {  // what the ends of the rows of tiles need
+    const int row = first_row + lane * row_step;
+    if (row < tile_rows) {
+      prefetch(p.scale + (p.scale_columns > 1 ? 16 * row : 0));
+      if (p.bias) prefetch(p.bias + 16 * row);
+    }
   }
   let_next_start();
   wait_for_previous();

@@ -16,11 +16,11 @@ struct Device {
   int handle = 0, capability = 0, multiprocessors = 0;
   int shared_memory = 0;  // a block's, at most
   cuda::Context context = nullptr;
-  cuda::Library libraries[6] = {};
-  std::map<std::string, cuda::Kernel> kernels[6];
+  cuda::Library libraries[7] = {};
+  std::map<std::string, cuda::Kernel> kernels[7];
 };
 
-// Which library holds the kernels of a width of weights, 0: of training, -1: of attention; or -1: none.
+// Which library holds the kernels of a width of weights, 0: of training, -1: of attention, -2: of norms; or -1: none.
 int library_of(int64_t bits);
 
 // Keep a text for the calling thread and return it.

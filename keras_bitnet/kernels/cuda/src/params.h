@@ -20,6 +20,16 @@ struct Matmul {
   float epsilon, highest, inverse_highest, inverse_step;
 };
 
+// One root mean square norm of rows, see norm.cuh.
+struct Norm {
+  const void* x;      // (rows, k)
+  const float* gain;  // (k)
+  void* y;            // (rows, k)
+  int k;
+  int aligned;        // whether four neighbours of x, gain and y can be read and written at once
+  float epsilon;
+};
+
 // One fake quantization of training: rounded to the grid and back, see fake_quantize.cuh.
 struct Fake {
   const void* x;           // activations (rows, k), or a float32 weight (rows, k)

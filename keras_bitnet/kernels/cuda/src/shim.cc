@@ -75,8 +75,8 @@ const char* find(Device& device, int library, const std::string& name, unsigned 
 }  // namespace
 
 int library_of(int64_t bits) {
-  constexpr int64_t kinds[] = {1, 2, 4, 8, 0, -1};
-  for (int i = 0; i < 6; ++i)
+  constexpr int64_t kinds[] = {1, 2, 4, 8, 0, -1, -2};
+  for (int i = 0; i < 7; ++i)
     if (kinds[i] == bits) return i;
   return -1;
 }
@@ -145,7 +145,7 @@ Device* find_device(int number) {
 
 using namespace launcher;
 
-int kbc_abi_version(void) { return 3; }
+int kbc_abi_version(void) { return 4; }
 
 const char* kbc_open(void) { return open_once(); }
 

@@ -36,6 +36,17 @@ typedef struct kbc_matmul {
   void* workspace;          // kbc_workspace() bytes, at a multiple of 256
 } kbc_matmul;
 
+// One root mean square norm of rows: x / sqrt(mean(x^2) + epsilon) * gain in float32, rounded to the dtype of x.
+typedef struct kbc_norm {
+  int64_t rows;
+  int64_t features;  // of a row
+  int32_t dtype;     // of x and y: 0 float32, 1 bfloat16, 2 float16
+  float epsilon;
+  const void* x;     // (rows, features)
+  const void* gain;  // float32 (features)
+  void* y;           // as x
+} kbc_norm;
+
 // One fake quantization of training. Meaning: `fake_quantize` in keras_bitnet/quantizers.
 typedef struct kbc_fake {
   int64_t rows;           // of x
@@ -89,8 +100,8 @@ KBC_API int kbc_device_count(void);
 // Ten times the compute capability of a device (90 for 9.0), 0 where there is no such device.
 KBC_API int kbc_capability(int device);
 
-// Gives a device the kernels of one width, 0: those of training, -1: of attention. Later calls for the same width do nothing. Returns
-// null, or what is wrong; texts belong to the calling thread, until its next call.
+// Gives a device the kernels of one width, 0: those of training, -1: of attention, -2: of norms. Later calls for
+// the same width do nothing. Returns null, or what is wrong; texts belong to the calling thread, until its next call.
 KBC_API const char* kbc_load(int device, int bits, const void* cubin);
 KBC_API int kbc_loaded(int device, int bits);
 
@@ -98,6 +109,8 @@ KBC_API int kbc_loaded(int device, int bits);
 KBC_API int64_t kbc_workspace(const kbc_matmul* problem);
 // Queues the product on a stream of a device. Returns null, or what is wrong.
 KBC_API const char* kbc_run(const kbc_matmul* problem, int device, void* stream);
+// Queues a norm on a stream of a device. Returns null, or what is wrong.
+KBC_API const char* kbc_run_norm(const kbc_norm* problem, int device, void* stream);
 // Queues a fake quantization on a stream of a device. Returns null, or what is wrong.
 KBC_API const char* kbc_run_fake(const kbc_fake* problem, int device, void* stream);
 // Queues the attention on a stream of a device. Returns null, or what is wrong.

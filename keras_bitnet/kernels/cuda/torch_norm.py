@@ -1,0 +1,47 @@
+"""Root mean square norm by a CUDA kernel, for PyTorch: one operator."""
+
+import torch
+
+from keras_bitnet.kernels import cpu, cuda, torch_operators
+from keras_bitnet.kernels.cuda import compiler, library
+from keras_bitnet.kernels.cuda.torch import device_reason
+from keras_bitnet.kernels.select import Kernel
+from keras_bitnet.kernels.torch_operators import DTYPES
+
+_SCHEMA = "rms_norm_cuda(Tensor x, Tensor gain, float epsilon) -> Tensor"
+
+
+def refuse(problem):
+    """Why the kernel cannot run a `Norm`, or `None`."""
+    reason = device_reason(problem.device)
+    if reason is not None:
+        return reason
+    if torch.compiler.is_compiling():
+        return "`torch.compile` makes one kernel of it too"
+    if problem.dtype not in cpu.DTYPES:
+        return f"numbers of dtype {problem.dtype}; accepted: {', '.join(cpu.DTYPES)}"
+    return "a gradient is needed" if problem.gradient else None
+
+
+def run(x, scale, epsilon):
+    """As `rms_norm`, for a problem that was not refused."""
+    return torch.ops.keras_bitnet.rms_norm_cuda(x, scale.to(torch.float32), epsilon)
+
+
+def _launch(x, gain, epsilon):
+    x, gain = x.contiguous(), gain.contiguous()
+    features, device = x.shape[-1], x.get_device()
+    torch_operators.check(x.device, [("gain", gain, torch.float32, {(features,)})])
+    y = torch.empty_like(x)
+    problem = library.NormStruct(
+        x.numel() // features, features, DTYPES[x.dtype], epsilon, x.data_ptr(), gain.data_ptr(),
+        y.data_ptr(),
+    )  # fmt: skip
+    library.load(device, compiler.NORM)
+    library.run(problem, device, torch.cuda.current_stream(device).cuda_stream)
+    return y
+
+
+torch_operators.define(_SCHEMA, _launch, "CUDA", torch_operators.fake_like)
+
+CUDA = Kernel(cuda.NAME, refuse, run)
