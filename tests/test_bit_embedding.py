@@ -88,6 +88,7 @@ def test_reversible_is_its_keras_twin_and_packs(tie_weights, rng, tmp_path):
     )
     layer.build(None)
     layer.take_weights(twin)
+    assert layer.mask_zero == twin.mask_zero
     x = rng.normal(size=(2, 4, 40)).astype("float32")
     for inputs, reverse in ((TOKENS, False), (x, True)):
         y, wanted = layer(inputs, reverse=reverse), twin(inputs, reverse=reverse)

@@ -310,6 +310,11 @@ class Lost(keras.layers.Layer):
         return self.dense(x)
 
 
+class Undescribed(Lost):
+    def get_config(self):
+        return {"size": self.size}  # there is none
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -326,6 +331,12 @@ class Lost(keras.layers.Layer):
         (
             lambda: keras_bitnet.quantize_model(
                 keras.Sequential([keras.Input((4,)), Lost(3)]), verbose=0
+            ),
+            "cannot be made again from its config",
+        ),
+        (
+            lambda: keras_bitnet.quantize_model(
+                keras.Sequential([keras.Input((4,)), Undescribed(3)]), verbose=0
             ),
             "cannot be made again from its config",
         ),

@@ -232,6 +232,11 @@ class ReversibleBitEmbedding(BitBlock):
             )
 
     @property
+    def mask_zero(self):
+        """Whether token 0 is masked out; the layers of KerasHub around this one ask."""
+        return self.embedding.mask_zero
+
+    @property
     def embeddings(self):
         """The table of the lookup, see `BitEmbedding.embeddings`."""
         return self.embedding.embeddings

@@ -169,7 +169,7 @@ def _remake(layer, twins):
             with contextlib.suppress(TypeError):
                 return type(layer).from_config(layer.get_config())
         return make_converted(layer, twins)
-    except (NotImplementedError, TypeError) as error:
+    except (NotImplementedError, TypeError, AttributeError) as error:  # of its `get_config` too
         raise CannotRemakeError(layer, twins) from error
 
 
