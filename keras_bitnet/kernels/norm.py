@@ -1,7 +1,8 @@
 """Which kernel computes a root mean square norm, and why: tables as in `select`.
 
-One native operator takes the place of six to ten of a framework, which cost more than the numbers
-do where a token is decoded. XLA makes one of them by itself.
+One operator takes the place of six to ten of a framework on a CPU, and on a GPU of one that lets no
+other start early: where a token is decoded they cost more than the numbers do. XLA makes one of
+them by itself.
 """
 
 import dataclasses

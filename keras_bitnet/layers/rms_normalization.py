@@ -7,7 +7,7 @@ from keras_bitnet.kernels.norm import rms_norm
 
 @keras.saving.register_keras_serializable("keras_bitnet")
 class RMSNormalization(keras.layers.RMSNormalization):
-    """`keras.layers.RMSNormalization`, on a CPU one native operator: see `kernels.norm`.
+    """`keras.layers.RMSNormalization`, one operator where there is one: see `kernels.norm`.
 
     Arguments and weights are those of Keras's layer, so are the results but for rounding.
     """
