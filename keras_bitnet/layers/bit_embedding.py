@@ -13,8 +13,18 @@ from keras_bitnet.layers.inputs import UNTREATED
 from keras_bitnet.layers.kernel_weights import assign_copy
 
 
+class _ComputesTable:
+    """Mixin of layers whose `embeddings` are computed, at a cost.
+
+    `dir` does not name them: Keras reads whatever it names to save and to load a layer.
+    """
+
+    def __dir__(self):
+        return [name for name in super().__dir__() if name != "embeddings"]
+
+
 @keras.saving.register_keras_serializable("keras_bitnet")
-class BitEmbedding(BitLayer):
+class BitEmbedding(_ComputesTable, BitLayer):
     """`keras.layers.Embedding` with low-bit vectors.
 
         y[i] = quantize(kernel)[inputs[i]]
@@ -168,7 +178,7 @@ class BitEmbedding(BitLayer):
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
-class ReversibleBitEmbedding(BitBlock):
+class ReversibleBitEmbedding(_ComputesTable, BitBlock):
     """`keras.layers.ReversibleEmbedding` with low-bit vectors: tokens to vectors and back.
 
         y = embedding[tokens],   logits = quantize(vectors) @ transpose(embedding)
