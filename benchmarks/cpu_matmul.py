@@ -70,15 +70,22 @@ class Case:
         layer.build((None, k))
         layer.kernel.assign(self.weight)
         self.source = layer
-        self.layer = BitLinear(n, use_bias=False, weight_quantizer=QUANTIZER, packed=True)
-        self.layer.build((None, k))
-        self.layer.pack_from(layer)
+        self.layer = self.packed_twin()
         packed = self.layer.packed_kernel
         arrays = (keras.ops.convert_to_numpy(v) for v in (packed.tiles, packed.scale))
         self.packed = PackedTensor(*arrays, packed.offset, packed.bits, k, n, packed.group_size)
         codes = keras.ops.convert_to_numpy(packed.codes())[:, :CHECKED_COLUMNS]
         scale = np.broadcast_to(self.packed.scale, (1, n))[:, :CHECKED_COLUMNS]
         self.dequantized = (codes + packed.offset) * scale.astype(np.float64)
+
+    def packed_twin(self, **arguments):
+        """A packed layer of the same weight, with other arguments."""
+        layer = BitLinear(
+            self.n, use_bias=False, weight_quantizer=QUANTIZER, packed=True, **arguments
+        )
+        layer.build((None, self.k))
+        layer.pack_from(self.source)
+        return layer
 
     def expected(self, m, weight):
         """float64 results of the first columns; of the packed weight where `weight` is None."""
@@ -146,20 +153,13 @@ def trits_layer(case):
     """The same packed with `memory="smallest"`."""
     if ARGS.bits != 2:
         raise common.Skip("the layout of 1.6 bits is for ternary weights")
-    kwargs = {"use_bias": False, "weight_quantizer": QUANTIZER, "packed_layout": "trits"}
-    layer = BitLinear(case.n, packed=True, **kwargs)
-    layer.build((None, case.k))
-    layer.pack_from(case.source)
+    layer = case.packed_twin(packed_layout="trits")
     return keras_call(layer, case, layer.packed_kernel.nbytes), None, 1e-5
 
 
 def float_inputs(case):
     """The packed weight alone: inputs that no quantizer touches."""
-    layer = BitLinear(
-        case.n, use_bias=False, packed=True, weight_quantizer=QUANTIZER, activation_quantizer=None
-    )
-    layer.build((None, case.k))
-    layer.pack_from(case.source)
+    layer = case.packed_twin(activation_quantizer=None)
     return keras_call(layer, case, case.packed.nbytes), case.dequantized, 1e-5
 
 

@@ -46,7 +46,8 @@ def check_number(name, value, interval):
         interval: Such as `"[0, 1)"`, with a round bracket at an end that is left out; `inf` is one.
     """
     low, high = map(float, interval[1:-1].split(","))
-    inside = isinstance(value, numbers.Real) and low <= value <= high
+    is_real = isinstance(value, numbers.Real)  # apart: mypy has no order for `Real`
+    inside = is_real and low <= value <= high
     left_out = (interval[0] == "(" and value == low) or (interval[-1] == ")" and value == high)
     if not inside or left_out:
         raise ValueError(f"`{name}` must be a number in {interval}. Received: {name}={value!r}")

@@ -36,9 +36,14 @@ def _refuse_place(problem):
 
 def refuse_norm(problem):
     """Why the native library cannot compute a `keras_bitnet.kernels.norm.Norm`, or `None`."""
+    return refuse_norm_operands(problem) or _refuse_place(problem)
+
+
+def refuse_norm_operands(problem):
+    """Why no kernel can compute a `Norm`, on whatever device, or `None`."""
     if problem.dtype not in DTYPES:
         return f"numbers of dtype {problem.dtype}; accepted: {', '.join(DTYPES)}"
-    return _refuse_place(problem)
+    return None
 
 
 def refuse_attention(problem):

@@ -107,7 +107,10 @@ class _Jax(_Program):
 
 
 class _TorchEager(_Program):
-    """A function as it is."""
+    """A function as it is: layers read their weights, at every call."""
+
+    def begin(self):
+        """Nothing."""
 
     def __call__(self, state, *arguments):
         import torch

@@ -18,9 +18,9 @@ def refuse(problem):
         return reason
     if torch.compiler.is_compiling():
         return "`torch.compile` makes one kernel of it too"
-    if problem.dtype not in cpu.DTYPES:
-        return f"numbers of dtype {problem.dtype}; accepted: {', '.join(cpu.DTYPES)}"
-    return "a gradient is needed" if problem.gradient else None
+    if problem.gradient:
+        return "a gradient is needed"
+    return cpu.refuse_norm_operands(problem)
 
 
 def run(x, scale, epsilon):
