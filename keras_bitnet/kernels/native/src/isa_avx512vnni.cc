@@ -123,7 +123,7 @@ struct Operands {
     constexpr int kBits = 8 / operands(F);
     if (F == kBits8) return raw;
     const __m512i shifted = i == 0 ? raw : _mm512_srli_epi16(raw, kBits * i);
-    return _mm512_and_si512(shifted, _mm512_set1_epi8((1 << kBits) - 1));
+    return _mm512_and_si512(shifted, _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1)));
   }
 };
 

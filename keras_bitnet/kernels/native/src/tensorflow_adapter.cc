@@ -2,7 +2,6 @@
 // stable C API for ops and kernels.
 // The functions are declared here and found in the process that loads this library with
 // `tf.load_op_library`, so that one binary serves every version and builds without TensorFlow.
-#if !defined(_WIN32)
 #include <stdint.h>
 #include <stdio.h>
 
@@ -402,4 +401,3 @@ KBN_API const char* kbn_tensorflow_error(void) { return registration_error.c_str
 
 // Threads that one op may use, the calling one included; 0: as many as the library's pool has.
 KBN_API void kbn_tensorflow_set_threads(int count) { max_threads = count; }
-#endif
