@@ -166,3 +166,8 @@ def test_what_a_variant_cannot_hold_is_refused(tmp_path):
     to_hugging_face(model, tmp_path / "out", variant="float")
     tokens = np.array([[3, 1, 4, 1, 5]])
     assert np.isfinite(their_logits(tmp_path / "out", tokens)).all()
+
+
+def test_a_name_on_the_hub_is_no_folder():
+    with pytest.raises(FileNotFoundError, match=r"snapshot_download\('microsoft/bitnet'\)"):
+        from_hugging_face("microsoft/bitnet")

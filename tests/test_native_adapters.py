@@ -264,9 +264,17 @@ def test_explain_says_why(changes, reason):
         assert reason in rows["native"]
 
 
+def test_explain_asks_about_the_device_that_a_layer_runs_on(rng, monkeypatch):
+    asked = []
+    row = kernels.Kernel("asked", lambda problem: asked.append(problem), run=None)
+    monkeypatch.setitem(kernels.select.TABLES, BACKEND, (row,))
+    kernels.explain(packed_layer(rng))
+    assert asked[0].device == str(ops.zeros(1).device)
+
+
 def test_explain_without_a_library(monkeypatch):
-    monkeypatch.setattr("keras_bitnet.kernels.cpu.NO_LIBRARY", "no compiler at install")
-    assert dict(kernels.explain(problem()))["native"] == "no compiler at install"
+    monkeypatch.setattr("keras_bitnet.kernels.cpu.NO_LIBRARY", "it was not built at install")
+    assert dict(kernels.explain(problem()))["native"] == "it was not built at install"
 
 
 def test_forced_kernel_that_cannot_run(rng):

@@ -289,6 +289,19 @@ def test_more_rows_than_a_cache_pass(isa):
     np.testing.assert_allclose(native.matmul(x, packed), expected, 1e-5, 1e-4)
 
 
+def test_built_files_of_an_editable_install_are_found(tmp_path):
+    tree, built = tmp_path / "tree", tmp_path / "built"
+    built.mkdir()
+    (built / "lib.so").touch()
+    assert native.find_built("lib.so", [tree, built]) == built / "lib.so"
+    assert native.find_built("other.so", [tree, built]) == tree / "other.so"
+
+
+def test_a_library_is_looked_for_in_every_folder_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
+    assert native.library_path().exists()
+
+
 def test_unknown_isa():
     with pytest.raises(ValueError, match=r"one of '.*generic'.*Received: 'sse9'"):
         native.set_isa("sse9")

@@ -46,6 +46,8 @@ def _native_library():
 
 
 def _kernels(name, bits):
+    from keras import ops
+
     from keras_bitnet.kernels import Problem, explain
 
     problem = Problem(
@@ -57,7 +59,7 @@ def _kernels(name, bits):
         activation_bits=8,
         activation_granularity="token",
         activation_formula="absmax",
-        device=None,
+        device=str(ops.zeros(1).device),
     )
     return [
         {"weights": name, "kernel": kernel, "runs": "yes" if reason is None else f"no: {reason}"}

@@ -3,7 +3,7 @@
 from keras_bitnet.cli import common
 
 NAME = "quantize"
-HELP = "Turn the dense layers of a float model into quantized ones, ready for training."
+HELP = "Turn the layers of a float model into quantized ones, ready for training."
 SUFFIX = ".quantized.keras"
 EXAMPLES = (
     "model.keras",

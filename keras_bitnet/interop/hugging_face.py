@@ -40,7 +40,8 @@ def from_hugging_face(path, *, packed=None, dtype=None, **arguments):
     | `bitlinear` | packed, `scale = 1 / weight_scale` |
 
     Args:
-        path: Folder with `config.json` and `model.safetensors`, in one file or many.
+        path: Folder with `config.json` and `model.safetensors`, in one file or many, such as
+            `huggingface_hub.snapshot_download` makes.
         packed: Whether a checkpoint of float weights is packed as it is read, by the
             `weight_quantizer`. Packed checkpoints are packed models.
         dtype: Dtype policy of the model, Keras's by default.
@@ -51,11 +52,16 @@ def from_hugging_face(path, *, packed=None, dtype=None, **arguments):
         `BitNetCausalLM`, with its `tokenizer` if the folder has a `tokenizer.json`.
 
     Raises:
-        FileNotFoundError: A file is missing.
+        FileNotFoundError: The folder or a file in it is missing.
         ValueError: A file is corrupt, or the model is of another kind.
         ImportError: The package safetensors is not installed (`keras-bitnet[hf]`).
     """
     path = pathlib.Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder '{path}'. Of a checkpoint on the Hub, "
+            f"`huggingface_hub.snapshot_download({str(path)!r})` makes one and gives its path."
+        )
     config = read_json(path / "config.json")
     variant = read_variant(config)
     if variant.packed and packed is False:

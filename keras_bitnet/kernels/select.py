@@ -273,7 +273,8 @@ def explain(problem):
     """Says for each kernel of the present backend whether it would run, and if not, why.
 
     Args:
-        problem: A `Problem`, or a packed layer (then for one row in its compute dtype).
+        problem: A `Problem`, or a packed layer (then for one row in its compute dtype on Keras's
+            default device).
 
     Returns:
         A list of `(name, reason)`, best first; `reason` is `None` where the kernel can run.
@@ -289,7 +290,7 @@ def explain(problem):
                 "Expected a packed layer of `keras_bitnet.layers`, such as one of `model.layers`, "
                 f"or a `Problem`. Received: {type(layer).__name__}"
             )
-        x = keras.KerasTensor((1, layer.in_features), dtype=layer.compute_dtype)
+        x = keras.ops.zeros((1, layer.in_features), dtype=layer.compute_dtype)
         problem = Problem.of(x, layer.packed_kernel, layer.activation_quantizer)
     return [(row.name, row.refuse(problem)) for row in _table()]
 

@@ -5,7 +5,9 @@ import functools
 import pathlib
 import threading
 
+from keras_bitnet.kernels import cuda
 from keras_bitnet.kernels.cuda import compiler
+from keras_bitnet.kernels.native import find_built
 
 _ABI_VERSION = 4
 _lock = threading.Lock()
@@ -121,7 +123,7 @@ _RUN = {
 
 def path():
     """Where the launcher lies, built or not."""
-    return pathlib.Path(__file__).parent / "libbitnet_cuda.so"
+    return find_built("libbitnet_cuda.so", [pathlib.Path(__file__).parent, *cuda.__path__])
 
 
 @functools.cache
@@ -130,7 +132,7 @@ def _open():
     if not path().exists():
         return (
             None,
-            f"this installation has no CUDA launcher ({path().name}): no compiler at install",
+            f"this installation has no CUDA launcher ({path().name}): it was not built at install",
         )
     try:
         loaded = ctypes.CDLL(str(path()))

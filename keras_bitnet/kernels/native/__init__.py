@@ -47,8 +47,18 @@ class MatmulStruct(ctypes.Structure):
 
 def library_path(name="libbitnet"):
     """Where a native library of this package lies, built or not."""
-    suffix = _SUFFIXES.get(sys.platform, ".so")
-    return pathlib.Path(__file__).parent / (name + suffix)
+    file = name + _SUFFIXES.get(sys.platform, ".so")
+    return find_built(file, [pathlib.Path(__file__).parent, *__path__])
+
+
+def find_built(file, folders):
+    """The path of a file in the first of some folders that has it, or in the first of all.
+
+    An editable install leaves the sources where they are and puts what it builds into
+    site-packages: the `__path__` of a package names both.
+    """
+    paths = [pathlib.Path(folder, file) for folder in folders]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def library():
@@ -258,7 +268,7 @@ def _load_once():
     if not path.exists():
         return (
             None,
-            f"this installation has no native library ({path.name}): no compiler at install",
+            f"this installation has no native library ({path.name}): it was not built at install",
         )
     try:
         loaded = ctypes.CDLL(str(path))
