@@ -102,7 +102,9 @@ def test_reasons(cache, monkeypatch):
     [
         ({}, None),
         ({"activation_granularity": "static", "group_size": 96}, None),
-        ({"activation_bits": None}, "activations are float"),
+        ({"activation_bits": None}, None),
+        ({"activation_bits": None, "in_features": 25_000}, "accepted: at most 24576"),
+        ({"activation_bits": None, "in_features": 25_000, "dtype": "bfloat16"}, None),
         ({"activation_bits": 6}, "activations of 6 bits"),
         ({"dtype": "float64"}, "dtype float64"),
         ({"group_size": 48}, "multiple of 32"),

@@ -23,13 +23,13 @@ MATRIX_KERNELS = range(1, 11)  # rows of the table in matmul.cc
 GROUPED = (5, 6)
 
 
-def product(x, packed, kernel):
+def product(x, packed, kernel, activation_bits=8):
     """The product by one of `MATRIX_KERNELS`."""
     from keras_bitnet.kernels.cuda import torch as adapter
 
     tensors = x, packed.tiles, packed.scale, None, None
     sizes = packed.out_features, packed.bits, packed.group_size or 0
-    return adapter._launch(*tensors, *sizes, 8, False, packed.offset, 1e-5, kernel)
+    return adapter._launch(*tensors, *sizes, activation_bits, False, packed.offset, 1e-5, kernel)
 
 
 def with_scale_1(tiles, in_features, out_features, bits=2):
@@ -47,12 +47,15 @@ def test_every_matrix_kernel(bits, rows, rng):
             granularity = 128 if kernel in GROUPED else "channel"
             _, packed = make_packed(rng, k, n, bits, granularity)
             x = torch.randn(rows, k, device="cuda")
-            with kernels.use_kernel("reference"):
-                wanted = bit_matmul(x, packed, ActivationInt8())
             if "wgmma" in _name(kernel) and torch.cuda.get_device_capability() != (9, 0):
                 continue
-            y = product(x, packed, kernel)
-            assert relative_error(y.cpu(), wanted.cpu()) < 2e-6, (_name(kernel), k, n)
+            with kernels.use_kernel("reference"):
+                wanted = {8: bit_matmul(x, packed, ActivationInt8())}
+            wanted[0] = x.double() @ packed.dequantize().double()
+            for activation_bits in wanted:
+                y = product(x, packed, kernel, activation_bits)
+                error = relative_error(y.cpu(), wanted[activation_bits].cpu())
+                assert error < 2e-6, (_name(kernel), k, n, activation_bits)
 
 
 def _name(kernel):

@@ -20,10 +20,18 @@ def refuse(problem):
         problem: `keras_bitnet.kernels.Problem`. An unknown device is no reason: JAX takes the
             reference where the compiled program turns out not to run on a CPU.
     """
-    if problem.activation_bits is None:  # they are split into activations of 8 bits
-        tokens = {"activation_granularity": "token", "activation_formula": "absmax"}
-        problem = dataclasses.replace(problem, activation_bits=8, **tokens)
-    return _refuse_place(problem) or refuse_operands(problem)
+    return _refuse_place(problem) or refuse_operands(split(problem))
+
+
+def split(problem):
+    """The problem of quantized activations that a kernel makes of one whose activations are float.
+
+    They become whole numbers of 8 bits, several to one. Another problem is returned as it is.
+    """
+    if problem.activation_bits is not None:
+        return problem
+    tokens = {"activation_granularity": "token", "activation_formula": "absmax"}
+    return dataclasses.replace(problem, activation_bits=8, **tokens)
 
 
 def _refuse_place(problem):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from keras_bitnet.kernels import cuda
+from keras_bitnet.kernels.cpu import DTYPES, Activations
 from keras_bitnet.kernels.cuda import library
 from keras_bitnet.kernels.jax import NATIVE
 from keras_bitnet.kernels.jax_calls import Place, ffi_matmul, matmul, registration_error, result
@@ -68,6 +69,8 @@ def _workspace(facts, y):
         out_features=facts.out_features,
         group_size=facts.group_size or 0,
         bits=facts.bits,
+        dtype=DTYPES.index(y.dtype.name),
+        activation_bits=Activations.of(facts.quantizer).bits,
         per_tensor=facts.per_tensor,
     )
     return library.workspace(problem)

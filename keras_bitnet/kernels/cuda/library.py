@@ -9,7 +9,7 @@ from keras_bitnet.kernels import cuda
 from keras_bitnet.kernels.cuda import compiler
 from keras_bitnet.kernels.native import find_built
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _lock = threading.Lock()
 
 

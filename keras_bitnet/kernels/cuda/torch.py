@@ -5,7 +5,7 @@ import weakref
 import torch
 from keras import ops
 
-from keras_bitnet.kernels import cuda, torch_operators
+from keras_bitnet.kernels import cpu, cuda, torch_operators
 from keras_bitnet.kernels.cuda import library
 from keras_bitnet.kernels.select import Kernel
 from keras_bitnet.kernels.torch_operators import DTYPES, pointer
@@ -42,6 +42,7 @@ def refuse(problem):
 
 def run(x, packed, activation_quantizer, bias, activation_scale=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
+    activations = cpu.Activations.of(activation_quantizer)
     return torch.ops.keras_bitnet.bit_matmul_cuda(
         x,
         ops.convert_to_tensor(packed.tiles),
@@ -51,10 +52,10 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None):
         packed.out_features,
         packed.bits,
         packed.group_size or 0,
-        activation_quantizer.bits,
-        activation_quantizer.granularity == "tensor",
+        activations.bits,
+        activations.per_tensor,
         packed.offset,
-        activation_quantizer.epsilon,
+        activations.epsilon,
     )
 
 

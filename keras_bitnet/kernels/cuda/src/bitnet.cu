@@ -7,16 +7,22 @@
 #define KERNEL(name, threads, blocks, ...) \
   extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Matmul p) { __VA_ARGS__; }
 
-#define EVERY_DTYPE(row) row(f32, F32) row(bf16, BF16) row(f16, F16)
+// With the planes that numbers of a dtype are split into, where they stay float.
+#define EVERY_DTYPE(row) row(f32, F32, 4) row(bf16, BF16, 2) row(f16, F16, 2)
 
-// Of the kernels of single rows every multiprocessor holds two times 16 warps: those of two launches.
-#define ROW(suffix, T)                                                        \
+// Of the kernels of single rows every multiprocessor holds two times 16 warps: those of two launches. Of
+// those that split the row there are registers for half as many.
+#define ROW(suffix, T, PLANES)                                                \
   KERNEL(gemv_4_##suffix, 128, 8, gemv<T, 4, 8, 4, false>(p))                 \
   KERNEL(gemv_4x2_##suffix, 256, 4, gemv<T, 8, 8, 4, false>(p))               \
   KERNEL(gemv_8_##suffix, 256, 4, gemv<T, 8, 8, 8, false>(p))                 \
   KERNEL(gemv_16_##suffix, 512, 2, gemv<T, 16, 6, 16, false>(p))              \
   KERNEL(gemv_grouped_##suffix, 256, 2, gemv<T, 8, 6, 4, true>(p))            \
-  KERNEL(quantize_##suffix, QUANTIZE_WARPS * 32, 4, quantize<T>(p))           \
+  KERNEL(gemv_split_8_##suffix, 256, 2, gemv<T, 8, 8, 8, false, PLANES>(p))   \
+  KERNEL(gemv_split_16_##suffix, 512, 1, gemv<T, 16, 6, 16, false, PLANES>(p)) \
+  KERNEL(gemv_split_grouped_##suffix, 256, 2, gemv<T, 8, 6, 4, true, PLANES>(p)) \
+  KERNEL(quantize_##suffix, QUANTIZE_WARPS * 32, 4, quantize<T, 1>(p))        \
+  KERNEL(split_##suffix, QUANTIZE_WARPS * 32, 4, quantize<T, PLANES>(p))      \
   KERNEL(largest_##suffix, QUANTIZE_WARPS * 32, 4, largest_of_all<T>(p))
 EVERY_DTYPE(ROW)
 #undef ROW

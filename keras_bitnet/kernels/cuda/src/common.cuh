@@ -152,20 +152,40 @@ template <class P> DEVICE Ratio ratio_of(const P& p, u32 largest, u32 of_row) {
   return {__fdiv_rn(p.highest, a), __fmul_rn(a, p.inverse_highest)};
 }
 
-// Four int8 codes in a word. Adding 1.5 * 2^23 rounds halves to even and leaves the integer in
-// the low byte.
+// Four int8 codes in a word: x * inverse, rounded. Activations that stay float are the sum of more
+// PLANES of codes, each of what the one before left: c0 + c1 / PLANE + c2 / PLANE^2 and so on.
 //
-// Only a static scale may clip: the largest ratio of a scale from the values rounds to `highest`.
-template <class T> DEVICE u32 quantize_four(const Matmul& p, const Four<T>& v, float inverse) {
-  u32 codes[4];
+// Adding 1.5 * 2^23 rounds halves to even and leaves the integer in the low byte. Only a static scale
+// may clip: the largest ratio of a scale from the values rounds to `highest`.
+constexpr float PLANE = 254;  // what is left lies in [-1/2, 1/2]: the largest code is 127 again
+template <int PLANES, class T>
+DEVICE void quantize_four(const Matmul& p, const Four<T>& v, float inverse, u32 (&codes)[PLANES]) {
+  constexpr float MAGIC = 12582912.f;
+  u32 shifted[PLANES][4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     float ratio = __fmul_rn(element(v, i), inverse);
-    if (p.x_scale) ratio = fminf(fmaxf(ratio, -p.highest), p.highest);
-    codes[i] = __float_as_uint(__fadd_rn(ratio, 12582912.f));
+    if (PLANES == 1 && p.x_scale) ratio = fminf(fmaxf(ratio, -p.highest), p.highest);
+#pragma unroll
+    for (int plane = 0; plane < PLANES; ++plane) {
+      const float rounded = __fadd_rn(ratio, MAGIC);
+      shifted[plane][i] = __float_as_uint(rounded);
+      ratio = __fmul_rn(__fsub_rn(ratio, __fsub_rn(rounded, MAGIC)), PLANE);  // the difference is exact
+    }
   }
-  return __byte_perm(__byte_perm(codes[0], codes[1], 0x0040),
-                     __byte_perm(codes[2], codes[3], 0x0040), 0x5410);
+#pragma unroll
+  for (int plane = 0; plane < PLANES; ++plane) {
+    const u32(&s)[4] = shifted[plane];
+    codes[plane] = __byte_perm(__byte_perm(s[0], s[1], 0x0040), __byte_perm(s[2], s[3], 0x0040), 0x5410);
+  }
+}
+
+// The sum of what the planes gave.
+template <int PLANES> DEVICE float join(const float (&planes)[PLANES]) {
+  float sum = planes[PLANES - 1];
+#pragma unroll
+  for (int plane = PLANES - 2; plane >= 0; --plane) sum = __fadd_rn(__fmul_rn(sum, 1 / PLANE), planes[plane]);
+  return sum;
 }
 
 // The maximum over the block. Every thread gets it; `shared` has a place for every warp.

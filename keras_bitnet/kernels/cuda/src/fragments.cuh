@@ -57,11 +57,11 @@ DEVICE float result(const Matmul& p, float sum, int, float, float x_scale) {
 }
 
 // Writes four columns of every row that this lane holds, of the blocks of eight rows from `begin` to `end`.
+// Of two planes it holds both, of four the lane beside it holds the others.
 template <class N, int MB>
 DEVICE void write_tile(const Matmul& p, const Tile<N, MB>& sums, int first_row, int first_column, int begin = 0,
                        int end = MB) {
   const int lane = threadIdx.x % 32, t = lane % 4, n = first_column + 4 * (lane / 4);
-  if (n >= p.n) return;
   float weight_scale[4], bias[4];
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
@@ -71,23 +71,37 @@ DEVICE void write_tile(const Matmul& p, const Tile<N, MB>& sums, int first_row, 
   }
   const bool whole = p.y_aligned && n + 4 <= p.n;
 #pragma unroll
-  for (int b = 0; b < MB; ++b)
+  for (int b = 0; b < MB; ++b) {
+    if (b < begin || b >= end) continue;
+    const int first = first_row + 8 * b + 2 * t;
+    float v[2][4];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = first_row + 8 * b + 2 * t + r;
-      if (row >= p.rows || b < begin || b >= end) continue;
+      const int row = min(first + r, rows(p) - 1);
       const float x_scale = p.row_scale[row];
       const int x_sum = p.row_sum[row];
-      float v[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        v[r][c] = result(p, sums[c / 2][b][2 * (c % 2) + r], x_sum, weight_scale[c], x_scale);
+    }
+    if (p.planes > 1)
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        v[c] = result(p, sums[c / 2][b][2 * (c % 2) + r], x_sum, weight_scale[c], x_scale);
-        if (p.bias) v[c] = __fadd_rn(v[c], bias[c]);
+        v[0][c] = __fadd_rn(v[0][c], v[1][c]);
+        if (p.planes > 2) v[0][c] = __fadd_rn(v[0][c], __shfl_xor_sync(~0u, v[0][c], 1));
       }
-      const long long place = (long long)row * p.n + n;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = first + r;
+      if (row >= rows(p) || (row & (p.planes - 1)) || n >= p.n) continue;
+#pragma unroll
+      for (int c = 0; c < 4; ++c)
+        if (p.bias) v[r][c] = __fadd_rn(v[r][c], bias[c]);
+      const long long place = (long long)(row >> p.planes / 2) * p.n + n;
       if (whole)
-        store_four(p.y, place, p.dtype, v);
+        store_four(p.y, place, p.dtype, v[r]);
       else
-        for (int c = 0; c < 4 && n + c < p.n; ++c) store(p.y, place + c, p.dtype, v[c]);
+        for (int c = 0; c < 4 && n + c < p.n; ++c) store(p.y, place + c, p.dtype, v[r][c]);
     }
+  }
 }

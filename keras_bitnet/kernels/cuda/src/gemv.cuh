@@ -6,12 +6,12 @@
 #pragma once
 #include "common.cuh"
 
-// Quantizes the row into shared memory, in its own order, padded with zeros. Returns its scale;
-// `row_sum` gets the sum of the codes.
-template <class T, int WARPS>
-DEVICE float quantize_row(const Matmul& p, int row, u32* codes, int* row_sum) {
+// Quantizes the row into shared memory, in its own order, padded with zeros; four codes of each plane
+// lie beside each other. Returns its scale; `row_sum` gets the sums of the codes.
+template <class T, int WARPS, int PLANES>
+DEVICE float quantize_row(const Matmul& p, int row, u32* codes, int (&row_sum)[PLANES]) {
   __shared__ u32 maxima[WARPS];
-  __shared__ int sums[WARPS];
+  __shared__ int sums[PLANES][WARPS];
   constexpr int THREADS = WARPS * 32, HELD = 8;
   const char* x = static_cast<const char*>(p.x) + (long long)row * p.k * T::SIZE;
   const int fours = p.k_tiles * TILE_INPUTS / 4;
@@ -24,32 +24,35 @@ DEVICE float quantize_row(const Matmul& p, int row, u32* codes, int* row_sum) {
     largest = largest_of(load_four<T>(x, 4 * i, p.k, p.x_aligned), largest);
   largest = block_max<WARPS>(largest, maxima);
   const Ratio ratio = ratio_of(p, p.largest ? __ldg(p.largest) : largest, largest);
-  int sum = 0;
+  int sum[PLANES] = {};
+  auto write = [&](int place, const Four<T>& v) {
+    u32 four[PLANES];
+    quantize_four(p, v, ratio.inverse, four);
 #pragma unroll
-  for (int i = 0; i < HELD; ++i) {
-    const int place = i * THREADS + threadIdx.x;
-    const u32 four = quantize_four(p, held[i], ratio.inverse);
-    if (place < fours) codes[place] = four;
-    sum = __dp4a((int)four, 0x01010101, sum);
-  }
-  for (int i = HELD * THREADS + threadIdx.x; i < fours; i += THREADS) {
-    const Four<T> v = load_four<T>(x, 4 * i, p.k, p.x_aligned);
-    codes[i] = quantize_four(p, v, ratio.inverse);
-    sum = __dp4a((int)codes[i], 0x01010101, sum);
-  }
-  *row_sum = block_sum<WARPS>(sum, sums);  // its barrier is the one that `codes` needs
+    for (int plane = 0; plane < PLANES; ++plane) {
+      if (place < fours) codes[place * PLANES + plane] = four[plane];
+      sum[plane] = __dp4a((int)four[plane], 0x01010101, sum[plane]);
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < HELD; ++i) write(i * THREADS + threadIdx.x, held[i]);
+  for (int i = HELD * THREADS + threadIdx.x; i < fours; i += THREADS)
+    write(i, load_four<T>(x, 4 * i, p.k, p.x_aligned));
+#pragma unroll
+  for (int plane = 0; plane < PLANES; ++plane)  // its barrier is the one that `codes` needs
+    row_sum[plane] = block_sum<WARPS>(sum[plane], sums[plane]);
   return ratio.scale;
 }
 
 // The codes of x for one tile.
-DEVICE void load_tile_inputs(const u32* codes, int tile, u32 (&x)[GROUPS]) {
-  if constexpr (GROUPS >= 4) {
+template <int WORDS> DEVICE void load_tile_inputs(const u32* codes, int tile, u32 (&x)[WORDS]) {
+  if constexpr (WORDS >= 4) {
 #pragma unroll
-    for (int i = 0; i < GROUPS / 4; ++i) {
-      const uint4 v = reinterpret_cast<const uint4*>(codes)[tile * (GROUPS / 4) + i];
+    for (int i = 0; i < WORDS / 4; ++i) {
+      const uint4 v = reinterpret_cast<const uint4*>(codes)[tile * (WORDS / 4) + i];
       x[4 * i] = v.x, x[4 * i + 1] = v.y, x[4 * i + 2] = v.z, x[4 * i + 3] = v.w;
     }
-  } else if constexpr (GROUPS == 2) {
+  } else if constexpr (WORDS == 2) {
     const uint2 v = reinterpret_cast<const uint2*>(codes)[tile];
     x[0] = v.x, x[1] = v.y;
   } else {
@@ -69,60 +72,70 @@ template <class N> DEVICE N sum_columns(const N (&v)[4]) {
   return sum + __shfl_xor_sync(~0u, sum, 4);
 }
 
-// Weights and group scales as they come; GROUPED: the sums of a tile are scaled at once.
-template <bool GROUPED> struct Sums;
-template <> struct Sums<false> {
+// Weights and group scales as they come; GROUPED: the sums of a tile are scaled at once, and joined.
+template <bool GROUPED, int PLANES> struct Sums;
+template <int PLANES> struct Sums<false, PLANES> {
+  using Number = int;
+  static constexpr int KEPT = PLANES;
   // Of eight places, for which there are not enough registers, the upper four are shifted down first.
   static constexpr int PLACES = GROUPS < 4 ? GROUPS : 4;
-  int by_place[4][PLACES] = {};
+  int by_place[4][PLACES][PLANES] = {};
 
-  DEVICE void add(const Matmul&, const uint4& w, const u32 (&x)[GROUPS], int, int) {
+  DEVICE void add(const Matmul&, const uint4& w, const u32 (&x)[GROUPS * PLANES], int, int) {
 #pragma unroll
     for (int c = 0; c < 4; ++c)
 #pragma unroll
       for (int i = 0; i < GROUPS; ++i) {
-        const u32 codes = word(w, c) >> (BITS * (i / PLACES * PLACES));
-        int& sum = by_place[c][i % PLACES];
-        sum = dot_codes(codes & (MASK << (BITS * (i % PLACES))), x[i], sum);
+        const u32 codes = (word(w, c) >> (BITS * (i / PLACES * PLACES))) & (MASK << (BITS * (i % PLACES)));
+#pragma unroll
+        for (int plane = 0; plane < PLANES; ++plane) {
+          int& sum = by_place[c][i % PLACES][plane];
+          sum = dot_codes(codes, x[i * PLANES + plane], sum);
+        }
       }
   }
-  DEVICE int total() const {
+  DEVICE int total(int plane) const {
     int sums[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int c = 0; c < 4; ++c)
 #pragma unroll
-      for (int i = 0; i < PLACES; ++i) sums[c] += by_place[c][i] >> (BITS * i);
+      for (int i = 0; i < PLACES; ++i) sums[c] += by_place[c][i][plane] >> (BITS * i);
     return sum_columns(sums);
   }
-  using Number = int;
 };
-template <> struct Sums<true> {
+template <int PLANES> struct Sums<true, PLANES> {
+  using Number = float;
+  static constexpr int KEPT = 1;
   float columns[4] = {0.f, 0.f, 0.f, 0.f};
 
-  DEVICE void add(const Matmul& p, const uint4& w, const u32 (&x)[GROUPS], int tile, int column) {
+  DEVICE void add(const Matmul& p, const uint4& w, const u32 (&x)[GROUPS * PLANES], int tile, int column) {
     const float* scale = p.scale + (long long)(tile * TILE_INPUTS / p.group_size) * p.scale_columns;
-    int x_sum = 0;
+    int x_sum[PLANES] = {};
 #pragma unroll
-    for (int i = 0; i < GROUPS; ++i) x_sum = __dp4a((int)x[i], 0x01010101, x_sum);
+    for (int i = 0; i < GROUPS * PLANES; ++i)
+      x_sum[i % PLANES] = __dp4a((int)x[i], 0x01010101, x_sum[i % PLANES]);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      int sum = 0;
+      int sum[PLANES] = {};
 #pragma unroll
-      for (int i = 0; i < GROUPS; ++i) sum = dot_codes((word(w, c) >> (BITS * i)) & MASK, x[i], sum);
-      const int last = p.scale_columns - 1;
-      const float s = __ldg(scale + min(column + c, last));
-      columns[c] += (float)(p.step * sum + p.step_offset * x_sum) * s;
+      for (int i = 0; i < GROUPS * PLANES; ++i)
+        sum[i % PLANES] = dot_codes((word(w, c) >> (BITS * (i / PLANES))) & MASK, x[i], sum[i % PLANES]);
+      float exact[PLANES];
+#pragma unroll
+      for (int plane = 0; plane < PLANES; ++plane)
+        exact[plane] = (float)(p.step * sum[plane] + p.step_offset * x_sum[plane]);
+      columns[c] += join(exact) * __ldg(scale + min(column + c, p.scale_columns - 1));
     }
   }
-  DEVICE float total() const { return sum_columns(columns); }
-  using Number = float;
+  DEVICE float total(int) const { return sum_columns(columns); }
 };
 
 // WARPS: of the block. KS: warps that share a row of tiles. STAGES: loads of a lane on their way, to
 // a place in shared memory that is its own, so that they need no registers and no barrier.
-template <class T, int WARPS, int STAGES, int KS, bool GROUPED>
+template <class T, int WARPS, int STAGES, int KS, bool GROUPED, int PLANES = 1>
 DEVICE void gemv(const Matmul& p) {
-  using Number = typename Sums<GROUPED>::Number;
+  using Number = typename Sums<GROUPED, PLANES>::Number;
+  constexpr int KEPT = Sums<GROUPED, PLANES>::KEPT;
   __shared__ Number partial[2][WARPS][32];
   constexpr int TEAMS = WARPS / KS, THREADS = WARPS * 32, STEP = KS * 8;  // tiles of a turn of a team
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -172,17 +185,17 @@ DEVICE void gemv(const Matmul& p) {
   if (!p.weights_ready)
 #pragma unroll
     for (int i = 0; i < STAGES; ++i) fill();
-  int row_sum;
-  const float x_scale = quantize_row<T, WARPS>(p, blockIdx.y, x_codes, &row_sum);
+  int row_sum[PLANES];
+  const float x_scale = quantize_row<T, WARPS>(p, blockIdx.y, x_codes, row_sum);
 
   int buffer = 0, taken = 0;
   for (int tile_row = first_row; tile_row < tile_rows; tile_row += row_step) {
-    Sums<GROUPED> sums;
+    Sums<GROUPED, PLANES> sums;
     const int column = tile_row * 16 + 4 * quarter;
 #pragma unroll 2
     for (int turn = 0; turn < turns; ++turn) {
       const int tile = first_tile + turn * STEP;
-      u32 x[GROUPS];
+      u32 x[GROUPS * PLANES];
       load_tile_inputs(x_codes, tile, x);  // past the end they are anything
       copy_wait<STAGES - 1>();
       const uint4 w = ring[taken * THREADS];  // past the end it is 0
@@ -190,23 +203,29 @@ DEVICE void gemv(const Matmul& p) {
       fill();
       if (!GROUPED || tile < p.k_tiles) sums.add(p, w, x, tile, column);
     }
-    Number total = sums.total();
-    if (KS > 1) {
-      partial[buffer][warp][lane] = total;
+    Number total[KEPT];
+#pragma unroll
+    for (int plane = 0; plane < KEPT; ++plane) {
+      total[plane] = sums.total(plane);
+      if (KS == 1) continue;
+      partial[buffer][warp][lane] = total[plane];
       asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(KS * 32) : "memory");
       if (member == 0)
 #pragma unroll
-        for (int i = 1; i < KS; ++i) total += partial[buffer][warp + i][lane];
+        for (int i = 1; i < KS; ++i) total[plane] += partial[buffer][warp + i][lane];
       buffer ^= 1;
     }
     const int n = column + (lane & 16 ? 2 : 0) + (lane & 8 ? 1 : 0);
     if (member == 0 && !(lane & 4) && n < p.n) {
-      float y;
-      if constexpr (GROUPED)
-        y = __fmul_rn(__fmul_rn(total, p.inverse_step), x_scale);
-      else
-        y = scaled(p, total, row_sum, column_scale(p, n), x_scale);
-      store(p.y, (long long)blockIdx.y * p.n + n, p.dtype, with_bias(p, y, n));
+      float y[KEPT];
+#pragma unroll
+      for (int plane = 0; plane < KEPT; ++plane) {
+        if constexpr (GROUPED)
+          y[plane] = __fmul_rn(__fmul_rn(total[plane], p.inverse_step), x_scale);
+        else
+          y[plane] = scaled(p, total[plane], row_sum[plane], column_scale(p, n), x_scale);
+      }
+      store(p.y, (long long)blockIdx.y * p.n + n, p.dtype, with_bias(p, join(y), n));
     }
   }
 }

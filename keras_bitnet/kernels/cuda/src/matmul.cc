@@ -31,13 +31,20 @@ enum { kMma8, kMma16, kMma32, kMma64, kGrouped8, kGrouped32, kWgmma16, kCount = 
 
 constexpr int kSlice = 128;
 
-// Groups that end within a block of four tiles: only the kernel of single rows can tell them apart.
+// Rows of codes for a row of activations: those that stay float are split into planes of 8 bits.
+int planes(const kbc_matmul& p) { return p.activation_bits ? 1 : p.dtype == 0 ? 4 : 2; }
+int64_t image_rows(const kbc_matmul& p) { return p.rows * planes(p); }
+
+// Single rows whose codes fit into the memory of every GPU, beside the weights on their way, and groups that end
+// within a block of four tiles: only the kernel of single rows can tell them apart.
 bool row_by_row(const kbc_matmul& p) {
-  return p.rows == 1 || (p.group_size && p.bits < 4 && p.group_size % (128 / p.bits));
+  constexpr int64_t kMostCodes = 45056;
+  if (p.rows == 1 && image_rows(p) * p.in_features <= kMostCodes) return true;
+  return p.group_size && p.bits < 4 && p.group_size % (128 / p.bits);
 }
 
 int64_t blocks(const kbc_matmul& p, const MatrixKernel& k) {
-  return (p.rows + k.rows - 1) / k.rows * ((p.out_features + k.columns - 1) / k.columns);
+  return (image_rows(p) + k.rows - 1) / k.rows * ((p.out_features + k.columns - 1) / k.columns);
 }
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -80,17 +87,18 @@ Choice shared(const kbc_matmul& p, int kernel, const Device& device) {
 }
 
 Choice choose(const kbc_matmul& p, const Device& device) {
-  if (p.group_size) return {p.rows <= 8 ? kGrouped8 : kGrouped32, 1};
-  if (device.capability == 90 && (p.rows > 16 || p.bits < 8)) {
-    Choice best{p.rows > 16 ? kWgmma16 : kMma8, 1};
+  const int64_t rows = image_rows(p);
+  if (p.group_size) return {rows <= 8 ? kGrouped8 : kGrouped32, 1};
+  if (device.capability == 90 && (rows > 16 || p.bits < 8)) {
+    Choice best{rows > 16 ? kWgmma16 : kMma8, 1};
     for (int kernel = kWgmma16; kernel < kCount; ++kernel) {
       const Choice other = shared(p, kernel, device);
       if (estimate(p, other, device) < estimate(p, best, device)) best = other;
     }
     return best;
   }
-  if (p.rows <= 8 || (p.rows <= 16 && p.out_features <= 32 * device.multiprocessors)) return {kMma8, 1};
-  return {p.rows <= 16 ? kMma16 : p.rows <= 32 ? kMma32 : kMma64, 1};
+  if (rows <= 8 || (rows <= 16 && p.out_features <= 32 * device.multiprocessors)) return {kMma8, 1};
+  return {rows <= 16 ? kMma16 : rows <= 32 ? kMma32 : kMma64, 1};
 }
 
 // Where things lie in the workspace.
@@ -99,9 +107,9 @@ struct Workspace {
 
   explicit Workspace(const kbc_matmul& p) {
     if (!row_by_row(p)) {
-      row_scale = round_up(p.in_features, kSlice) * round_up(p.rows, 8);
-      row_sum = row_scale + round_up(4 * p.rows, 256);
-      bytes = largest = row_sum + round_up(4 * p.rows, 256);
+      row_scale = round_up(p.in_features, kSlice) * round_up(image_rows(p), 8);
+      row_sum = row_scale + round_up(4 * image_rows(p), 256);
+      bytes = largest = row_sum + round_up(4 * image_rows(p), 256);
     }
     if (p.per_tensor && p.rows > 1) bytes += 256;
   }
@@ -111,7 +119,8 @@ Matmul parameters(const kbc_matmul& p) {
   const int64_t four = p.dtype == 0 ? 16 : 8;  // bytes of four elements
   const Workspace place(p);
   char* workspace = static_cast<char*>(p.workspace);
-  const double highest = p.activation_bits == 8 ? 127 : 7;
+  const double highest = p.activation_bits == 4 ? 7 : 127;
+  constexpr float kLeast = 1e-30f;  // largest number of a row of floats: its inverse is finite
   const int step = p.offset == static_cast<float>(static_cast<int>(p.offset)) ? 1 : 2;
   Matmul m{};
   m.x = p.x;
@@ -136,7 +145,8 @@ Matmul parameters(const kbc_matmul& p) {
   m.weights_ready = p.weights == KBC_WEIGHTS_READY;
   m.step = step;
   m.step_offset = static_cast<int>(step * p.offset);
-  m.epsilon = p.epsilon;
+  m.planes = planes(p);
+  m.epsilon = p.activation_bits ? p.epsilon : kLeast;
   m.highest = static_cast<float>(highest);
   m.inverse_highest = static_cast<float>(1 / highest);
   m.inverse_step = 1.0f / step;
@@ -146,10 +156,12 @@ Matmul parameters(const kbc_matmul& p) {
 const char* check(const kbc_matmul& p) {
   if (p.bits < 1 || library_of(p.bits) < 0) return "bits must be 1, 2, 4 or 8";
   if (p.dtype < 0 || p.dtype > 2) return "dtype must be 0, 1 or 2";
-  if (p.activation_bits != 8 && p.activation_bits != 4) return "activation_bits must be 8 or 4";
+  if (p.activation_bits != 8 && p.activation_bits != 4 && p.activation_bits != 0)
+    return "activation_bits must be 8, 4 or 0";
+  if (!p.activation_bits && (p.per_tensor || p.x_scale)) return "activations that stay float have no scale";
   if (p.rows < 0 || p.in_features < 1 || p.out_features < 1 || p.group_size < 0)
     return "a size is out of range";
-  if (p.rows > INT32_MAX / 8 || p.in_features > 98304 || p.out_features > 2000000)
+  if (image_rows(p) > INT32_MAX / 8 || p.in_features * planes(p) > 98304 || p.out_features > 2000000)
     return "a size is too large";
   if (p.group_size % 32) return "group_size must be a multiple of 32";
   if (p.scale_columns != 1 && p.scale_columns != p.out_features)
@@ -172,16 +184,22 @@ constexpr RowKernel kRowKernels[] = {{"gemv_4_", 4, 8, 1, 384, 6144},
                                      {"gemv_8_", 8, 8, 1, 704, INT64_MAX},
                                      {"gemv_16_", 16, 6, 1, INT64_MAX, INT64_MAX}};
 constexpr RowKernel kGroupedRows = {"gemv_grouped_", 8, 6, 2, INT64_MAX, INT64_MAX};
+constexpr RowKernel kSplitRows[] = {{"gemv_split_8_", 8, 8, 1, 704, INT64_MAX},
+                                    {"gemv_split_16_", 16, 6, 1, INT64_MAX, INT64_MAX}};
+constexpr RowKernel kSplitGroupedRows = {"gemv_split_grouped_", 8, 6, 2, INT64_MAX, INT64_MAX};
 
 // Single rows: quantized and multiplied by one kernel.
 const char* run_rows(Device& device, const kbc_matmul& p, Matmul m, void* stream) {
-  const RowKernel* k = p.group_size ? &kGroupedRows : kRowKernels;
+  const bool split = m.planes > 1;
+  const RowKernel* k = split ? (p.group_size ? &kSplitGroupedRows : kSplitRows)
+                             : (p.group_size ? &kGroupedRows : kRowKernels);
   while (k->most_tiles < m.k_tiles || k->most_inputs < m.k) ++k;
-  const unsigned shared = static_cast<unsigned>(k->stages * k->warps * 32 * 16 + round_up(m.k_tiles, 8) * 32 / p.bits);
+  const int64_t codes = round_up(m.k_tiles, 8) * 32 / p.bits * m.planes;
+  const unsigned shared = static_cast<unsigned>(k->stages * k->warps * 32 * 16 + codes);
   // Few blocks leave room for those of the next launch, which fetch weights while these compute;
   // with much to do it is better to have many. Measured on an H100.
   const int64_t rows_each = (m.n + 15) / 16 / device.multiprocessors;
-  const int64_t resident = rows_each < 2 ? 1 : 16 / k->warps * (rows_each < 8 ? 1 : 2);
+  const int64_t resident = rows_each < 2 ? 1 : 16 / k->warps * (rows_each < 8 || split ? 1 : 2);
   const int64_t blocks = ((m.n + 15) / 16 + k->teams - 1) / k->teams, slots = device.multiprocessors * resident;
   const std::string kind = k->name;
   const std::string name = kind + kDtypes[p.dtype];
@@ -201,7 +219,7 @@ const char* run_rows(Device& device, const kbc_matmul& p, Matmul m, void* stream
 
 // Several rows: quantized by one kernel, multiplied by the next.
 const char* run_matrix(Device& device, const kbc_matmul& p, const Matmul& m, void* stream) {
-  const std::string quantize = std::string("quantize_") + kDtypes[p.dtype];
+  const std::string quantize = (m.planes > 1 ? "split_" : "quantize_") + std::string(kDtypes[p.dtype]);
   const Launch first{quantize.c_str(), static_cast<unsigned>(p.rows), 1, kQuantizeThreads, 0,
                      p.weights != KBC_WEIGHTS_SETTLE};
   if (const char* wrong = launch(device, p.bits, first, &m, stream)) return wrong;
@@ -210,7 +228,7 @@ const char* run_matrix(Device& device, const kbc_matmul& p, const Matmul& m, voi
   const MatrixKernel& k = kMatrixKernels[choice.kernel];
   if (k.grouped != (p.group_size != 0)) return "this kernel is for other scales";
   if (k.wgmma && device.capability != 90) return "this kernel is for compute capability 9.0";
-  Launch second{k.name, static_cast<unsigned>((p.rows + k.rows - 1) / k.rows) * choice.shares,
+  Launch second{k.name, static_cast<unsigned>((image_rows(p) + k.rows - 1) / k.rows) * choice.shares,
                 static_cast<unsigned>((p.out_features + k.columns - 1) / k.columns),
                 static_cast<unsigned>(k.threads), static_cast<unsigned>(memory(choice)), true};
   second.cluster = choice.shares;

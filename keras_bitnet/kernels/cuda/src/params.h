@@ -10,9 +10,10 @@ struct Matmul {
   void* y;                   // (rows, n)
   unsigned* largest;         // bits of the largest |x| of all rows, or null: of each row
   unsigned char* image;      // quantized activations, see quantize.cuh
-  float* row_scale;          // (rows), their scales
-  int* row_sum;              // (rows), their sums
+  float* row_scale;          // (rows * planes), their scales
+  int* row_sum;              // (rows * planes), their sums
   int rows, n, k, k_tiles, group_size, scale_columns;
+  int planes;                // rows of the image for one of x: 1; 2 or 4 where x stays float
   int dtype;                 // 0 float32, 1 bfloat16, 2 float16
   int x_aligned, y_aligned;  // whether four neighbours of x, of y can be read and written at once
   int weights_ready;         // whether no kernel of the stream that may still run writes the weights

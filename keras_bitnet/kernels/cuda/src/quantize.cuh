@@ -1,6 +1,7 @@
 // Activations of several rows, quantized once for the matrix kernels.
 //
-// The image is [ceil(k / 128)][rows rounded up to 8][128] bytes. Inputs are permuted as the
+// The image is [ceil(k / 128)][rows rounded up to 8][128] bytes, where a row of activations that stay
+// float is a row for each plane, all with their own scales: their results are added. Inputs are permuted as the
 // matrix kernels read weights: in a block of four tiles, group i of the tiles 0 .. 3 (four codes
 // each) is a unit of 16 bytes. Of the eight units of a row of the image, unit u lies at place
 // place_of(u) ^ (row % 8): the order that `wgmma` wants, and its 128-byte swizzle.
@@ -17,7 +18,8 @@ DEVICE int place_of(int unit) {
   return unit / (2 * SHIFTS) * (2 * SHIFTS) + 2 * (unit % SHIFTS) + unit / SHIFTS % 2;
 }
 
-DEVICE int image_rows(const Matmul& p) { return (p.rows + 7) & ~7; }
+DEVICE int rows(const Matmul& p) { return p.rows * p.planes; }
+DEVICE int image_rows(const Matmul& p) { return (rows(p) + 7) & ~7; }
 DEVICE int slices(const Matmul& p) { return (p.k + SLICE - 1) / SLICE; }
 
 // The largest |x| of all rows, for activations that share one scale. `p.largest` starts as 0.
@@ -33,9 +35,9 @@ template <class T, class P> DEVICE void largest_of_all(const P& p) {
 }
 
 // A block quantizes one row.
-template <class T> DEVICE void quantize(const Matmul& p) {
+template <class T, int PLANES> DEVICE void quantize(const Matmul& p) {
   __shared__ u32 maxima[QUANTIZE_WARPS];
-  __shared__ int sums[QUANTIZE_WARPS];
+  __shared__ int sums[PLANES][QUANTIZE_WARPS];
   constexpr int THREADS = QUANTIZE_WARPS * 32, HELD = T::SIZE == 4 ? 2 : 4;
   const int row = blockIdx.x, units = slices(p) * (SLICE / 16);
   const char* x = static_cast<const char*>(p.x) + (long long)row * p.k * T::SIZE;
@@ -63,18 +65,21 @@ template <class T> DEVICE void quantize(const Matmul& p) {
   largest = block_max<QUANTIZE_WARPS>(largest, maxima);
   const Ratio ratio = ratio_of(p, p.largest ? __ldg(p.largest) : largest, largest);
 
-  int sum = 0;
+  int sum[PLANES] = {};
   auto write = [&](int unit, const Four<T>* v) {
-    u32 codes[4];
+    u32 codes[4][PLANES];
 #pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      codes[part] = quantize_four(p, v[part], ratio.inverse);
-      sum = __dp4a((int)codes[part], 0x01010101, sum);
+    for (int part = 0; part < 4; ++part) quantize_four(p, v[part], ratio.inverse, codes[part]);
+#pragma unroll
+    for (int plane = 0; plane < PLANES; ++plane) {
+      const int image_row = row * PLANES + plane;
+      const long long line = (long long)(unit / 8) * image_rows(p) + image_row;
+      const int place = place_of(unit % 8) ^ (image_row % 8);
+      *reinterpret_cast<uint4*>(p.image + line * SLICE + place * 16) =
+          make_uint4(codes[0][plane], codes[1][plane], codes[2][plane], codes[3][plane]);
+#pragma unroll
+      for (int part = 0; part < 4; ++part) sum[plane] = __dp4a((int)codes[part][plane], 0x01010101, sum[plane]);
     }
-    const long long line = (long long)(unit / 8) * image_rows(p) + row;
-    const int place = place_of(unit % 8) ^ (row % 8);
-    *reinterpret_cast<uint4*>(p.image + line * SLICE + place * 16) =
-        make_uint4(codes[0], codes[1], codes[2], codes[3]);
   };
 #pragma unroll
   for (int i = 0; i < HELD; ++i) {
@@ -86,9 +91,13 @@ template <class T> DEVICE void quantize(const Matmul& p) {
     load(v, unit);
     write(unit, v);
   }
-  sum = block_sum<QUANTIZE_WARPS>(sum, sums);
-  if (threadIdx.x == 0) {
-    p.row_scale[row] = ratio.scale;
-    p.row_sum[row] = sum;
+  float scale = ratio.scale;
+#pragma unroll
+  for (int plane = 0; plane < PLANES; ++plane, scale = __fmul_rn(scale, 1 / PLANE)) {
+    const int all = block_sum<QUANTIZE_WARPS>(sum[plane], sums[plane]);
+    if (threadIdx.x == 0) {
+      p.row_scale[row * PLANES + plane] = scale;
+      p.row_sum[row * PLANES + plane] = all;
+    }
   }
 }

@@ -20,7 +20,7 @@ typedef struct kbc_matmul {
   int64_t group_size;       // inputs that share a row of `scale`, a multiple of 32; 0: all
   int32_t bits;             // 1, 2, 4 or 8
   int32_t dtype;            // of x and y: 0 float32, 1 bfloat16, 2 float16
-  int32_t activation_bits;  // 8 or 4
+  int32_t activation_bits;  // 8 or 4; 0: they stay float
   int32_t per_tensor;       // 1: one activation scale for all rows
   float offset;             // w = scale * (code + offset), a multiple of 1/2
   float epsilon;            // lower bound of the absolute maximum
