@@ -70,8 +70,7 @@ def _launch(
     y = x.new_empty((*x.shape[:-1], out_features))
     in_features = x.shape[-1]
     _check(x, tiles, scale, bias, x_scale, out_features, bits, group_size)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    weights = _writers(tiles, stream)
+    weights = _writers(tiles, torch.cuda.current_stream(device).cuda_stream)
     problem = library.MatmulStruct(
         y.numel() // out_features, in_features, out_features, group_size, bits, DTYPES[x.dtype],
         activation_bits, per_tensor, offset, epsilon, scale.shape[1], kernel, weights,
@@ -82,9 +81,20 @@ def _launch(
     if size:
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
         problem.workspace = workspace.data_ptr()
-    library.load(device, bits)
-    library.run(problem, device, stream)
+    queue(problem, bits, device)
     return y
+
+
+def queue(problem, kind, device):
+    """Queues a problem on the current stream of a device, see `library.run`.
+
+    Args:
+        problem: One of the structs of `library`.
+        kind: The kind of kernels, see `compiler.KINDS`.
+        device: Number of the device.
+    """
+    library.load(device, kind)
+    library.run(problem, device, torch.cuda.current_stream(device).cuda_stream)
 
 
 # Of tensors by identity: a weak reference, their state, and the streams that waited for it.

@@ -5,7 +5,7 @@ import torch
 from keras_bitnet.kernels import cuda, torch_operators
 from keras_bitnet.kernels.attention import CACHE
 from keras_bitnet.kernels.cuda import compiler, library
-from keras_bitnet.kernels.cuda.torch import device_reason
+from keras_bitnet.kernels.cuda.torch import device_reason, queue
 from keras_bitnet.kernels.select import Kernel
 from keras_bitnet.kernels.torch_operators import DTYPES
 
@@ -42,7 +42,7 @@ def _launch(
     caches = {"key_cache": key_cache, "value_cache": value_cache}
     scales = {} if key_scale is None else {"key_scale": key_scale, "value_scale": value_scale}
     _check(query, key, value, cosines, sines, mask, index, caches, scales)
-    (batch, _, heads, head_dim), device = query.shape, query.get_device()
+    batch, _, heads, head_dim = query.shape
     y = torch.empty_like(query)
     tables = {} if cosines is None else {"cosines": cosines, "sines": sines}
     masks = {} if mask is None else {"mask": mask}
@@ -61,8 +61,7 @@ def _launch(
         scale=scale,
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
     )
-    library.load(device, compiler.ATTENTION)
-    library.run(problem, device, torch.cuda.current_stream(device).cuda_stream)
+    queue(problem, compiler.ATTENTION, query.get_device())
     return y
 
 

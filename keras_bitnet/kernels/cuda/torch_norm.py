@@ -4,7 +4,7 @@ import torch
 
 from keras_bitnet.kernels import cpu, cuda, torch_operators
 from keras_bitnet.kernels.cuda import compiler, library
-from keras_bitnet.kernels.cuda.torch import device_reason
+from keras_bitnet.kernels.cuda.torch import device_reason, queue
 from keras_bitnet.kernels.select import Kernel
 from keras_bitnet.kernels.torch_operators import DTYPES
 
@@ -30,15 +30,14 @@ def run(x, scale, epsilon):
 
 def _launch(x, gain, epsilon):
     x, gain = x.contiguous(), gain.contiguous()
-    features, device = x.shape[-1], x.get_device()
+    features = x.shape[-1]
     torch_operators.check(x.device, [("gain", gain, torch.float32, {(features,)})])
     y = torch.empty_like(x)
     problem = library.NormStruct(
         x.numel() // features, features, DTYPES[x.dtype], epsilon, x.data_ptr(), gain.data_ptr(),
         y.data_ptr(),
     )  # fmt: skip
-    library.load(device, compiler.NORM)
-    library.run(problem, device, torch.cuda.current_stream(device).cuda_stream)
+    queue(problem, compiler.NORM, x.get_device())
     return y
 
 

@@ -7,7 +7,7 @@ import torch
 
 from keras_bitnet.kernels import cpu, cuda, torch_operators
 from keras_bitnet.kernels.cuda import compiler, library
-from keras_bitnet.kernels.cuda.torch import device_reason
+from keras_bitnet.kernels.cuda.torch import device_reason, queue
 from keras_bitnet.kernels.select import Kernel
 from keras_bitnet.kernels.torch_operators import DTYPES, pointer
 
@@ -79,11 +79,6 @@ def _number(value, like):
     return torch.as_tensor(value, dtype=torch.float32, device=like.device).detach()
 
 
-def _queue(problem, device):
-    library.load(device, compiler.TRAINING)
-    library.run(problem, device, torch.cuda.current_stream(device).cuda_stream)
-
-
 def _fake_quantize(x, strength, scale, highest, per_tensor, epsilon):
     x = x.contiguous()
     y = torch.empty_like(x)
@@ -96,7 +91,7 @@ def _fake_quantize(x, strength, scale, highest, per_tensor, epsilon):
     if per_tensor:
         workspace = torch.empty(1, dtype=torch.int32, device=x.device)
         problem.workspace = workspace.data_ptr()
-    _queue(problem, x.get_device())
+    queue(problem, compiler.TRAINING, x.get_device())
     return y
 
 
@@ -117,7 +112,7 @@ def _fake_quantize_weight(
         scale_columns=scale.shape[1], lowest=lowest, highest=highest, half=half,
         x=weight.data_ptr(), scale=scale.data_ptr(), strength=pointer(strength), y=y.data_ptr(),
     )  # fmt: skip
-    _queue(problem, weight.get_device())
+    queue(problem, compiler.TRAINING, weight.get_device())
     return y
 
 
