@@ -1,13 +1,14 @@
 """Times the packed matmul on a CUDA GPU beside library kernels, interleaved in one run.
 
-    KERAS_BACKEND=torch|jax python benchmarks/gpu_matmul.py [--quick]
+    KERAS_BACKEND=torch|jax python benchmarks/gpu_matmul.py [--quick] [--activations int8|float]
 
-Every candidate with packed weights is checked against float64 first. Then a CUDA graph (torch) or
-a compiled loop (jax) calls it with each of several copies of its weights in turn, more than the
-L2 cache holds, and the candidates take turns; the table holds medians in microseconds a call,
-quantization of the activations included. "read" is a kernel that only reads the packed bytes (it
-needs CuPy); on PyTorch the libraries of `gpu_peers.py` take part where they are installed. Writes
-`results/gpu_matmul_<backend>.json`.
+Activations are quantized to 8 bits, or stay bfloat16. Every candidate with packed weights is
+checked against float64 first. Then a CUDA graph (torch) or a compiled loop (jax) calls it with
+each of several copies of its weights in turn, more than the L2 cache holds, and the candidates take
+turns; the table holds medians in microseconds a call, the quantization of activations included.
+"read" is a kernel that only reads the packed bytes (it needs CuPy); on PyTorch the libraries of
+`gpu_peers.py` take part where they are installed. Writes `results/gpu_matmul_<backend>.json`, of
+float activations `results/gpu_matmul_<backend>_float.json`.
 """
 
 import argparse
@@ -53,11 +54,11 @@ extern "C" __global__ void __launch_bounds__(512) read(const uint4* p, unsigned*
 
 
 class Case:
-    """A shape and a width: copies of a packed weight, and activations."""
+    """A shape, a width, a quantizer of activations or `None`; copies of a packed weight."""
 
-    def __init__(self, n, k, bits):
+    def __init__(self, n, k, bits, quantizer):
         rng = np.random.default_rng(0)
-        self.n, self.k, self.bits = n, k, bits
+        self.n, self.k, self.bits, self.quantizer = n, k, bits, quantizer
         shape = layout.tiles_shape(k, n, bits)
         self.nbytes = int(np.prod(shape))
         raw = rng.integers(0, 256, shape, dtype=np.uint8)
@@ -82,7 +83,7 @@ class Case:
         name = {1: "binary", 2: "ternary", 4: "int4", 8: "int8"}[self.bits]
         quantizer = type(quantizers.get(name))(granularity="tensor")
         layer = BitLinear(self.n, use_bias=False, weight_quantizer=quantizer, packed=True,
-                          dtype="bfloat16")  # fmt: skip
+                          activation_quantizer=self.quantizer, dtype="bfloat16")  # fmt: skip
         layer.build((None, self.k))
         return layer
 
@@ -96,8 +97,9 @@ class Case:
         columns = 32
         x = ops.convert_to_numpy(ops.cast(x, "float32"))
         weight = (ops.convert_to_numpy(self.codes(columns)) + OFFSETS[self.bits]) * 0.37
-        largest = np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-5))
-        x = np.round(x * (np.float32(127) / largest)) * (largest / 127).astype("float64")
+        if self.quantizer is not None:
+            largest = np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-5))
+            x = np.round(x * (np.float32(127) / largest)) * (largest / 127).astype("float64")
         wanted = x @ weight
         found = ops.convert_to_numpy(ops.cast(y[:, :columns], "float32"))
         error = np.abs(found - wanted).max() / np.abs(wanted).max()
@@ -107,9 +109,8 @@ class Case:
 
 def candidates(case, x, peers):
     """`{name: functions of no arguments, one for each copy of the weights}`."""
-    quantizer = ActivationInt8()
     packs = [case.packed(tiles) for tiles in case.tiles]
-    found = {"bit_matmul": [functools.partial(bit_matmul, x, p, quantizer) for p in packs]}
+    found = {"bit_matmul": [functools.partial(bit_matmul, x, p, case.quantizer) for p in packs]}
     if BACKEND == "torch":
         found |= torch_candidates(case, x)
     else:
@@ -132,7 +133,7 @@ def torch_candidates(case, x):
     weights = [torch.randn(case.n, case.k, device="cuda", dtype=torch.bfloat16)]
     weights += [weights[0].roll(i, 0) for i in range(1, count)]
     found["cuBLAS bf16"] = [functools.partial(torch.mm, x, w.T) for w in weights]
-    if len(x) > 16:
+    if len(x) > 16 and case.quantizer is not None:
         codes = torch.randint(-127, 128, x.shape, device="cuda", dtype=torch.int8)
         whole = [torch.randint(-1, 2, (case.n, case.k), device="cuda", dtype=torch.int8)
                  for _ in range(count)]  # fmt: skip
@@ -241,6 +242,7 @@ def measure(case, rows, repeats, peers):
         "out": case.n,
         "in": case.k,
         "bits": case.bits,
+        "activations": "float" if case.quantizer is None else "int8",
         "rows": rows,
         "packed_bytes": case.nbytes,
         "microseconds": {
@@ -269,23 +271,27 @@ def main():
     """Runs everything and writes the results after every shape."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one shape, two sizes")
+    parser.add_argument("--activations", choices=("int8", "float"), default="int8")
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--output", default=common.RESULTS / f"gpu_matmul_{BACKEND}.json")
+    parser.add_argument("--output", help="JSON file")
     arguments = parser.parse_args()
+    is_float = arguments.activations == "float"
+    quantizer, bits, suffix = (None, 4, "_float") if is_float else (ActivationInt8(), 2, "")
+    output = arguments.output or common.RESULTS / f"gpu_matmul_{BACKEND}{suffix}.json"
     shapes, rows = (SHAPES[-1:], (1, 16)) if arguments.quick else (SHAPES, ROWS)
-    cases = [(*shape, 2, rows) for shape in shapes]
+    cases = [(*shape, bits, rows) for shape in shapes]
     if not arguments.quick:
-        cases += [(*SHAPES[0], bits, (1, 16)) for bits in (1, 4, 8)]
+        cases += [(*SHAPES[0], other, (1, 16)) for other in (1, 2, 4, 8) if other != bits]
     records, skipped = [], {}
     for n, k, bits, sizes in cases:
-        case = Case(n, k, bits)
+        case = Case(n, k, bits, quantizer)
         peers = prepare_peers(case, skipped)
         for m in sizes:
             if m > 256 and (n, k) not in SHAPES[:2]:
                 continue
             records.append(measure(case, m, arguments.repeats, peers))
         head = common.header(gpu=common.gpu(), cold_bytes=COLD_BYTES, repeats=arguments.repeats)
-        common.write_json(arguments.output, {**head, "skipped": skipped, "rows": records})
+        common.write_json(output, {**head, "skipped": skipped, "rows": records})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Peers of `gpu_matmul.py` on PyTorch: 2-bit weights by other libraries, of the same values.
+"""Peers of `gpu_matmul.py` on PyTorch: packed weights by other libraries, of the same values.
 
 Each takes a case and gives `(product, weights)`: `product(x, weight)` with bfloat16 `x (m, k)` for
 each of the weights, copies of one packed in the library's own way; the first is the weight of the
@@ -20,9 +20,17 @@ def _copies(case, weight, axis):
 def gemlite(case, activations):
     """Triton kernels; https://github.com/dropbox/gemlite, tuned with its default candidates."""
     library, helper = peer("gemlite"), peer("gemlite.helper")
-    make = {8: helper.A8W158_INT_dynamic, 16: helper.A16W158_INT}[activations]
-    values = case.codes().T.to(torch.bfloat16) - 1
-    layer = make(device="cuda", dtype=torch.bfloat16).from_weights(values, case.scale).cuda()
+    kind = {"device": "cuda", "dtype": torch.bfloat16}
+    codes = case.codes().T
+    if case.bits == 2:
+        make = {8: helper.A8W158_INT_dynamic, 16: helper.A16W158_INT}[activations]
+        layer = make(**kind).from_weights(codes.to(torch.bfloat16) - 1, case.scale)
+    else:
+        scale = case.scale.expand(case.n, 1).contiguous()
+        zeros = torch.full_like(scale, 2 ** (case.bits - 1))
+        make = helper.A16Wn(**kind)
+        layer = make.from_weights(codes.to(torch.uint8), scale, zeros, case.bits, case.k)
+    layer = layer.cuda()
     weight, *others = layer.get_tensor_args()
     facts = layer.get_meta_args()
 
@@ -32,19 +40,20 @@ def gemlite(case, activations):
     return product, _copies(case, weight.detach(), 1)
 
 
-def humming(case):
+def humming(case, activations):
     """CUDA kernels compiled for a size; https://github.com/vllm-project/humming."""
     layers, library = peer("humming.layer"), peer("humming.ops")
     layer = layers.HummingLayer(
         shape_n=case.n,
         shape_k=case.k,
-        weight_config={"dtype": "int2"},
-        input_config={"dtype": "int8"},
+        weight_config={"dtype": f"int{case.bits}"},
+        input_config={"dtype": {8: "int8", 16: "bfloat16"}[activations]},
         torch_dtype=torch.bfloat16,
     ).cuda()
-    codes = (case.codes().T + 1).contiguous()  # the code 2 stands for 0 there
+    # The middle code stands for 0 there, ours of 2 bits are ternary.
+    codes = (case.codes().T + (case.bits == 2)).contiguous()
     scale = case.scale.to(torch.bfloat16).expand(case.n, 1).contiguous()
-    packed = library.pack_weight(codes, 2)
+    packed = library.pack_weight(codes, case.bits)
     layer.load_from_tensors({"weight": packed, "weight_scale": scale})
     layer.transform()
     forward = importlib.import_module("humming.forward").humming_forward
@@ -61,11 +70,13 @@ def humming(case):
     return product, _copies(case, layer.weight.detach(), 0)
 
 
-# With the most rows that they are timed at: gemlite tunes itself for a minute at many rows.
+# What makes it, the most rows that it is timed at (gemlite tunes itself for a minute at many), and
+# the bits of weights that it is timed with: where activations are quantized, where they are float.
 PEERS = {
-    "gemlite int8": (functools.partial(gemlite, activations=8), 16),
-    "gemlite bf16": (functools.partial(gemlite, activations=16), 16),
-    "humming int8": (humming, 2048),
+    "gemlite int8": (functools.partial(gemlite, activations=8), 16, (2,), ()),
+    "gemlite bf16": (functools.partial(gemlite, activations=16), 16, (2,), (2, 4)),
+    "humming int8": (functools.partial(humming, activations=8), 2048, (2,), ()),
+    "humming bf16": (functools.partial(humming, activations=16), 2048, (), (2, 4)),
 }
 
 
@@ -77,8 +88,8 @@ def prepare(case, skipped):
         skipped: Reasons why others are not, by name; new ones are printed and added.
     """
     ready = {}
-    for name, (make, most) in PEERS.items():
-        if name in skipped or case.bits != 2:
+    for name, (make, most, quantized, floats) in PEERS.items():
+        if name in skipped or case.bits not in (floats if case.quantizer is None else quantized):
             continue
         try:
             product, weights = make(case)
