@@ -21,8 +21,6 @@ import sys
 import tempfile
 import time
 
-# Barriers of OpenMP spin by default; on a busy machine that costs a time slice a call.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path[:0] = [str(pathlib.Path(__file__).parent.parent)]
 

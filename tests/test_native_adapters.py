@@ -1,6 +1,7 @@
 """The native CPU rows as every backend sees them; what only one has is in test_native_<backend>."""
 
 import functools
+import math
 import threading
 
 import keras
@@ -14,6 +15,7 @@ from keras_bitnet import kernels
 from keras_bitnet.kernels import native
 from keras_bitnet.layers import BitLinear
 from keras_bitnet.ops import PackedTensor, bit_matmul
+from keras_bitnet.ops.window import Window
 from keras_bitnet.quantizers.activations import ActivationInt4, ActivationInt8
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reason()))
@@ -164,6 +166,41 @@ def test_gradient_of_activations_and_bias(bits, granularity, dtype, rng):
             )
     for actual, wanted in zip(found["native"], found["reference"], strict=True):
         assert relative_error(actual, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_patches_of_images(rank, dtype, rng):
+    """As rows the same bits on this kernel, and the result and gradient of the reference."""
+    window = Window.of(rank, (2, 3, 2)[:rank], (1, 2, 1)[:rank], 1, "same", "channels_last")
+    x = rng.normal(size=(2, *(6, 5, 3)[:rank], 4)).astype("float32")
+    k = 4 * math.prod(window.size)
+    _, packed = make_packed(rng, k, 33)
+    bias, gain = (ops.convert_to_tensor(rng.uniform(size=n).astype("float32")) for n in (33, k))
+    for quantizer in QUANTIZERS:
+        for norm in (None, (gain, 1e-5)):
+
+            def multiply(x, images=True, quantizer=quantizer, norm=norm):
+                x = ops.cast(x, dtype) if images else window.patches(ops.cast(x, dtype))
+                arguments = bias, static_scale(quantizer), norm, window if images else None
+                return ops.cast(bit_matmul(x, packed, quantizer, *arguments), "float32")
+
+            def loss(x, multiply=multiply):
+                y = multiply(x)
+                return ops.sum(ops.multiply(y, ops.cos(ops.arange(33, dtype="float32"))))
+
+            y, dx = {}, {}
+            for kernel in ("native", "reference"):
+                with kernels.use_kernel(kernel):
+                    y[kernel] = to_numpy(compiled(multiply, x))
+                    dx[kernel] = gradient(loss, x)
+            assert y["native"].shape == (*window.positions(x.shape), 33)
+            with kernels.use_kernel("native"):
+                rows = to_numpy(compiled(functools.partial(multiply, images=False), x))
+            np.testing.assert_array_equal(y["native"], rows)
+            if norm is None:  # behind a norm one code may be the next one
+                assert relative_error(y["native"], y["reference"]) < TOLERANCE[dtype]
+                assert relative_error(dx["native"], dx["reference"]) < 4 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,12 +9,13 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import once
+from helpers import once, to_numpy
 from keras import ops
 
 from keras_bitnet import quantizers
 from keras_bitnet.kernels import native
 from keras_bitnet.ops import PackedTensor
+from keras_bitnet.ops.window import Window
 
 pytestmark = [
     once,
@@ -375,6 +376,54 @@ def test_refused_arguments(change, message):
 def test_no_rows():
     packed, _ = make("ternary", 33, 31)
     assert native.matmul(np.zeros((0, 33), np.float32), packed).shape == (0, 31)
+
+
+WINDOWS = [
+    (1, 3, 2, 1, "causal"),
+    (2, (3, 2), 1, 1, "same"),
+    (2, (2, 3), 1, (1, 2), "valid"),
+    (2, 1, 3, 1, "same"),
+    (3, 2, (1, 2, 1), 1, "same"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_patches_of_images(window, dtype):
+    """The bits of the same patches as rows, with and without float inputs and a static scale."""
+    window = Window.of(*window, "channels_last")
+    rng = np.random.default_rng(11)
+    x = rng.normal(size=(2, *(7, 6, 5)[: len(window.size)], 3)).astype(DTYPES[dtype])
+    rows = to_numpy(ops.cast(window.patches(x.astype("float32")), "float32")).astype(x.dtype)
+    packed, _ = make("ternary", rows.shape[-1], 21)
+    out, check = guarded((*window.positions(x.shape), 21), x.dtype)
+    for options in ({}, {"activation_bits": 0}, {"x_scale": 0.03}):
+        native.matmul(x, packed, out=out, window=window, **options)
+        check()
+        assert (out == native.matmul(rows, packed, **options)).all()
+
+
+def test_windows_that_do_not_fit():
+    packed, _ = make("ternary", 27, 5)
+    window = Window.of(2, 3, 1, 1, "valid", "channels_last")
+    x = np.ones((1, 4, 4, 3), np.float32)
+    with pytest.raises(ValueError, match="a window needs"):
+        native.matmul(x, packed, window=window, per_tensor=True)
+    with pytest.raises(ValueError, match=r"array \(\.\.\., 3\)"):
+        native.matmul(x[..., :2], packed, window=window)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_many_rows_by_weights_that_stay_in_the_cache(isa):
+    native.set_isa(isa)
+    x = np.random.default_rng(12).standard_normal((1500, 100)).astype(np.float32)
+    for weight, granularity in (("ternary", "channel"), ("int4", 32)):
+        packed, codes = make(weight, 100, 40, granularity)
+        wanted = oracle_matmul(x, packed, codes)
+        for count in (1, 3):
+            native.set_threads(count)
+            y = native.matmul(x, packed)
+            assert np.abs(y - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
 def test_fork_after_load():

@@ -19,6 +19,7 @@ from test_native_adapters import make_packed, packed_layer
 from keras_bitnet import kernels
 from keras_bitnet.kernels import native
 from keras_bitnet.ops import bit_matmul
+from keras_bitnet.ops.window import Window
 from keras_bitnet.quantizers.activations import ActivationInt8
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reason()))
@@ -88,6 +89,23 @@ TRANSFORMED = {
 def test_transformations(name, functions, x, bias):
     transform = TRANSFORMED[name]
     same(transform(functions[0])(x, bias), transform(functions[1])(x, bias))
+
+
+@pytest.mark.parametrize("name", ["vmap", "vmap of vmap", "grad of vmap", "scan", "remat"])
+def test_transformations_of_a_convolution(name, rng, bias):
+    _, packed = make_packed(rng, 100, 33)
+    window = Window.of(1, 4, 2, 1, "same", "channels_last")
+    x = jnp.asarray(rng.normal(size=(4, 3, 7, 25)).astype("float32"))
+
+    def run(kernel):
+        def function(x, bias):
+            with kernels.use_kernel(kernel):
+                return bit_matmul(x, packed, ActivationInt8(), bias, window=window)
+
+        return function
+
+    transform = TRANSFORMED[name]
+    same(transform(run("native"))(x, bias), transform(run("reference"))(x, bias))
 
 
 def test_vmap_keeps_one_scale_for_each_tensor(rng, x):
@@ -185,6 +203,7 @@ LAYOUT = {
     ("Buffers", "XLA_FFI_Rets"): {"size": "size", "types": "types", "buffers": "rets"},
     ("ByteSpan", "XLA_FFI_ByteSpan"): {"data": "ptr", "size": "len"},
     ("Scalar", "XLA_FFI_Scalar"): {"dtype": "dtype", "value": "value"},
+    ("Array", "XLA_FFI_Array"): {"dtype": "dtype", "size": "size", "data": "data"},
     ("Attributes", "XLA_FFI_Attrs"): {
         "size": "size", "types": "types", "names": "names", "values": "attrs"},
     ("Schedule", "XLA_FFI_ThreadPool_Schedule_Args"): {
@@ -206,6 +225,7 @@ VALUES = {
     "kExecuteStage": "XLA_FFI_ExecutionStage_EXECUTE",
     "kInvalidArgument": "XLA_FFI_Error_Code_INVALID_ARGUMENT",
     "kInternal": "XLA_FFI_Error_Code_INTERNAL",
+    "kArrayAttribute": "XLA_FFI_AttrType_ARRAY",
     "kScalarAttribute": "XLA_FFI_AttrType_SCALAR",
     **{
         f"k{name}": f"XLA_FFI_DataType_{name}"

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from helpers import BACKEND, relative_error, run_python
+from helpers import BACKEND, packed_twin, relative_error, run_python
 
 if BACKEND != "tensorflow":
     pytest.skip("the tensorflow backend is not the active one", allow_module_level=True)
@@ -15,6 +15,7 @@ from test_native_adapters import make_packed, packed_layer
 
 from keras_bitnet import kernels
 from keras_bitnet.kernels import native
+from keras_bitnet.layers import BitConv2D
 from keras_bitnet.quantizers.activations import ActivationInt8
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reason()))
@@ -22,10 +23,10 @@ pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reas
 OP = "KerasBitnetMatmul"
 
 
-def has_op(function):
+def has_op(function, name=OP):
     graph = function.get_concrete_function().graph.as_graph_def()
     nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
-    return any(node.op == OP for node in nodes)
+    return any(node.op == name for node in nodes)
 
 
 @pytest.mark.parametrize("shape", [(None, 100), (None, None, 100), (3, 100), None])
@@ -43,6 +44,28 @@ def test_function_and_shape_inference(shape, rng):
     assert inferred.as_list() == [*shape[:-1], 33] if shape else inferred.rank is None
     x = tf.random.normal([size or 3 for size in shape or (3, 100)])
     np.testing.assert_array_equal(traced(x), function(x))
+
+
+@pytest.mark.parametrize("shape", [(None, None, None, 4), (2, 7, 8, 4)])
+def test_a_convolution_in_a_function(shape, rng):
+    layer = BitConv2D(6, 3, strides=2, padding="same", norm="rms")
+    layer.build(shape)
+    layer = packed_twin(layer, shape)
+    traced = tf.function(layer, input_signature=[tf.TensorSpec(shape, "float32")])
+    assert has_op(traced, "KerasBitnetConv")
+    inferred = traced.get_concrete_function().output_shapes.as_list()
+    assert inferred == [shape[0], *(size and -(-size // 2) for size in shape[1:3]), 6]
+    x = tf.random.normal([size or n for size, n in zip(shape, (2, 7, 8, 4), strict=True)])
+    np.testing.assert_array_equal(traced(x), layer(x))
+
+    @tf.function
+    def slope(x):
+        return tf.gradients(tf.reduce_sum(traced(x) ** 2), x)[0]
+
+    with kernels.use_kernel("reference"), tf.GradientTape() as tape:
+        tape.watch(x)
+        y = tf.reduce_sum(layer(x) ** 2)
+    assert relative_error(slope(x), tape.gradient(y, x)) < 1e-4
 
 
 def test_xla_takes_the_reference(rng):

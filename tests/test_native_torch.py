@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from helpers import BACKEND, relative_error, run_python
+from helpers import BACKEND, packed_twin, relative_error, run_python
 
 if BACKEND != "torch":
     pytest.skip("the torch backend is not the active one", allow_module_level=True)
@@ -16,7 +16,9 @@ from test_native_adapters import make_packed, packed_layer
 from keras_bitnet import kernels
 from keras_bitnet.kernels import native
 from keras_bitnet.kernels import torch as _registers_the_operator  # noqa: F401
+from keras_bitnet.layers import BitConv2D
 from keras_bitnet.ops import bit_matmul
+from keras_bitnet.ops.window import Window
 from keras_bitnet.quantizers.activations import ActivationInt8
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reason()))
@@ -88,6 +90,31 @@ def test_opcheck(granularity, bias, gain, rng):
     torch.library.opcheck(op, (*tensors, *attributes))
 
 
+def test_opcheck_of_a_convolution(rng):
+    _, packed = make_packed(rng, 100, 33)
+    numbers = Window.of(2, (2, 5), 2, 1, "same", "channels_last").numbers
+    x, bias, gain = torch.randn(2, 3, 7, 10), torch.randn(33), torch.randn(100)
+    tensors = (x, packed.tiles, packed.scale, bias, torch.empty(0), gain)
+    attributes = (33, 2, 0, 0, 8, False, packed.offset, 1e-5, 1e-5, *numbers)
+    for tensor in (x, bias, gain):
+        tensor.requires_grad_()
+    torch.library.opcheck(torch.ops.keras_bitnet.bit_conv.default, (*tensors, *attributes))
+
+
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_compile_and_export_of_a_convolution(data_format, rng):
+    layer = BitConv2D(6, 3, strides=2, padding="same", data_format=data_format)
+    x = torch.randn(2, 8, 8, 8)
+    layer.build(x.shape)
+    layer = packed_twin(layer, x.shape)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True)
+        assert torch.equal(compiled(x), layer(x))
+        exported = torch.export.export(layer, (x,))
+    assert any(str(n.target) == "keras_bitnet.bit_conv.default" for n in exported.graph.nodes)
+    assert torch.equal(exported.module()(x), layer(x))
+
+
 def test_operator_over_ctypes(rng):
     from keras_bitnet.kernels import torch as adapter
 
@@ -98,6 +125,10 @@ def test_operator_over_ctypes(rng):
     none = torch.empty(0)
     y = adapter._run_through_ctypes(x, packed.tiles, packed.scale, none, none, gain, *arguments)
     assert torch.equal(y, wanted)
+    x, window = torch.randn(2, 9, 25), Window.of(1, 4, 2, 1, "causal", "channels_last")
+    wanted = bit_matmul(x, packed, ActivationInt8(), window=window)
+    operands = (x, packed.tiles, packed.scale, none, none, none, *arguments, *window.numbers)
+    assert torch.equal(adapter._run_through_ctypes(*operands), wanted)
 
 
 def test_operator_checks_its_operands(rng):
@@ -151,6 +182,43 @@ print(json.dumps(len(os.listdir("/proc/self/task")) - before))
     if not os.path.isdir("/proc/self/task"):
         pytest.skip("no /proc on this system")
     assert run_python(code) == 0
+
+
+def test_the_threads_of_torch_run_the_kernels():
+    """As they do where OpenMP is not told to wait passively; not in a forked child."""
+    code = """
+import json, os, threading, torch
+from test_native_adapters import make_packed, np
+from keras_bitnet import kernels
+from keras_bitnet.kernels import native
+from keras_bitnet.ops import bit_matmul
+from keras_bitnet.quantizers import ActivationInt8
+torch.set_num_threads(3)
+native.set_threads(3)
+_, packed = make_packed(np.random.default_rng(0), 2048, 1024)
+x = torch.randn(64, 2048)
+with kernels.use_kernel("reference"):
+    wanted = bit_matmul(x, packed, ActivationInt8())
+torch.ones(1 << 20).sum()  # starts them
+before = len(os.listdir("/proc/self/task"))
+y = bit_matmul(x, packed, ActivationInt8())
+found = [(y - wanted).abs().max().item() / wanted.abs().max().item()]
+more = len(os.listdir("/proc/self/task")) - before
+def call():
+    found.append(float(not torch.equal(bit_matmul(x, packed, ActivationInt8()), y)))
+callers = [threading.Thread(target=call) for _ in range(8)]
+[c.start() for c in callers], [c.join() for c in callers]
+child = os.fork()
+if child == 0:
+    os._exit(not (bit_matmul(x, packed, ActivationInt8()).numpy() == y.numpy()).all())
+print(json.dumps([max(found), more, os.waitpid(child, 0)[1]]))
+"""
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("no /proc on this system")
+    error, more_threads, child = run_python(code, OMP_WAIT_POLICY="")
+    assert error < 2e-6
+    assert more_threads == 0
+    assert child == 0
 
 
 def test_model_export(rng, tmp_path):

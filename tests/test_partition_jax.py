@@ -16,6 +16,7 @@ from keras_bitnet.kernels import jax as native
 from keras_bitnet.kernels.cpu import Facts
 from keras_bitnet.kernels.jax_calls import registration_error, traced
 from keras_bitnet.kernels.native import library
+from keras_bitnet.ops.window import Window
 from keras_bitnet.quantizers.activations import ActivationInt8, StaticActivation
 
 cuda._workspace = lambda *facts: 0  # the branch of CUDA is traced, and not compiled
@@ -23,21 +24,24 @@ registration_error(library(), "kbn_xla_matmul", native.TARGET, "cpu")
 MOVES = r"= (\\w+)\\[\\S* (?:all-gather|all-to-all|all-reduce)\\("
 rng = np.random.default_rng(0)
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("batch", "model"))
-x = rng.normal(size=(4, 6, 256)).astype("float32")
+rows = rng.normal(size=(4, 6, 256)).astype("float32")
+images = rng.normal(size=(4, 12, 64)).astype("float32")
 put = lambda a, *axes: jax.device_put(jnp.asarray(a), NamedSharding(mesh, P(*axes)))
 results = []
 for adapter in (native, cuda):
-    for n, granularity, quantizer, layout in (
+    for n, granularity, quantizer, layout, *window in (
         (128, "tensor", ActivationInt8(), "tiles"),
         (128, "channel", ActivationInt8("tensor"), "trits"),
         (128, 32, ActivationInt8(), "tiles"),
         (100, "channel", ActivationInt8(), "tiles"),
         (16, "channel", ActivationInt8(), "tiles"),
         (128, "channel", StaticActivation(8), "tiles"),
-    ):
+        (128, "channel", ActivationInt8(), "tiles", Window.of(1, 4, 2, 1, "same", "channels_last")),
+    )[: 7 if adapter is native else 6]:
+        x = images if window else rows
         _, packed = make_packed(rng, 256, n, 2, granularity, layout=layout)
         bias = rng.normal(size=n).astype("float32")
-        facts = Facts.of(packed, quantizer)
+        facts = Facts.of(packed, quantizer, *window)
         static = jnp.float32(0.02) if quantizer.granularity == "static" else None
         def run(*operands):
             return traced(adapter.PLACE, facts, *operands, static)
@@ -65,7 +69,7 @@ print(json.dumps(results))
 
 def test_split_over_devices():
     results = run_python(CODE, XLA_FLAGS="--xla_force_host_platform_device_count=4")
-    assert len(results) == 48
+    assert len(results) == 52
     for result in results:
         assert result["equal"], result
         assert result["gradient"] < 1e-5, result

@@ -111,8 +111,10 @@ def refuse_formula(problem):
 _CPU_DEVICES = ("cpu", "cpu:0", "cpu_0", "meta")
 
 
-def normalizes(activation_quantizer):
-    """Whether the native library normalizes what it quantizes so: row by row, as a norm is."""
+def by_rows(activation_quantizer):
+    """Whether activations are quantized row by row: then the native library can normalize rows, and
+    gather them from images, on the way.
+    """
     return not Activations.of(activation_quantizer).per_tensor
 
 
@@ -148,6 +150,7 @@ class Facts(NamedTuple):
         offset: `w = scale * (code + offset)`.
         layout: `"tiles"` or `"trits"`.
         quantizer: The `ActivationQuantizer`, or `None`.
+        window: The `keras_bitnet.ops.window.Window` of a convolution, or `None`.
     """
 
     in_features: int
@@ -157,10 +160,11 @@ class Facts(NamedTuple):
     offset: float
     layout: str
     quantizer: Any
+    window: Any
 
     @classmethod
-    def of(cls, packed, quantizer):
-        """The facts of a `PackedTensor` and an activation quantizer."""
+    def of(cls, packed, quantizer, window=None):
+        """The facts of a `PackedTensor`, an activation quantizer and a window."""
         return cls(
             packed.in_features,
             packed.out_features,
@@ -169,6 +173,7 @@ class Facts(NamedTuple):
             packed.offset,
             packed.layout,
             quantizer,
+            window,
         )
 
     def packed(self, tiles, scale):

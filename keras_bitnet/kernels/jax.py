@@ -16,19 +16,23 @@ def refuse(problem):
     return reason or registration_error(native.library(), "kbn_xla_matmul", TARGET, "cpu")
 
 
-def run(x, packed, activation_quantizer, bias, activation_scale=None):
-    """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
-    return matmul(PLACE, x, packed, activation_quantizer, bias, activation_scale)
+def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None, window=None):
+    """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused; without a norm."""
+    return matmul(PLACE, x, packed, activation_quantizer, bias, activation_scale, window)
 
 
 def _ffi_call(facts, x, *operands):
-    trits = np.int64(facts.layout == "trits")
-    return ffi_matmul(TARGET, result(facts, x), facts, x, *operands, trits=trits)
+    attributes = {"trits": np.int64(facts.layout == "trits")}
+    if facts.window is not None:
+        attributes["window"] = np.array(facts.window.numbers, np.int64)
+    return ffi_matmul(TARGET, result(facts, x), facts, x, *operands, **attributes)
 
 
 def _reference(facts, x, tiles, scale, bias, x_scale):
+    if facts.window is not None:
+        x = facts.window.patches(x)
     return reference_matmul(x, facts.packed(tiles, scale), facts.quantizer, bias, x_scale)
 
 
 PLACE = Place("cpu", _ffi_call, _reference)
-NATIVE = Kernel(cpu.NAME, refuse, run)
+NATIVE = Kernel(cpu.NAME, refuse, run, gathers=cpu.by_rows)

@@ -44,12 +44,12 @@ class Place(NamedTuple):
     elsewhere: Callable
 
 
-def matmul(place, x, packed, activation_quantizer, bias, activation_scale):
+def matmul(place, x, packed, activation_quantizer, bias, activation_scale, window=None):
     """`keras_bitnet.ops.bit_matmul` by a kernel, with a gradient, under `vmap` and on meshes."""
     bias = None if bias is None else ops.convert_to_tensor(bias)
     if activation_scale is not None:
         activation_scale = ops.cast(activation_scale, "float32")
-    facts = Facts.of(packed, activation_quantizer)
+    facts = Facts.of(packed, activation_quantizer, window)
     return traced(place, facts, x, packed.tiles, packed.scale, bias, activation_scale)
 
 
@@ -66,12 +66,15 @@ def _differentiable(place, facts, x, tiles, scale, bias, x_scale):
 
 
 def _forward(place, facts, x, *others):
-    return _differentiable(place, facts, x, *others), others
+    images = None if facts.window is None else x
+    return _differentiable(place, facts, x, *others), (images, *others)
 
 
 def _backward(place, facts, operands, dy):
-    tiles, scale, bias, x_scale = operands
+    images, tiles, scale, bias, x_scale = operands
     dx, dbias = gradients(dy, facts.packed(tiles, scale))
+    if facts.window is not None:
+        dx = facts.window.scatter(dx, images)
     no_gradient = np.zeros(tiles.shape, jax.dtypes.float0)
     nothing = None if x_scale is None else jnp.zeros_like(x_scale)
     return dx, no_gradient, jnp.zeros_like(scale), None if bias is None else dbias, nothing
@@ -135,4 +138,5 @@ def ffi_matmul(target, results, facts, x, tiles, scale, bias, x_scale, **attribu
 
 def result(facts, x):
     """Shape and dtype of a product."""
-    return jax.ShapeDtypeStruct((*x.shape[:-1], facts.out_features), x.dtype)
+    rows = x.shape[:-1] if facts.window is None else facts.window.positions(x.shape)
+    return jax.ShapeDtypeStruct((*rows, facts.out_features), x.dtype)

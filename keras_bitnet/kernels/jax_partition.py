@@ -19,7 +19,7 @@ def partitioned(function, facts, *operands):
 
     Outputs are split as the tiles are, where each device gets whole tiles; rows as those of `x`,
     unless one scale of all activations needs them all, or the tiles take the axis of the mesh.
-    Inputs are never split: a token's scale is of all of them.
+    Inputs are never split: a token's scale is of all of them. Nor are images: windows overlap.
 
     Args:
         function: `function(facts, x, tiles, scale, bias, x_scale)`.
@@ -45,6 +45,8 @@ def partitioned(function, facts, *operands):
             outputs = None
         taken = _names([outputs])  # rows move rather than weights
         rows = [None if facts.per_tensor or taken & _names([r]) else r for r in _spec(x)[:-1]]
+        spatial = _spatial_axes(facts)
+        rows[len(rows) - spatial :] = [None] * spatial
         wanted = (
             PartitionSpec(*rows, None),
             PartitionSpec(outputs, None, None, None),
@@ -70,6 +72,11 @@ def partitioned(function, facts, *operands):
     return call(*operands)
 
 
+def _spatial_axes(facts):
+    """Axes of x that are those of images."""
+    return 0 if facts.window is None else len(facts.window.size)
+
+
 def _spec(operand):
     """Of each axis the names of the mesh that split it, or `None`."""
     spec = tuple(operand.sharding.spec)
@@ -90,8 +97,10 @@ def _rule(facts, x, tiles, scale, bias, x_scale):
     # Of one row of tiles there is nothing to split, and Shardy refuses products with factors of 1.
     tiled = facts.out_features % _TILE_OUTPUTS == 0 and facts.out_features > _TILE_OUTPUTS
     outputs = "(t s)" if tiled else "n"
+    whole = len(rows) - _spatial_axes(facts)  # from this axis on x is not split as the result is
+    given = [f"p{i}" if facts.per_tensor or i >= whole else r for i, r in enumerate(rows)]
     operands = [
-        " ".join([*(f"p{i}" if facts.per_tensor else r for i, r in enumerate(rows)), "k"]),
+        " ".join([*given, "k"]),
         "t u v w",
         f"g {outputs}" if scale.shape[1] > 1 else "g h",
     ]

@@ -7,6 +7,7 @@ A table is a literal tuple of rows, best first. A row says why it refuses a prob
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -58,11 +59,13 @@ class Problem:
         return _problem(*_facts(x, packed, activation_quantizer))
 
 
-def _facts(x, packed, activation_quantizer):
+def _facts(x, packed, activation_quantizer, window=None):
     """The fields of a `Problem` in their order, dtype and device as the backend has them."""
-    if x.shape[-1] != packed.in_features:
+    taps = 1 if window is None else math.prod(window.size)
+    if x.shape[-1] * taps != packed.in_features:
         raise ValueError(
-            f"The last axis of `x` must be in_features={packed.in_features}. "
+            f"The last axis of `x` must be in_features={packed.in_features}"
+            f"{f', divided by the {taps} taps of the window' if window else ''}. "
             f"Received: x.shape={tuple(x.shape)}"
         )
     return (
@@ -98,12 +101,14 @@ class Kernel:
         refuse: `refuse(problem)` gives the reason why it cannot run it, or `None`.
         run: `run(x, packed, activation_quantizer, bias, activation_scale)`, as `ops.bit_matmul`.
         normalizes: `normalizes(activation_quantizer)`: whether `run` takes a `norm` too.
+        gathers: `gathers(activation_quantizer)`: whether `run` takes a `window` too.
     """
 
     name: str
     refuse: Callable[[Problem], str | None]
     run: Callable[..., Any]
     normalizes: Callable[..., bool] = lambda activation_quantizer: False
+    gathers: Callable[..., bool] = lambda activation_quantizer: False
 
 
 # The modules of the rows import their framework, so each is imported with its first question.
@@ -153,6 +158,7 @@ def later(name, row):
         lambda problem: row().refuse(problem),
         lambda *args: row().run(*args),
         lambda quantizer: row().normalizes(quantizer),
+        lambda quantizer: row().gathers(quantizer),
     )
 
 
@@ -205,14 +211,14 @@ def forced_name():
     return getattr(_scope, "forced", None) or DEFAULT
 
 
-def choose(x, packed, activation_quantizer):
+def choose(x, packed, activation_quantizer, window=None):
     """The first row that does not refuse the operands of `ops.bit_matmul`, or the forced one.
 
     Raises:
         ValueError: The forced kernel is unknown or cannot run the problem, or the operands do
             not fit each other.
     """
-    facts = _facts(x, packed, activation_quantizer)
+    facts = _facts(x, packed, activation_quantizer, window)
     return _search(forced_name(), _table(), facts)
 
 

@@ -1,4 +1,4 @@
-"""The native CPU kernels for TensorFlow: the op `KerasBitnetMatmul` and its gradient.
+"""The native CPU kernels for TensorFlow: the ops `KerasBitnetMatmul` and `KerasBitnetConv`.
 
 Importing this module registers the op. A process that loads a SavedModel which holds it imports
 `keras_bitnet.kernels.tensorflow` first, or the model is exported with the reference, see
@@ -7,6 +7,7 @@ Importing this module registers the op. A process that loads a SavedModel which 
 
 import ctypes
 import functools
+import math
 
 import tensorflow as tf
 from keras import ops
@@ -15,8 +16,9 @@ from tensorflow.python.ops import control_flow_util
 from keras_bitnet.kernels import cpu, native
 from keras_bitnet.kernels.select import Kernel
 from keras_bitnet.ops.packed_tensor import PackedTensor
+from keras_bitnet.ops.window import Window
 
-_OP = "KerasBitnetMatmul"
+_OP, _CONV_OP = "KerasBitnetMatmul", "KerasBitnetConv"
 
 
 def refuse(problem):
@@ -36,29 +38,35 @@ def reason(problem):
     return None
 
 
-def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None):
+def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None, window=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
     none = _zeros(0)
     gain, norm_epsilon = norm or (none, 0.0)
     activations = cpu.Activations.of(activation_quantizer)
     bias = _zeros(packed.out_features) if bias is None else ops.cast(bias, "float32")
     x_scale = none if activation_scale is None else tf.reshape(activation_scale, (1,))
-    return MODULE.keras_bitnet_matmul(
-        x=x,
-        tiles=tf.convert_to_tensor(packed.tiles),  # a Variable would take TensorFlow's slow path
-        scale=tf.convert_to_tensor(packed.scale),
-        bias=bias,
-        x_scale=x_scale,
-        gain=tf.cast(gain, "float32"),
-        bits=packed.bits,
-        trits=int(packed.layout == "trits"),
-        group_size=packed.group_size or 0,
-        activation_bits=activations.bits,
-        per_tensor=int(activations.per_tensor),
-        offset=packed.offset,
-        epsilon=activations.epsilon,
-        norm_epsilon=norm_epsilon,
-    )
+    operands = {
+        "x": x,
+        "tiles": tf.convert_to_tensor(packed.tiles),  # a Variable would take TensorFlow's slow path
+        "scale": tf.convert_to_tensor(packed.scale),
+        "bias": bias,
+        "x_scale": x_scale,
+        "gain": tf.cast(gain, "float32"),
+        "bits": packed.bits,
+        "trits": int(packed.layout == "trits"),
+        "group_size": packed.group_size or 0,
+        "activation_bits": activations.bits,
+        "per_tensor": int(activations.per_tensor),
+        "offset": packed.offset,
+        "epsilon": activations.epsilon,
+        "norm_epsilon": norm_epsilon,
+    }
+    if window is None:
+        return MODULE.keras_bitnet_matmul(**operands)
+    y = MODULE.keras_bitnet_conv(**operands, window=window.numbers)
+    if not tf.executing_eagerly() and x.shape.rank is not None:
+        y.set_shape((*window.positions(x.shape), packed.out_features))
+    return y
 
 
 def _zeros(size):
@@ -75,13 +83,15 @@ def _eager_zeros(size):
 
 def _gradient(op, dy):
     x, tiles, scale, bias, _, gain = op.inputs
+    window = Window.of_numbers(op.get_attr("window")) if op.type == _CONV_OP else None
+    in_features = x.shape[-1] * (1 if window is None else math.prod(window.size))
     group_size = op.get_attr("group_size") or None
     packed = PackedTensor(
         tiles,
         scale,
         op.get_attr("offset"),
         op.get_attr("bits"),
-        x.shape[-1],
+        in_features,
         bias.shape[0],
         group_size,
         "trits" if op.get_attr("trits") else "tiles",
@@ -89,7 +99,10 @@ def _gradient(op, dy):
     dx, dbias = cpu.gradients(dy, packed)
     dgain = None
     if gain.shape[0] != 0:
-        dx, dgain = cpu.norm_gradients(dx, x, gain, op.get_attr("norm_epsilon"))
+        rows = x if window is None else window.patches(x)
+        dx, dgain = cpu.norm_gradients(dx, rows, gain, op.get_attr("norm_epsilon"))
+    if window is not None:
+        dx = window.scatter(dx, x)
     return dx, None, None, dbias, None, dgain
 
 
@@ -109,11 +122,12 @@ def _load():
         return None, f"TensorFlow {tf.__version__} does not take the op: {refusal}"
     # TensorFlow fixes this number when it starts; 0 leaves it to the machine.
     library.kbn_tensorflow_set_threads(tf.config.threading.get_intra_op_parallelism_threads())
-    tf.RegisterGradient(_OP)(_gradient)
+    for op in (_OP, _CONV_OP):
+        tf.RegisterGradient(op)(_gradient)
     return module, None
 
 
 # TensorFlow's wrappers of the ops, or `None` and why.
 MODULE, _error = _load()
 
-NATIVE = Kernel(cpu.NAME, refuse, run, cpu.normalizes)
+NATIVE = Kernel(cpu.NAME, refuse, run, normalizes=cpu.by_rows, gathers=cpu.by_rows)

@@ -123,12 +123,14 @@ class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):
                 norm, epsilon=self.norm_epsilon, dtype=self.dtype_policy, name="normalization"
             )
 
-    def product(self, x, bias=None):
+    def product(self, x, bias=None, window=None):
         """Multiplies rows by the kernel: normalized, quantized or packed, with LoRA.
 
         Args:
             x: Tensor `(..., in_features)`.
             bias: Tensor `(out_features,)` or `None`.
+            window: Of a packed layer without LoRA that only quantizes its rows, maybe after an RMS
+                norm: the `keras_bitnet.ops.window.Window` that sees them in images `x`.
 
         Returns:
             Tensor `(..., out_features)`.
@@ -136,7 +138,7 @@ class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):
         norm = self._norm_of_product()
         if norm is None:
             x = self.normalize_inputs(x)
-        y = self._quantized_product(self.smooth(x), bias, norm)
+        y = self._quantized_product(self.smooth(x), bias, norm, window)
         if self.lora_enabled:
             low_rank = ops.matmul(ops.matmul(x, self.lora_kernel_a), self.lora_kernel_b)
             y = y + ops.cast(low_rank * (self.lora_alpha / self.lora_rank), y.dtype)
@@ -154,7 +156,7 @@ class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):
         alone = self.packed and self.norm_alone and not self.lora_enabled and self._look is None
         return (self.normalization.scale, self.norm_epsilon) if alone else None
 
-    def _quantized_product(self, x, bias, norm=None):
+    def _quantized_product(self, x, bias, norm, window):
         quantizer = self.activation_quantizer
         if self._look is not None:  # calibration: it sees the inputs, and they stay float
             self._look(self, x)
@@ -162,7 +164,7 @@ class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):
         x, kept = self.split_channels(self.rotate(x))
         if self.packed:
             scale = None if quantizer is None else self.scale_for(x)
-            y = bit_matmul(x, self.packed_kernel, quantizer, bias, scale, norm)
+            y = bit_matmul(x, self.packed_kernel, quantizer, bias, scale, norm, window)
             return y if kept is None else y + self.kept_product(kept)
         strength = ops.convert_to_tensor(self.quantization_strength)
         if quantizer is not None:

@@ -8,7 +8,7 @@ from keras import ops, regularizers
 
 from keras_bitnet.checks import check_count
 from keras_bitnet.layers.base import BitLayer
-from keras_bitnet.layers.windows import Window
+from keras_bitnet.ops.window import Window
 
 
 class BitConv(BitLayer):
@@ -129,10 +129,13 @@ class BitConv(BitLayer):
 
     def call(self, inputs):
         """Computes the convolution; see the class."""
+        x = self.window.channels_last(inputs)
         if self._convolves:
-            y = self._convolution(inputs)
+            y = self._convolution(x)
+        elif self._takes_images:
+            y = self.product(x, self.bias, self.window)
         else:
-            y = self.product(self.patches(inputs), self.bias)
+            y = self.product(self._patches(x), self.bias)
         y = self.window.restore(y)
         return y if self.activation is None else self.activation(y)
 
@@ -145,8 +148,16 @@ class BitConv(BitLayer):
         alone = self.groups == 1 and not self.lora_enabled and math.prod(self.window.size) > 1
         return floats and untreated and alone and not normalized
 
-    def _convolution(self, inputs):
-        x = self.window.padded(inputs)
+    @property
+    def _takes_images(self):
+        """Whether patches are only quantized, and multiplied by packed weights: a kernel that can
+        gather them by itself reads each once.
+        """
+        plain = self.packed and self.quantized_alone and not self.lora_enabled and not self._look
+        return plain and self.groups == 1 and math.prod(self.window.size) > 1
+
+    def _convolution(self, x):
+        x = self.window.padded(x)
         matrix = self.matrix_in_use(x.dtype)
         y = ops.conv(
             x,
@@ -169,10 +180,12 @@ class BitConv(BitLayer):
             Tensor `(batch, *new spatial, in_features)`; with groups
             `(batch, *new spatial, groups, in_features)`.
         """
-        taps = self.window.taps(inputs)
-        if self.groups > 1:
-            taps = [_split(tap, self.groups) for tap in taps]
-        return taps[0] if len(taps) == 1 else ops.concatenate(taps, axis=-1)
+        return self._patches(self.window.channels_last(inputs))
+
+    def _patches(self, x):
+        if self.groups == 1:
+            return self.window.patches(x)
+        return ops.concatenate([_split(t, self.groups) for t in self.window.taps(x)], axis=-1)
 
     def shape_outputs(self, y):
         """Keeps of the outputs of each group of inputs `(..., groups, filters)` its own."""

@@ -9,7 +9,7 @@ from keras import ops, regularizers
 from keras_bitnet.checks import check_count
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.inputs import UNTREATED
-from keras_bitnet.layers.windows import Window
+from keras_bitnet.ops.window import Window
 
 
 class BitDepthwiseConv(BitLayer):
@@ -120,7 +120,7 @@ class BitDepthwiseConv(BitLayer):
     def call(self, inputs):
         """Computes the convolution; see the class."""
         strength = None if self.packed else ops.convert_to_tensor(self.quantization_strength)
-        x = ops.concatenate(self.window.taps(inputs), axis=-1)  # (batch, *spatial, taps * channels)
+        x = self.window.patches(self.window.channels_last(inputs))
         if self.activation_quantizer is not None:
             x = self.activation_quantizer.fake_quantize(x, strength)
         y = self.window.restore(self._multiply(x, ops.cast(self.matrix_in_use(), x.dtype)))

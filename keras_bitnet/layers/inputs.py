@@ -94,9 +94,18 @@ class InputTreatment(KeptChannels):
     @property
     def norm_alone(self):
         """Whether an RMS norm of the inputs is all that is done before they are quantized."""
+        return self.norm == "rms" and self._norm_first and self._untreated
+
+    @property
+    def quantized_alone(self):
+        """Whether nothing else is done before they are quantized."""
+        return self._untreated and (not self._norm_first or self.norm == "rms")
+
+    @property
+    def _untreated(self):
         follows = getattr(self.activation_quantizer, "momentum", None) is not None
-        between = self.input_gain is not None or self.rotation or self.kept_channels or follows
-        return self.norm == "rms" and self._norm_first and not between
+        treated = self.input_gain is not None or self.rotation or self.kept_channels or follows
+        return not treated
 
     def smooth(self, x):
         """Inputs divided by the smoothing factors, `(..., in_features)`."""

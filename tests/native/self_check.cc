@@ -276,6 +276,36 @@ void check_normalized_product(Example& example) {
   require(within == example.y, "norm within " + example.name());
 }
 
+// Patches of images give the bits of the same patches as rows.
+void check_window(int64_t size, int64_t stride, int64_t dilation, int64_t before, uint32_t seed) {
+  const int64_t images = 2, length = 5, channels = 3, span = dilation * (size - 1) + 1;
+  const int64_t positions = (length + 2 * before - span) / stride + 1;
+  std::mt19937 random(seed);
+  std::uniform_real_distribution<float> uniform(-1, 1);
+  std::vector<float> x(images * length * length * channels);
+  for (float& value : x) value = uniform(random);
+  Example example(images * positions * positions, size * size * channels, 33, 2, -1, 0, seed);
+  float* to = example.x.data();
+  for (int64_t row = 0; row < example.problem.rows; ++row) {
+    for (int64_t i = 0; i < size * size; ++i) {
+      const int64_t image = row / (positions * positions);
+      const int64_t at_0 = row / positions % positions * stride + i / size * dilation - before;
+      const int64_t at_1 = row % positions * stride + i % size * dilation - before;
+      const bool inside = at_0 >= 0 && at_0 < length && at_1 >= 0 && at_1 < length;
+      for (int64_t c = 0; c < channels; ++c) {
+        *to++ = inside ? x[((image * length + at_0) * length + at_1) * channels + c] : 0;
+      }
+    }
+  }
+  require(kbn_run(&example.problem, nullptr) == 0, example.name() + ": " + kbn_error(1));
+  const std::vector<float> wanted = example.y;
+  const kbn_window window{{1, length, length}, {1, positions, positions}, {1, size, size},
+                          {1, stride, stride}, {1, dilation, dilation},   {0, before, before}};
+  example.problem.window = &window, example.problem.x = x.data();
+  require(kbn_run(&example.problem, nullptr) == 0, example.name() + ": " + kbn_error(1));
+  require(wanted == example.y, "patches of " + example.name());
+}
+
 void check_isa() {
   const struct {
     int bits;
@@ -306,6 +336,13 @@ void check_isa() {
   for (int64_t dim : {2, 20, 128}) {
     for (int64_t tokens : {1, 16, 77}) {
       for (int i = 0; i < 4; ++i, ++count) check_attention(1 + i, dim, tokens, i % 2, i / 2, ++seed);
+    }
+  }
+  for (int64_t size : {1, 2, 3}) {
+    for (int64_t stride : {1, 2}) {
+      for (int64_t dilation : {1, 2}) {
+        for (int64_t before : {0, 1}) check_window(size, stride, dilation, before, ++seed), ++count;
+      }
     }
   }
   for (int64_t features : {1, 15, 2560}) check_norm(40, features, ++seed), ++count;

@@ -6,16 +6,38 @@ The library is optional. `library()` gives it or `None`, and `reason()` says why
 
 import ctypes
 import functools
+import math
 import pathlib
 import sys
 import threading
 
 import numpy as np
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _lock = threading.Lock()
+
+
+class WindowStruct(ctypes.Structure):
+    """`kbn_window` of `src/bitnet.h`, field by field."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int64 * 3)
+        for name in ("lengths", "positions", "size", "strides", "dilation", "before")
+    )
+
+    @classmethod
+    def of(cls, window, shape):
+        """A `keras_bitnet.ops.window.Window` on images of a shape `(..., *spatial, channels)`."""
+        axes, _, *of_three = window.numbers
+        lengths = shape[-1 - axes : -1]
+        positions = window.positions(shape)[-axes:]
+        before = [window.padding_of(axis, length)[0] for axis, length in enumerate(lengths)]
+        first = (1,) * (3 - axes)
+        sizes = (of_three[i : i + 3] for i in (0, 3, 6))
+        rows = ((*first, *lengths), (*first, *positions), *sizes, (*(0,) * len(first), *before))
+        return cls(*((ctypes.c_int64 * 3)(*row) for row in rows))
 
 
 class MatmulStruct(ctypes.Structure):
@@ -39,6 +61,7 @@ class MatmulStruct(ctypes.Structure):
         ("tiles", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
         ("x_scale", ctypes.c_void_p),
+        ("window", ctypes.c_void_p),
         ("gain", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
@@ -112,7 +135,15 @@ def set_threads(count):
 
 
 def matmul(
-    x, packed, activation_bits=8, per_tensor=False, epsilon=1e-5, x_scale=None, bias=None, out=None
+    x,
+    packed,
+    activation_bits=8,
+    per_tensor=False,
+    epsilon=1e-5,
+    x_scale=None,
+    bias=None,
+    out=None,
+    window=None,
 ):
     """Multiplies NumPy activations by a packed weight; see `ops.bit_matmul` for the meaning.
 
@@ -125,6 +156,7 @@ def matmul(
         x_scale: A static activation scale, or `None` to compute it.
         bias: Array `(out_features,)` or `None`.
         out: Contiguous array to write to, of the dtype of `x`, or `None`.
+        window: `keras_bitnet.ops.window.Window` that sees the rows in images `x`, or `None`.
 
     Returns:
         Array `(..., out_features)` of the dtype of `x`.
@@ -133,12 +165,13 @@ def matmul(
         ValueError: The library refuses an argument; it says which.
     """
     x = np.ascontiguousarray(x)
-    if x.dtype.name not in _DTYPES or x.shape[-1:] != (packed.in_features,):
+    last = packed.in_features // (1 if window is None else math.prod(window.size))
+    if x.dtype.name not in _DTYPES or x.shape[-1:] != (last,):
         raise ValueError(
-            f"`x` must be an array (..., {packed.in_features}) of one of {tuple(_DTYPES)}. "
+            f"`x` must be an array (..., {last}) of one of {tuple(_DTYPES)}. "
             f"Received: {x.dtype} array of shape {x.shape}"
         )
-    shape = (*x.shape[:-1], packed.out_features)
+    shape = (*(x.shape[:-1] if window is None else window.positions(x.shape)), packed.out_features)
     if out is None:
         out = np.empty(shape, x.dtype)
     elif out.shape != shape or out.dtype != x.dtype or not out.flags.c_contiguous:
@@ -148,6 +181,12 @@ def matmul(
         )
     problem = _activations(x, activation_bits, per_tensor, epsilon, x_scale)
     problem.weights(packed)
+    if window is not None:
+        placed = WindowStruct.of(window, x.shape)
+        problem.arrays.append(placed)
+        problem.struct.window = ctypes.addressof(placed)
+        problem.struct.rows = math.prod(shape[:-1])
+        problem.struct.in_features = packed.in_features
     if bias is not None:
         problem.point("bias", np.ascontiguousarray(bias, np.float32), (packed.out_features,))
     problem.point("y", out, shape)

@@ -1,30 +1,15 @@
 #include "adapter.h"
 
-#include <atomic>
-
 #include "pool.h"
 
 namespace {
 
-// A loop that only so many threads work at: as many tasks for the pool, each of which takes
-// indices until none is left.
-struct LimitedLoop {
-  std::atomic<int64_t> next{0};
-  int64_t count;
-  void (*task)(void*, int64_t);
-  void* argument;
-
-  static void work(void* loop, int64_t) {
-    auto* self = static_cast<LimitedLoop*>(loop);
-    for (int64_t i; (i = self->next.fetch_add(1, std::memory_order_relaxed)) < self->count;)
-      self->task(self->argument, i);
-  }
-};
-
+// As many tasks for the pool as threads may work at a loop.
 void run_limited(void* limit, int64_t count, void (*task)(void*, int64_t), void* argument) {
   const int64_t threads = *static_cast<int32_t*>(limit);
-  LimitedLoop loop{{0}, count, task, argument};
-  kbn::pool_run(threads < count ? threads : count, LimitedLoop::work, &loop);
+  kbn_adapter::Loop loop{{0}, count, task, argument};
+  const auto work = [](void* loop, int64_t) { static_cast<kbn_adapter::Loop*>(loop)->work(); };
+  kbn::pool_run(threads < count ? threads : count, work, &loop);
 }
 
 template <typename Problem>

@@ -2,11 +2,24 @@
 #pragma once
 #include <stdint.h>
 
+#include <atomic>
 #include <initializer_list>
 
 #include "bitnet.h"
 
 namespace kbn_adapter {
+
+// A loop that several threads work at, each of which takes indices until none is left.
+struct Loop {
+  std::atomic<int64_t> next{0};
+  int64_t count;
+  void (*task)(void*, int64_t);
+  void* argument;
+
+  void work() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(argument, i);
+  }
+};
 
 struct Shape {
   const int64_t* dims;
@@ -20,6 +33,15 @@ struct Shape {
   }
 };
 
+// How the patches of images, the last `axes` axes of x before its channels, are its rows; 0 axes: they
+// are not, x has its rows as they are. Of fewer than three axes the first numbers are ones.
+struct Window {
+  int64_t axes, padding;  // kValid, kSame or kCausal
+  int64_t size[3], strides[3], dilation[3];
+};
+enum { kValid = 0, kSame = 1, kCausal = 2 };
+constexpr int kWindowNumbers = sizeof(Window) / sizeof(int64_t);
+
 // The static facts of a call, attributes of the op in every framework.
 struct Attributes {
   int64_t out_features = 0;
@@ -31,20 +53,70 @@ struct Attributes {
   double offset = 0;
   double epsilon = 0;
   double norm_epsilon = 0;
+  Window window{};
 };
 
 constexpr int64_t kNone = 0;
 constexpr Shape kNothing{&kNone, 1};  // of an operand that is not given
 
+// Where the window stands on images of x. Returns what is wrong, or null.
+inline const char* place(const Window& window, Shape x, kbn_window* out) {
+  if (window.axes > 3 || x.rank < window.axes + 1) return "x must be (..., images, channels)";
+  for (int axis = 0; axis < 3; ++axis) {
+    const int64_t size = window.size[axis], stride = window.strides[axis];
+    const int64_t dilation = window.dilation[axis], most = 1 << 20;
+    if (size < 1 || stride < 1 || dilation < 1 || size > most || stride > most || dilation > most)
+      return "the size, strides and dilation of a window must be in [1, 2^20]";
+    const int64_t span = dilation * (size - 1) + 1;
+    const int64_t length = axis < 3 - window.axes ? 1 : x[axis - 4];
+    const int64_t ends = window.padding == kValid ? length - span + 1 : length;
+    if (ends < 0 || (ends == 0 && length > 0)) return "the window is larger than the images";
+    const int64_t positions = (ends + stride - 1) / stride;
+    const int64_t padding = (positions - 1) * stride + span - length;
+    out->lengths[axis] = length;
+    out->positions[axis] = positions;
+    out->size[axis] = size;
+    out->strides[axis] = stride;
+    out->dilation[axis] = dilation;
+    out->before[axis] = window.padding == kCausal                ? span - 1
+                        : window.padding == kSame && padding > 0 ? padding / 2
+                                                                 : 0;
+  }
+  return nullptr;
+}
+
+// A packed matmul and what it points to.
+struct Matmul : kbn_matmul {
+  kbn_window placed;
+  int64_t axes;
+
+  // The sizes of y, which has as many axes as x.
+  void shape_of_y(Shape x, int64_t* dims) const {
+    for (int64_t i = 0; i + 1 < x.rank; ++i) dims[i] = x.dims[i];
+    for (int64_t i = 0; i < axes; ++i) dims[x.rank - 2 - i] = placed.positions[2 - i];
+    dims[x.rank - 1] = out_features;
+  }
+};
+
 // Fills the sizes of `problem` and checks every shape that the kernel trusts: a graph that was
 // traced, saved and loaded again may bring operands that Python never saw. Pointers and dtype
 // are the caller's. Returns what is wrong, or null.
 inline const char* describe(const Attributes& a, Shape x, Shape tiles, Shape scale, Shape bias,
-                            Shape x_scale, Shape gain, kbn_matmul* problem) {
+                            Shape x_scale, Shape gain, Matmul* problem) {
   if (a.bits != 1 && a.bits != 2 && a.bits != 4 && a.bits != 8) return "bits must be 1, 2, 4 or 8";
   if (a.group_size < 0 || a.out_features < 1) return "group_size or out_features is out of range";
   if (x.rank < 1) return "x must have at least one axis";
-  const int64_t k = x[-1], n = a.out_features;
+  int64_t k = x[-1], rows = 1;
+  const int64_t n = a.out_features;
+  *problem = Matmul{};
+  if (a.window.axes) {
+    if (const char* wrong = place(a.window, x, &problem->placed)) return wrong;
+    problem->window = &problem->placed;
+    problem->axes = a.window.axes;
+    for (int64_t size : problem->placed.size) k *= size;
+    for (int64_t positions : problem->placed.positions) rows *= positions;
+  }
+  for (int64_t i = 0; i + 1 + a.window.axes < x.rank; ++i) rows *= x[i];
   const int64_t groups = a.group_size ? (k + a.group_size - 1) / a.group_size : 1;
   const int64_t tiles_in = a.trits ? (k + 19) / 20 : (k * a.bits + 31) / 32;
   if (tiles.rank != 4 || tiles[0] != (n + 15) / 16 || tiles[1] != tiles_in || tiles[2] != 16 ||
@@ -56,8 +128,7 @@ inline const char* describe(const Attributes& a, Shape x, Shape tiles, Shape sca
   if (x_scale.rank != 1 || (x_scale[0] != 0 && x_scale[0] != 1))
     return "x_scale must be (1,), or (0,): computed from x";
   if (gain.rank != 1 || (gain[0] != 0 && gain[0] != k)) return "gain must be (in,), or (0,): none";
-  *problem = kbn_matmul{};
-  problem->rows = x.rows();
+  problem->rows = rows;
   problem->in_features = k;
   problem->out_features = n;
   problem->group_size = a.group_size;

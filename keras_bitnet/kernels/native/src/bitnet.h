@@ -11,6 +11,18 @@
 enum kbn_dtype { KBN_F32 = 0, KBN_BF16 = 1, KBN_F16 = 2, KBN_I8 = 3 };
 enum kbn_layout { KBN_TILES = 0, KBN_TRITS = 1 };
 
+// The rows of x as patches of images: x is (images, lengths[0], lengths[1], lengths[2], channels), a
+// row what a window of this size sees at one of the positions, zeros outside of the image, and
+// in_features = size * channels. Images of fewer axes have first ones of 1.
+typedef struct kbn_window {
+  int64_t lengths[3];
+  int64_t positions[3];    // rows = images * positions
+  int64_t size[3];
+  int64_t strides[3];
+  int64_t dilation[3];
+  int64_t before[3];       // zeros before the first element
+} kbn_window;
+
 // One packed matmul, y = dequantize(quantize(x)) @ dequantize(tiles) + bias. With a gain x is
 // normalized first, row by row, as `kbn_norm` says, and rounded to its dtype. Activations that stay
 // float are split into whole numbers of 8 bits each, three of float32 and two of the others: off by
@@ -35,10 +47,11 @@ typedef struct kbn_matmul {
   int32_t scale_columns;   // 1: one scale for all outputs, else out_features
   int32_t layout;          // kbn_layout; trits: bits = 2, codes 0 to 2, no groups
   float norm_epsilon;      // of the norm
-  const void* x;           // (m, k), rows contiguous
+  const void* x;           // (m, k), rows contiguous; with a window the images
   const uint8_t* tiles;    // [ceil(n / 16), ceil(k * bits / 32), 16, 4]; trits: ceil(k / 20)
   const float* scale;      // (1 or groups, scale_columns)
   const float* x_scale;    // static activation scale (1), or null: dynamic absmax
+  const kbn_window* window; // of the patches that are the rows, or null; not with per_tensor
   const float* gain;       // (k), `scale` of the norm, or null: no norm; not with per_tensor
   const float* bias;       // (n) or null
   void* y;                 // (m, n)

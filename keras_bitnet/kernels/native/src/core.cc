@@ -70,6 +70,19 @@ int check_weights(const kbn_matmul& p) {
   return kOk;
 }
 
+bool fits(const kbn_window& w, const kbn_matmul& p) {
+  int64_t positions = 1, size = 1;
+  for (int axis = 0; axis < 3; ++axis) {
+    if (w.lengths[axis] < 1 || w.positions[axis] < 1 || w.size[axis] < 1 || w.strides[axis] < 1 ||
+        w.dilation[axis] < 1 || w.before[axis] < 0) {
+      return false;
+    }
+    positions *= w.positions[axis];
+    size *= w.size[axis];
+  }
+  return p.rows % positions == 0 && p.in_features % size == 0 && !p.per_tensor;
+}
+
 int check_activations(const kbn_matmul& p) {
   if (p.dtype != KBN_F32 && p.dtype != KBN_BF16 && p.dtype != KBN_F16) {
     return fail(kInvalid, "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16). Received: %d",
@@ -91,6 +104,12 @@ int check_activations(const kbn_matmul& p) {
   }
   if (p.gain != nullptr && p.per_tensor) {
     return fail(kInvalid, "a norm needs an activation scale for each row. Received: per_tensor=1");
+  }
+  if (p.window != nullptr && !fits(*p.window, p)) {
+    return fail(kInvalid, "a window needs positive sizes, rows that are a multiple of its positions, "
+                "in_features a multiple of its size, and an activation scale for each row. Received: "
+                "rows=%lld, in_features=%lld, per_tensor=%d", printable(p.rows),
+                printable(p.in_features), p.per_tensor);
   }
   if (p.rows > 0 && p.x == nullptr) return fail(kInvalid, "x must be given. Received: null");
   return kOk;
@@ -171,7 +190,7 @@ int run_checked(const kbn_matmul& problem, const kbn_parallel* parallel, const P
 }  // namespace
 }  // namespace kbn
 
-int kbn_abi_version(void) { return 5; }
+int kbn_abi_version(void) { return 6; }
 
 int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel) {
   int error = kbn::check_weights(*problem);

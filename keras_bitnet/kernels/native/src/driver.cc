@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kSmall = 2 << 20;              // multiply-adds not worth waking a thread for
 constexpr int64_t kActivationBytes = 384 << 10;  // activations kept in the L2 cache for a pass
+constexpr int64_t kWeightBytes = 512 << 10;      // weights that stay in it beside a block of rows
 constexpr int kSumsPerBlock = 4096;              // numbers in the buffer that a block fills
 // Kernels may sum codes that are still shifted left, so int32 bounds the inputs of a segment.
 constexpr int64_t kLongestSegment = 16384;
@@ -41,37 +42,42 @@ class Matmul {
         shift_(static_cast<int32_t>(factor_ * problem.offset)) {
     const int64_t segment = problem.group_size ? problem.group_size : kLongestSegment;
     segment_tiles_ = std::min(tiles_in_, segment / tile_inputs_);
+    slot_bytes_ = ceil_div(problem.rows, row_blocks_) * planes_ * packed_inputs_;
+    row_bytes_ = problem.gain || problem.window ? problem.in_features * size_of(problem.dtype) : 0;
   }
 
   void run() {
-    const int64_t codes = round_up(rows_ * packed_inputs_, 64);
-    const int64_t scales = round_up(p_.rows * 4, 64);
-    const int64_t sums = round_up(rows_ * groups_ * 4, 64);
-    const int64_t work = round_up(row_blocks_ * planes_ * packed_inputs_, 64);
-    normalized_bytes_ = p_.gain ? p_.in_features * size_of(p_.dtype) : 0;
-    // All memory comes from here: a task must not throw.
-    Scratch scratch(codes + scales + sums + work + row_blocks_ * normalized_bytes_);
-    x_codes_ = reinterpret_cast<int8_t*>(scratch.data());
-    x_scales_ = reinterpret_cast<float*>(scratch.data() + codes);
-    x_sums_ = reinterpret_cast<int32_t*>(scratch.data() + codes + scales);
-    rows_in_work_ = reinterpret_cast<int8_t*>(scratch.data() + codes + scales + sums);
-    normalized_ = reinterpret_cast<char*>(rows_in_work_ + work);
-
     const int threads = parallel_ ? parallel_->threads : pool_threads();
     const bool small =
         threads < 2 || rows_ * packed_inputs_ < kSmall / std::max<int64_t>(p_.out_features, 1);
+    const bool few = small || rows_ * packed_inputs_ < kSmall / 16;
+    const int64_t shares = threads * 8;  // small enough to share the work evenly
+    shares_ = few ? 1 : std::min(row_blocks_, shares);
+    by_rows_ = row_blocks_ >= 4 * shares_ && tiles_in_ * tiles_out_ * kTileBytes <= kWeightBytes;
+
+    const int64_t codes = round_up((by_rows_ ? shares_ : row_blocks_) * slot_bytes_, 64);
+    const int64_t scales = round_up(p_.rows * 4, 64);
+    const int64_t sums = round_up(rows_ * groups_ * 4, 64);
+    const int64_t work = round_up(shares_ * slot_bytes_, 64);
+    // All memory comes from here: a task must not throw.
+    Scratch scratch(codes + scales + sums + work + shares_ * row_bytes_);
+    x_codes_ = reinterpret_cast<int8_t*>(scratch.data());
+    x_scales_ = reinterpret_cast<float*>(scratch.data() + codes);
+    x_sums_ = reinterpret_cast<int32_t*>(scratch.data() + codes + scales);
+    codes_in_work_ = reinterpret_cast<int8_t*>(scratch.data() + codes + scales + sums);
+    row_in_work_ = reinterpret_cast<char*>(codes_in_work_ + work);
+
     if (p_.per_tensor && !p_.x_scale) {
       tensor_absmax_ = kernels_.absmax(p_.x, p_.dtype, p_.rows * p_.in_features);
     }
-    const bool few = small || rows_ * packed_inputs_ < kSmall / 16;
-    for_each(few, row_blocks_, [](void* self, int64_t i) {
-      static_cast<Matmul*>(self)->quantize_block(i);
+    for_each(few, shares_, [](void* self, int64_t i) {
+      static_cast<Matmul*>(self)->take_rows(i);
     });
-    if (probe_.quantized) return;
+    if (by_rows_ || probe_.quantized) return;
 
-    // Blocks small enough to share the work evenly, large enough to stream.
+    // Large enough to stream.
     const int64_t pairs = ceil_div(tiles_out_, kernels_.columns);
-    task_tiles_ = std::clamp<int64_t>(pairs / (threads * 8), 1, 16) * kernels_.columns;
+    task_tiles_ = std::clamp<int64_t>(pairs / shares, 1, 16) * kernels_.columns;
     for_each(small, ceil_div(tiles_out_, task_tiles_), [](void* self, int64_t i) {
       static_cast<Matmul*>(self)->multiply_columns(i);
     });
@@ -95,38 +101,87 @@ class Matmul {
   // Blocks of nearly equal size, in rows of codes; those of one row of x stay together.
   int64_t first_row(int64_t block) const { return p_.rows * block / row_blocks_ * planes_; }
 
-  // A row of x, normalized where that is asked for: then it lies in memory of its block.
-  const char* x_row(int64_t row, int64_t block) const {
-    const char* x = static_cast<const char*>(p_.x) + row * p_.in_features * size_of(p_.dtype);
-    if (!p_.gain) return x;
-    char* y = normalized_ + block * normalized_bytes_;
-    kernels_.normalize(x, p_.gain, p_.dtype, p_.in_features, p_.norm_epsilon, y);
-    return y;
+  // A row of x. A patch is gathered, and a row normalized, in memory of the share.
+  const char* x_row(int64_t row, int64_t share) const {
+    char* own = row_in_work_ + share * row_bytes_;
+    const char* x = own;
+    if (p_.window) {
+      gather(row, own);
+    } else {
+      x = static_cast<const char*>(p_.x) + row * p_.in_features * size_of(p_.dtype);
+      if (!p_.gain) return x;
+    }
+    if (p_.gain) kernels_.normalize(x, p_.gain, p_.dtype, p_.in_features, p_.norm_epsilon, own);
+    return own;
   }
 
-  // Quantizes the rows of a block and packs them as `Block::x_codes` wants them.
-  void quantize_block(int64_t block) {
-    const int64_t begin = first_row(block), rows = first_row(block + 1) - begin;
-    int8_t* packed = x_codes_ + begin * packed_inputs_;
-    if (rows == 1) return quantize_row(begin, block, packed);
-    int8_t* codes = rows_in_work_ + block * planes_ * packed_inputs_;
-    for (int64_t row = 0; row < rows; ++row) {
-      const int plane = static_cast<int>(row % planes_);
-      if (plane == 0) quantize_row((begin + row) / planes_, block, codes);
-      for (int64_t k = 0; k < packed_inputs_; k += 4) {
-        std::memcpy(packed + k * rows + row * 4, codes + plane * packed_inputs_ + k, 4);
+  // What the window sees at the position of a row.
+  void gather(int64_t row, char* to) const {
+    const kbn_window& w = *p_.window;
+    const char* x = static_cast<const char*>(p_.x);
+    int64_t first[3];
+    for (int axis = 2; axis >= 0; --axis) {
+      first[axis] = row % w.positions[axis] * w.strides[axis] - w.before[axis];
+      row /= w.positions[axis];
+    }
+    // Neighbours of the last axis lie side by side.
+    const int64_t run = w.dilation[2] == 1 ? w.size[2] : 1;
+    const int64_t pixel = p_.in_features / (w.size[0] * w.size[1] * w.size[2]) * size_of(p_.dtype);
+    for (int64_t i = 0; i < w.size[0]; ++i) {
+      const int64_t at_0 = first[0] + i * w.dilation[0];
+      for (int64_t j = 0; j < w.size[1]; ++j) {
+        const int64_t at_1 = first[1] + j * w.dilation[1];
+        const bool inside =
+            at_0 >= 0 && at_0 < w.lengths[0] && at_1 >= 0 && at_1 < w.lengths[1];
+        const int64_t length = inside ? w.lengths[2] : 0;  // outside all is zero
+        const int64_t line = ((row * w.lengths[0] + at_0) * w.lengths[1] + at_1) * w.lengths[2];
+        for (int64_t k = 0; k < w.size[2]; k += run, to += run * pixel) {
+          const int64_t at_2 = first[2] + k * w.dilation[2];
+          const int64_t begin = std::clamp<int64_t>(-at_2, 0, run);
+          const int64_t end = std::clamp<int64_t>(length - at_2, begin, run);
+          std::memset(to, 0, begin * pixel);
+          if (end > begin) {
+            std::memcpy(to + begin * pixel, x + (line + at_2 + begin) * pixel, (end - begin) * pixel);
+          }
+          std::memset(to + end * pixel, 0, (run - end) * pixel);
+        }
       }
     }
   }
 
+  // One task: quantizes some blocks of rows. Where the weights stay in the cache it multiplies each
+  // block right away, whose codes never leave the cache either.
+  void take_rows(int64_t share) {
+    const int64_t end = row_blocks_ * (share + 1) / shares_;
+    for (int64_t block = row_blocks_ * share / shares_; block < end; ++block) {
+      int8_t* packed = x_codes_ + (by_rows_ ? share : block) * slot_bytes_;
+      quantize_block(block, share, packed);
+      if (!by_rows_ || probe_.quantized) continue;
+      for (int64_t tile = 0; tile < tiles_out_; tile += kernels_.columns) {
+        multiply_block(block, packed, tile);
+      }
+    }
+  }
+
+  // Quantizes the rows of a block and packs them as `Block::x_codes` wants them.
+  void quantize_block(int64_t block, int64_t share, int8_t* packed) {
+    const int64_t begin = first_row(block), rows = first_row(block + 1) - begin;
+    int8_t* codes = rows == 1 ? packed : codes_in_work_ + share * slot_bytes_;
+    for (int64_t row = 0; row < rows; row += planes_) {
+      quantize_row((begin + row) / planes_, share, codes + row * packed_inputs_);
+    }
+    if (rows == 1) return;
+    kernels_.interleave(codes, packed_inputs_, static_cast<int>(rows), packed_inputs_, packed);
+  }
+
   // The codes of a row of x, those of one plane after another.
-  void quantize_row(int64_t row, int64_t block, int8_t* codes) {
+  void quantize_row(int64_t row, int64_t share, int8_t* codes) {
     const int64_t k = p_.in_features;
     if (probe_.x_codes) {
       std::memcpy(codes, probe_.x_codes + row * k, k);
     } else {
       const float highest = p_.activation_bits == 4 ? 7.0f : 127.0f;
-      const char* x = x_row(row, block);
+      const char* x = x_row(row, share);
       float absmax = tensor_absmax_;
       if (!p_.per_tensor || p_.x_scale) absmax = kernels_.absmax(x, p_.dtype, k);
       Step step = step_of(absmax, p_.activation_bits ? p_.epsilon : kLeast, highest);
@@ -158,9 +213,7 @@ class Matmul {
     for (int64_t group = 0; group < groups_; ++group) {
       const int64_t begin = group * p_.group_size;
       const int64_t end = p_.group_size ? std::min(begin + p_.group_size, k) : k;
-      uint32_t sum = 0;
-      for (int64_t i = begin; i < end; ++i) sum += static_cast<uint32_t>(codes[i]);
-      sums[group] = static_cast<int32_t>(sum);
+      sums[group] = kernels_.sum(codes + begin, end - begin);
     }
   }
 
@@ -174,12 +227,14 @@ class Matmul {
     for (int64_t first = 0; first < row_blocks_; first += pass) {
       const int64_t last = std::min(first + pass, row_blocks_);
       for (int64_t tile = begin; tile < end; tile += kernels_.columns) {
-        for (int64_t block = first; block < last; ++block) multiply_block(block, tile);
+        for (int64_t block = first; block < last; ++block) {
+          multiply_block(block, x_codes_ + block * slot_bytes_, tile);
+        }
       }
     }
   }
 
-  void multiply_block(int64_t row_block, int64_t tile) {
+  void multiply_block(int64_t row_block, const int8_t* x_codes, int64_t tile) {
     const int64_t row = first_row(row_block);
     Block block;
     block.rows = static_cast<int>(first_row(row_block + 1) - row);
@@ -201,7 +256,7 @@ class Matmul {
       block.segments = whole > 0 ? std::min(whole, most) : 1;
       block.segment_steps = whole > 0 ? segment_tiles_ : tiles_in_ - step;
       block.tiles = p_.tiles + tile * block.tile_stride + step * kTileBytes;
-      block.x_codes = x_codes_ + row * packed_inputs_ + step * tile_inputs_ * block.rows;
+      block.x_codes = x_codes + step * tile_inputs_ * block.rows;
       block.ahead_stride = p_.scale_columns * int64_t{sizeof(float)};
       block.ahead = reinterpret_cast<uintptr_t>(p_.scale) + segment * block.ahead_stride +
                     next_column(block, tile) * sizeof(float);
@@ -306,14 +361,17 @@ class Matmul {
   const int32_t factor_;         // makes factor * (code + offset) whole
   const int32_t shift_;          // factor * offset
   int64_t segment_tiles_ = 0;
-  int64_t task_tiles_ = 0;
+  int64_t slot_bytes_ = 0;  // codes of a block of rows
+  int64_t row_bytes_ = 0;   // a row of x that is gathered or normalized
+  int64_t shares_ = 1;      // tasks of `take_rows`
+  bool by_rows_ = false;    // whether they multiply too
+  int64_t task_tiles_ = 0;  // columns of a task of `multiply_columns`
   float tensor_absmax_ = 0.0f;
-  int8_t* x_codes_ = nullptr;   // row blocks, packed as `Block::x_codes`
-  float* x_scales_ = nullptr;   // (rows of x)
-  int32_t* x_sums_ = nullptr;   // (rows, groups)
-  int8_t* rows_in_work_ = nullptr;  // a row of x for each block, before it is packed
-  char* normalized_ = nullptr;      // a row of numbers for each block
-  int64_t normalized_bytes_ = 0;
+  int8_t* x_codes_ = nullptr;        // (row blocks, or shares; slot_bytes), as `Block::x_codes`
+  float* x_scales_ = nullptr;        // (rows of x)
+  int32_t* x_sums_ = nullptr;        // (rows, groups)
+  int8_t* codes_in_work_ = nullptr;  // (shares, slot_bytes), row after row
+  char* row_in_work_ = nullptr;      // (shares, row_bytes)
 };
 
 }  // namespace

@@ -104,7 +104,7 @@ void multiply(const Block& block) {
 }  // namespace
 
 extern const Kernels kAvx2 = {
-    "avx2", 4, 1, absmax, quantize, split,
+    "avx2", 4, 1, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
     add_scaled, store, attend, normalize,
 };

@@ -219,7 +219,7 @@ void multiply(const Block& block) {
 }  // namespace
 
 extern const Kernels kAvx512Vnni = {
-    "avx512vnni", 12, 2, absmax, quantize, split,
+    "avx512vnni", 12, 2, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
     add_scaled, store, attend, normalize,
 };

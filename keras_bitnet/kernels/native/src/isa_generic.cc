@@ -50,7 +50,7 @@ void multiply(const Block& block) {
 }  // namespace
 
 extern const Kernels kGeneric = {
-    "generic", 4, 1, absmax, quantize, split,
+    "generic", 4, 1, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
     add_scaled, store, attend, normalize,
 };

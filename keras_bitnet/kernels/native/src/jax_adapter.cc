@@ -81,14 +81,18 @@ int64_t pool_threads(const CallFrame* frame) {
   return failed(frame, frame->api->num_threads(&args)) ? 0 : count;
 }
 
-const void* scalar(const xla_ffi::Attributes& attributes, const char* name, int32_t dtype) {
+void* attribute(const xla_ffi::Attributes& attributes, const char* name, int32_t type) {
   for (int64_t i = 0; i < attributes.size; ++i) {
     const ByteSpan* span = attributes.names[i];
     if (span->size != strlen(name) || memcmp(span->data, name, span->size) != 0) continue;
-    const Scalar* found = static_cast<Scalar*>(attributes.values[i]);
-    return attributes.types[i] == kScalarAttribute && found->dtype == dtype ? found->value : nullptr;
+    return attributes.types[i] == type ? attributes.values[i] : nullptr;
   }
   return nullptr;
+}
+
+const void* scalar(const xla_ffi::Attributes& attributes, const char* name, int32_t dtype) {
+  const Scalar* found = static_cast<Scalar*>(attribute(attributes, name, kScalarAttribute));
+  return found && found->dtype == dtype ? found->value : nullptr;
 }
 
 bool read(const xla_ffi::Attributes& attributes, kbn_adapter::Attributes* out) {
@@ -110,6 +114,10 @@ bool read(const xla_ffi::Attributes& attributes, kbn_adapter::Attributes* out) {
     if (!found) return false;
     memcpy(row.value, found, sizeof *row.value);
   }
+  const Array* window = static_cast<Array*>(attribute(attributes, "window", kArrayAttribute));
+  if (!window) return true;  // a product of rows
+  if (window->dtype != kS64 || window->size != kbn_adapter::kWindowNumbers) return false;
+  memcpy(&out->window, window->data, sizeof out->window);
   return true;
 }
 
@@ -161,7 +169,7 @@ KBN_API void* kbn_xla_matmul(xla_ffi::CallFrame* frame) {
     return error(frame, kInvalidArgument, "wrong number of operands or attributes");
   Buffer **in = frame->arguments.buffers, *y = frame->results.buffers[0];
   Buffer *x = in[0], *tiles = in[1], *scale = in[2], *bias = in[3], *x_scale = in[4];
-  kbn_matmul problem;
+  kbn_adapter::Matmul problem;
   const char* wrong = kbn_adapter::describe(attributes, shape(x), shape(tiles), shape(scale),
                                             shape(bias), shape(x_scale), kbn_adapter::kNothing,
                                             &problem);

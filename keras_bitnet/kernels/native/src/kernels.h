@@ -129,6 +129,12 @@ struct Kernels {
   void (*split)(const void* x, int dtype, int64_t count, float inverse, int planes, int8_t* codes,
                 int64_t stride);
 
+  // The sum of `count` codes.
+  int32_t (*sum)(const int8_t* codes, int64_t count);
+
+  // Packs rows of codes, `stride` apart, as `Block::x_codes`; `count` is a multiple of 4.
+  void (*interleave)(const int8_t* codes, int64_t stride, int rows, int64_t count, int8_t* packed);
+
   // Computes a block. A segment may be 16384 inputs long.
   void (*multiply[kFormats])(const Block& block);
 

@@ -138,6 +138,50 @@ void split_as(const void* data, int64_t count, float inverse, int planes, int8_t
   }
 }
 
+inline int32_t sum(const int8_t* codes, int64_t count) {
+  int32_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += codes[i];
+  return total;
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define KBN_SHUFFLES 1
+#endif
+#endif
+
+// Packs up to four words of each row; four rows at a time where the compiler can shuffle registers.
+inline void interleave_words(const int8_t* codes, int64_t stride, int rows, int words,
+                             int8_t* packed) {
+  int row = 0;
+#if defined(KBN_SHUFFLES)
+  typedef int32_t Words __attribute__((vector_size(16)));
+  for (; words == 4 && row + 4 <= rows; row += 4) {
+    Words r[4], columns[4];
+    for (int i = 0; i < 4; ++i) memcpy(&r[i], codes + (row + i) * stride, sizeof(Words));
+    const Words a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
+    const Words b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+    const Words c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+    const Words d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+    columns[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+    columns[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    columns[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+    columns[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+    for (int i = 0; i < 4; ++i) memcpy(packed + (i * rows + row) * 4, &columns[i], sizeof(Words));
+  }
+#endif
+  for (; row < rows; ++row) {
+    for (int i = 0; i < words; ++i) memcpy(packed + (i * rows + row) * 4, codes + row * stride + i * 4, 4);
+  }
+}
+
+void interleave(const int8_t* codes, int64_t stride, int rows, int64_t count, int8_t* packed) {
+  for (int64_t k = 0; k < count; k += 16) {
+    const int64_t left = (count - k) / 4;
+    interleave_words(codes + k, stride, rows, static_cast<int>(left < 4 ? left : 4), packed + k * rows);
+  }
+}
+
 template <typename Element>
 void store_as(const float* y, float x_scale, const float* bias, int count, void* out) {
   auto* to = static_cast<typename Element::Storage*>(out);

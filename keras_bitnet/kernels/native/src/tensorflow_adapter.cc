@@ -72,6 +72,8 @@ using Delete = void (*)(void*);
   X(void, TF_RegisterKernelBuilder, (const char*, TF_KernelBuilder*, TF_Status*))                \
   X(void, TF_OpKernelConstruction_GetAttrInt64,                                                  \
     (TF_OpKernelConstruction*, const char*, int64_t*, TF_Status*))                               \
+  X(void, TF_OpKernelConstruction_GetAttrInt64List,                                              \
+    (TF_OpKernelConstruction*, const char*, int64_t*, int, TF_Status*))                          \
   X(void, TF_OpKernelConstruction_GetAttrFloat,                                                  \
     (TF_OpKernelConstruction*, const char*, float*, TF_Status*))                                 \
   X(void, TF_OpKernelConstruction_Failure, (TF_OpKernelConstruction*, TF_Status*))               \
@@ -91,7 +93,7 @@ using Delete = void (*)(void*);
 KBN_TF_FUNCTIONS(X)
 #undef X
 
-constexpr char kOp[] = "KerasBitnetMatmul", kAttentionOp[] = "KerasBitnetAttendNext",
+constexpr char kOp[] = "KerasBitnetMatmul", kConvOp[] = "KerasBitnetConv", kAttentionOp[] = "KerasBitnetAttendNext",
                kNormOp[] = "KerasBitnetRmsNorm";
 constexpr int kInputs = 6;  // x, tiles, scale, bias, x_scale, gain
 std::atomic<int32_t> max_threads{0};
@@ -134,6 +136,12 @@ void infer_shape(TF_ShapeInferenceContext* context, TF_Status* status) {
   TF_ShapeInferenceContextSetOutput(context, 0, out.get(), status);
 }
 
+// Where the window stands is known once images are: Python says it while it traces.
+void infer_no_shape(TF_ShapeInferenceContext* context, TF_Status* status) {
+  TF_ShapeInferenceContextSetUnknownShape(context, status);
+}
+
+template <bool kConvolves>
 void* create(TF_OpKernelConstruction* context) {
   Status status(TF_NewStatus());
   auto attributes = std::make_unique<Attributes>();
@@ -154,6 +162,10 @@ void* create(TF_OpKernelConstruction* context) {
   for (const auto& row : floats)
     if (!TF_GetCode(status.get()))
       TF_OpKernelConstruction_GetAttrFloat(context, row.name, row.value, status.get());
+  if (kConvolves && !TF_GetCode(status.get()))
+    TF_OpKernelConstruction_GetAttrInt64List(context, "window",
+                                             reinterpret_cast<int64_t*>(&attributes->window),
+                                             kbn_adapter::kWindowNumbers, status.get());
   if (TF_GetCode(status.get())) {
     TF_OpKernelConstruction_Failure(context, status.get());
     return nullptr;
@@ -216,13 +228,13 @@ void run(Attributes attributes, TF_OpKernelContext* context, TF_Status* status) 
   if (TF_GetCode(status)) return;
   auto shape = [&](int i) { return in[i].operand().shape; };
   attributes.out_features = in[3].sizes.size() == 1 ? in[3].sizes[0] : 0;
-  kbn_matmul problem;
+  kbn_adapter::Matmul problem;
   const char* wrong = kbn_adapter::describe(attributes, shape(0), shape(1), shape(2), shape(3),
                                             shape(4), shape(5), &problem);
   if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
   problem.dtype = in[0].operand().dtype;
   std::vector<int64_t> result = in[0].sizes;
-  result.back() = attributes.out_features;
+  problem.shape_of_y(shape(0), result.data());
   TensorOwner y = allocate_like(in[0], result, context, status);
   if (TF_GetCode(status)) return;
   problem.x = in[0].operand().data;
@@ -345,14 +357,21 @@ struct Op {
   Delete destroy;
 };
 
+Op matmul_op(const char* name, const char* kernel, ShapeFunction infer_shapes, Create create,
+             std::initializer_list<const char*> more_attributes = {}) {
+  Op op{name, kernel,
+        {"T: {float, bfloat16, half}", "bits: int", "trits: int", "group_size: int",
+         "activation_bits: int", "per_tensor: int", "offset: float", "epsilon: float",
+         "norm_epsilon: float"},
+        {"x: T", "tiles: uint8", "scale: float", "bias: float", "x_scale: float", "gain: float"},
+        {"y: T"}, false, infer_shapes, create, compute, destroy};
+  op.attributes.insert(op.attributes.end(), more_attributes);
+  return op;
+}
+
 const Op kOps[] = {
-    {kOp, "KerasBitnetMatmulCPU",
-     {"T: {float, bfloat16, half}", "bits: int", "trits: int", "group_size: int",
-      "activation_bits: int", "per_tensor: int", "offset: float", "epsilon: float",
-      "norm_epsilon: float"},
-     {"x: T", "tiles: uint8", "scale: float", "bias: float", "x_scale: float", "gain: float"},
-     {"y: T"}, false,
-     infer_shape, create, compute, destroy},
+    matmul_op(kOp, "KerasBitnetMatmulCPU", infer_shape, create<false>),
+    matmul_op(kConvOp, "KerasBitnetConvCPU", infer_no_shape, create<true>, {"window: list(int)"}),
     {kAttentionOp, "KerasBitnetAttendNextCPU",
      {"T: {float, bfloat16, half}", "C: {float, bfloat16, half, int8}", "scale: float"},
      {"query: T", "key: T", "value: T", "cosines: float", "sines: float", "mask: bool",

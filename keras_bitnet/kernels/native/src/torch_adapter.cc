@@ -2,9 +2,13 @@
 // libtorch (complete from 2.8), found at run time: one binary for every version of PyTorch.
 // Where they are missing, kernels/torch.py defines the same operator over ctypes.
 #if !defined(_WIN32)
+#include <pthread.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -44,11 +48,18 @@ using Slot = uint64_t;     // one value on the dispatcher's stack, bits of an in
 KBN_TORCH_FUNCTIONS(X)
 #undef X
 int (*get_num_threads)();
+void (*openmp_parallel)(void (*)(void*), void*, unsigned, unsigned);
+std::atomic<bool> forked{false};  // a child process has none of the threads of OpenMP
 
-constexpr char kSchema[] =
-    "bit_matmul(Tensor x, Tensor tiles, Tensor scale, Tensor bias, Tensor x_scale, Tensor gain, "
-    "int out_features, int bits, int trits, int group_size, int activation_bits, "
-    "bool per_tensor, float offset, float epsilon, float norm_epsilon) -> Tensor";
+#define KBN_OPERANDS                                                                        \
+  "(Tensor x, Tensor tiles, Tensor scale, Tensor bias, Tensor x_scale, Tensor gain, "       \
+  "int out_features, int bits, int trits, int group_size, int activation_bits, "            \
+  "bool per_tensor, float offset, float epsilon, float norm_epsilon"
+constexpr char kSchema[] = "bit_matmul" KBN_OPERANDS ") -> Tensor";
+constexpr char kConvSchema[] =
+    "bit_conv" KBN_OPERANDS ", int axes, int padding, int size_0, int size_1, int size_2, "
+    "int stride_0, int stride_1, int stride_2, int dilation_0, int dilation_1, int dilation_2) "
+    "-> Tensor";
 constexpr char kAttentionSchema[] =
     "attend_next(Tensor query, Tensor key, Tensor value, Tensor cosines, Tensor sines, Tensor mask, "
     "Tensor index, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) key_scale, "
@@ -107,11 +118,10 @@ const char* read_all(Tensor* tensors, int count) {
   return nullptr;
 }
 
-// Allocates y like x with `columns` for its last axis.
-bool allocate(const Tensor& x, int64_t columns, Tensor* y) {
-  int64_t sizes[kMaxRank], strides[kMaxRank], stride = 1;
+// Allocates y like x with these sizes, as many as x has.
+bool allocate(const Tensor& x, const int64_t* sizes, Tensor* y) {
+  int64_t strides[kMaxRank], stride = 1;
   for (int64_t i = x.rank - 1; i >= 0; --i) {
-    sizes[i] = i == x.rank - 1 ? columns : x.dims[i];
     strides[i] = stride;
     stride *= sizes[i] > 0 ? sizes[i] : 1;
   }
@@ -120,6 +130,23 @@ bool allocate(const Tensor& x, int64_t columns, Tensor* y) {
          !aoti_torch_get_data_ptr(y->handle, &y->data);
 }
 
+// The threads of PyTorch's own operators: after each they wait for the next in a loop, for so long
+// that threads beside them would share their cores.
+void run_on_team(void* threads, int64_t count, void (*task)(void*, int64_t), void* argument) {
+  kbn_adapter::Loop loop{{0}, count, task, argument};
+  openmp_parallel([](void* loop) { static_cast<kbn_adapter::Loop*>(loop)->work(); }, &loop,
+                  static_cast<unsigned>(*static_cast<int32_t*>(threads)), 0);
+}
+
+template <typename Problem>
+const char* run(const Problem& problem, const char* (*otherwise)(const Problem*, int32_t)) {
+  int32_t threads = get_num_threads ? get_num_threads() : 0;
+  if (!openmp_parallel || threads < 1 || forked) return otherwise(&problem, threads);
+  kbn_parallel team{run_on_team, &threads, threads};
+  return kbn_adapter::run(problem, &team);
+}
+
+template <bool kConvolves>
 const char* compute(Slot* stack, Tensor* tensors, Tensor* y) {
   Tensor &x = tensors[0], &tiles = tensors[1], &scale = tensors[2], &bias = tensors[3],
          &x_scale = tensors[4], &gain = tensors[5];
@@ -133,7 +160,8 @@ const char* compute(Slot* stack, Tensor* tensors, Tensor* y) {
   attributes.offset = float_of(stack[kTensors + 6]);
   attributes.epsilon = float_of(stack[kTensors + 7]);
   attributes.norm_epsilon = float_of(stack[kTensors + 8]);
-  kbn_matmul problem;
+  if (kConvolves) memcpy(&attributes.window, stack + kTensors + 9, sizeof attributes.window);
+  kbn_adapter::Matmul problem;
   const char* wrong = kbn_adapter::describe(attributes, x.shape(), tiles.shape(), scale.shape(),
                                             bias.shape(), x_scale.shape(), gain.shape(), &problem);
   if (wrong) return wrong;
@@ -143,7 +171,9 @@ const char* compute(Slot* stack, Tensor* tensors, Tensor* y) {
       x_scale.dtype != scale.dtype || gain.dtype != scale.dtype)
     return "wrong dtype of an operand";
   if (x.rank > kMaxRank) return "x has too many axes";
-  if (!allocate(x, attributes.out_features, y)) return "no memory for the result";
+  int64_t sizes[kMaxRank];
+  problem.shape_of_y(x.shape(), sizes);
+  if (!allocate(x, sizes, y)) return "no memory for the result";
   problem.x = x.data;
   problem.tiles = static_cast<const uint8_t*>(tiles.data);
   problem.scale = static_cast<const float*>(scale.data);
@@ -151,7 +181,7 @@ const char* compute(Slot* stack, Tensor* tensors, Tensor* y) {
   problem.x_scale = x_scale.dims[0] ? static_cast<const float*>(x_scale.data) : nullptr;
   problem.gain = gain.dims[0] ? static_cast<const float*>(gain.data) : nullptr;
   problem.y = y->data;
-  return kbn_run_limited(&problem, get_num_threads ? get_num_threads() : 0);
+  return run<kbn_matmul>(problem, kbn_run_limited);
 }
 
 const char* attend(Slot* stack, Tensor* tensors, Tensor* y) {
@@ -163,9 +193,9 @@ const char* attend(Slot* stack, Tensor* tensors, Tensor* y) {
   kbn_attention problem;
   const char* wrong = kbn_adapter::describe(operands, float_of(stack[kCount]), &problem);
   if (wrong) return wrong;
-  if (!allocate(tensors[0], problem.head_dim, y)) return "no memory for the result";
+  if (!allocate(tensors[0], tensors[0].dims, y)) return "no memory for the result";
   problem.y = y->data;
-  return kbn_attend_limited(&problem, get_num_threads ? get_num_threads() : 0);
+  return run(problem, kbn_attend_limited);
 }
 
 const char* normalize(Slot* stack, Tensor* tensors, Tensor* y) {
@@ -178,9 +208,9 @@ const char* normalize(Slot* stack, Tensor* tensors, Tensor* y) {
                                             float_of(stack[2]), &problem);
   if (wrong) return wrong;
   if (tensors[0].rank > kMaxRank) return "x has too many axes";
-  if (!allocate(tensors[0], problem.features, y)) return "no memory for the result";
+  if (!allocate(tensors[0], tensors[0].dims, y)) return "no memory for the result";
   problem.y = y->data;
-  return kbn_normalize_limited(&problem, get_num_threads ? get_num_threads() : 0);
+  return run(problem, kbn_normalize_limited);
 }
 
 // One operator: `run(stack, tensors, y)` says what is wrong. Errors leave as an exception, the way in
@@ -205,6 +235,13 @@ bool resolve() {
 #undef X
   // at::get_num_threads(); its C name exists from PyTorch 2.10 only.
   get_num_threads = reinterpret_cast<int (*)()>(dlsym(library, "_ZN2at15get_num_threadsEv"));
+  // Of the OpenMP library that libtorch was linked with. Its threads sleep where they are told to wait
+  // passively: then they are in nobody's way, and slow to start.
+  const char* policy = getenv("OMP_WAIT_POLICY");
+  if (!policy || strcasecmp(policy, "passive") != 0) {
+    openmp_parallel = reinterpret_cast<decltype(openmp_parallel)>(dlsym(library, "GOMP_parallel"));
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  }
   return true;
 }
 
@@ -213,11 +250,14 @@ bool register_operator() {
   return resolve() &&
          !aoti_torch_library_init_fragment("keras_bitnet", "torch_adapter.cc", __LINE__, &definition) &&
          !aoti_torch_library_def(definition, kSchema) &&
+         !aoti_torch_library_def(definition, kConvSchema) &&
          !aoti_torch_library_def(definition, kAttentionSchema) &&
          !aoti_torch_library_def(definition, kNormSchema) &&
          !aoti_torch_library_init_impl("keras_bitnet", "CPU", "torch_adapter.cc", __LINE__,
                                        &implementation) &&
-         !aoti_torch_library_impl(implementation, "bit_matmul", kernel<kTensors, compute>) &&
+         !aoti_torch_library_impl(implementation, "bit_matmul",
+                                  kernel<kTensors, compute<false>>) &&
+         !aoti_torch_library_impl(implementation, "bit_conv", kernel<kTensors, compute<true>>) &&
          !aoti_torch_library_impl(implementation, "attend_next",
                                   kernel<kbn_adapter::kAttentionOperands, attend>) &&
          !aoti_torch_library_impl(implementation, "rms_norm", kernel<2, normalize>);
@@ -225,7 +265,8 @@ bool register_operator() {
 
 }  // namespace
 
-// Defines `keras_bitnet::bit_matmul`, `attend_next` and `rms_norm`. Returns 0, or 1: this PyTorch lacks the stable functions.
+// Defines `keras_bitnet::bit_matmul`, `bit_conv`, `attend_next` and `rms_norm`. Returns 0, or 1: this
+// PyTorch lacks the stable functions.
 KBN_API int kbn_torch_register(void) {
   static const bool registered = register_operator();
   return registered ? 0 : 1;

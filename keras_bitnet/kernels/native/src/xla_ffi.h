@@ -11,7 +11,7 @@ enum { kMetadataExtension = 1 };
 enum { kExecuteStage = 3 };
 enum { kInvalidArgument = 3, kInternal = 13 };
 enum { kPRED = 1, kS8 = 2, kS32 = 4, kS64 = 5, kU8 = 6, kF16 = 10, kF32 = 11, kF64 = 12, kBF16 = 16 };
-enum { kScalarAttribute = 3 };
+enum { kArrayAttribute = 1, kScalarAttribute = 3 };
 
 struct Extension {
   size_t struct_size;
@@ -65,6 +65,12 @@ struct ByteSpan {
 struct Scalar {
   int32_t dtype;
   void* value;
+};
+
+struct Array {
+  int32_t dtype;
+  size_t size;
+  void* data;
 };
 
 struct Attributes {
