@@ -22,10 +22,9 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None,
 
 
 def _ffi_call(facts, x, *operands):
-    attributes = {"trits": np.int64(facts.layout == "trits")}
-    if facts.window is not None:
-        attributes["window"] = np.array(facts.window.numbers, np.int64)
-    return ffi_matmul(TARGET, result(facts, x), facts, x, *operands, **attributes)
+    window = {} if facts.window is None else {"window": np.array(facts.window.numbers, np.int64)}
+    trits = np.int64(facts.layout == "trits")
+    return ffi_matmul(TARGET, result(facts, x), facts, x, *operands, trits=trits, **window)
 
 
 def _reference(facts, x, tiles, scale, bias, x_scale):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import keras
 from keras import ops
@@ -147,7 +148,7 @@ class Window:
             Tensor of the shape of `x`, the dtype of `patches`.
         """
         lengths, channels = self._lengths(x), ops.shape(x)[-1]
-        total = 0
+        total: Any = 0
         for i, starts in enumerate(self._starts()):
             part = patches[..., i * channels : (i + 1) * channels]
             for axis, start in enumerate(starts):
