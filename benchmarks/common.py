@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import random
 import statistics
 import subprocess
 import tempfile
@@ -165,8 +166,7 @@ def peer(name):
 def in_turns(functions, repeats, warmup=2):
     """What functions return that are called in turns: what else the machine does hits all alike.
 
-    Each turn begins with the next function, as what a call finds in caches is what the one before
-    it left there.
+    The order is another one each turn: a call finds in the caches what the one before it left.
 
     Args:
         functions: Dictionary of functions without arguments, each measures itself.
@@ -177,13 +177,13 @@ def in_turns(functions, repeats, warmup=2):
         A dictionary of lists, one entry a turn.
     """
     found = {name: [] for name in functions}
-    names = list(functions)
+    names, order = list(functions), random.Random(0)
     for turn in range(-warmup, repeats):
+        order.shuffle(names)
         for name in names:
             value = functions[name]()
             if turn >= 0:
                 found[name].append(value)
-        names.append(names.pop(0))
     return found
 
 
