@@ -49,6 +49,46 @@ class Subclassed(keras.Model):
         return self.head(self.block(self.alias(self.inputs_layer(x))))
 
 
+class Gate(keras.layers.Layer):
+    """Registered nowhere, as most classes of a script; so is the model around it."""
+
+    def __init__(self, size, **kwargs):
+        super().__init__(**kwargs)
+        self.size = size
+        self.dense = keras.layers.Dense(size, name="dense")
+
+    def call(self, x):
+        return x * self.dense(x)
+
+    def get_config(self):
+        return {**super().get_config(), "size": self.size}
+
+
+class Script(keras.Model):
+    def __init__(self, size, **kwargs):
+        super().__init__(**kwargs)
+        self.size = size
+        self.stem = keras.layers.Dense(size, name="stem")
+        self.gates = [Gate(size, name=f"gate{i}") for i in range(4)]
+        self.head = keras.layers.Dense(2, name="head")
+
+    def call(self, x):
+        x = self.stem(x)
+        for gate in self.gates:
+            x = gate(x)
+        return self.head(x)
+
+    def get_config(self):
+        return {**super().get_config(), "size": self.size}
+
+
+def other_gate():
+    class Gate(keras.layers.Dense):
+        pass
+
+    return Gate
+
+
 class Unsaved(keras.layers.Layer):
     """Nobody can make it again from its config; the layer around it does."""
 
@@ -240,10 +280,63 @@ def test_lora_of_the_float_model_is_merged(x):
     np.testing.assert_allclose(to_numpy(qat(x)), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_models_stay_compiled():
-    model = sequential()
-    model.compile("adam", "mse", metrics=["mae"])
-    assert keras_bitnet.quantize_model(model, verbose=0).compiled
+def test_classes_need_not_be_registered(rng, tmp_path):
+    x = rng.normal(size=(4, 6)).astype("float32")
+    model = Script(8)
+    model(x)
+    qat, changes = keras_bitnet.quantize_model(model, "int4", verbose=0, return_changes=True)
+    assert [change.path for change in changes] == [
+        "stem", "gate0/dense", "gate1/dense", "gate2/dense", "gate3/dense", "head"
+    ]  # fmt: skip
+    packed = keras_bitnet.pack_model(keras_bitnet.calibrate(qat, x, verbose=0), verbose=0)
+    packed.save(tmp_path / "packed.keras")
+    own = {"Script": Script, "Gate": Gate}
+    loaded = keras.models.load_model(tmp_path / "packed.keras", custom_objects=own)
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), packed.predict(x, verbose=0))
+
+
+def test_two_classes_of_one_name_must_be_registered():
+    model = keras.Sequential([keras.Input((4,)), Gate(4), other_gate()(4)])
+    with pytest.raises(ValueError, match="Two classes of layers are named 'Gate'"):
+        keras_bitnet.quantize_model(model, verbose=0)
+
+
+class Warmup(keras.optimizers.schedules.LearningRateSchedule):
+    def __call__(self, step):
+        return 1e-3 * keras.ops.minimum(1.0, step / 10)
+
+    def get_config(self):
+        return {}
+
+
+def squared(y_true, y_pred):
+    return keras.ops.square(y_true - y_pred)
+
+
+class MeanOfSquares(keras.metrics.MeanMetricWrapper):
+    def __init__(self, name="squares", dtype=None):
+        super().__init__(squared, name, dtype)
+
+    def get_config(self):
+        return {"name": self.name, "dtype": self.dtype}
+
+
+@pytest.mark.parametrize("make", [sequential, lambda: Script(8)])
+def test_compiled_models_stay_compiled(rng, make):
+    x = rng.normal(size=(8, 5, 8)).astype("float32")
+    model = make()
+    y = np.ones(model(x).shape, "float32")
+    optimizer, metric = keras.optimizers.Adam(Warmup()), MeanOfSquares()
+    model.compile(optimizer, squared, metrics=[metric, lambda t, p: keras.ops.abs(t - p)])
+    model.fit(x, y, verbose=0)
+    qat = keras_bitnet.quantize_model(model, "int4", verbose=0)
+    assert model.compiled
+    assert qat.optimizer is not optimizer
+    assert qat.optimizer.learning_rate == 0  # a schedule, at its first step
+    qat.fit(x, y, verbose=0)
+    loss, squares, absolute = qat.evaluate(x, y, verbose=0)
+    assert loss == pytest.approx(squares, rel=1e-4)
+    assert absolute > 0
 
 
 def test_packing_an_untrained_conversion_warns():

@@ -83,20 +83,44 @@ def make_converted(layer, twins):
     return Converted.from_config(config)
 
 
+def own_classes(model):
+    """The classes of a model's layers by the names in their configs, Keras's classes left out.
+
+    A model that is only remade, not loaded, need not have registered them.
+
+    Raises:
+        ValueError: Two of them have one name.
+    """
+    classes: dict[str, type] = {}
+    for layer in model._flatten_layers():
+        cls = next(cls for cls in type(layer).__mro__ if not issubclass(cls, Converted))
+        if cls.__module__.partition(".")[0] == "keras":
+            continue
+        name = keras.saving.get_registered_name(cls)
+        if classes.setdefault(name, cls) is not cls:
+            raise ValueError(
+                f"Two classes of layers are named '{name}': tell them apart with "
+                "`@keras.saving.register_keras_serializable(package)`. Received: "
+                f"{classes[name]} and {cls}"
+            )
+    return classes
+
+
 def child_layers(layer):
     """The direct children of a layer by path: `"attribute"`, or `"attribute.key"` in containers.
 
-    Lists, tuples and dictionaries with string keys are searched, nested ones too. A child
-    that two attributes hold appears under both.
+    Lists, tuples and dictionaries with string keys are searched, nested ones too. They come in the
+    order in which they were made; a child that two attributes hold appears under both.
     """
-    tracked = {id(child) for child in layer._layers}
+    places = {id(child): place for place, child in enumerate(layer._layers)}
     attributes = {**vars(layer), **vars(layer).get("_modules", {})}  # torch keeps them apart
-    found = {}
-    for name in sorted(attributes.keys() - _BOOKKEEPING):
-        for path, leaf in _leaves(name, attributes[name]):
-            if isinstance(leaf, keras.Layer) and id(leaf) in tracked:
-                found[path] = leaf
-    return found
+    found = [
+        (path, leaf)
+        for name in sorted(attributes.keys() - _BOOKKEEPING)
+        for path, leaf in _leaves(name, attributes[name])
+        if isinstance(leaf, keras.Layer) and id(leaf) in places
+    ]
+    return dict(sorted(found, key=lambda item: places[id(item[1])]))
 
 
 def _leaves(path, value):
@@ -205,8 +229,8 @@ def _follow_recipe(layer):
         recipe.done.append(path)
     inside = [outer for path in recipe.done for outer in _way(layer, path)[0][1:]]
     for outer in [*reversed(inside), layer] if recipe.done else []:
-        if outer.built and hasattr(outer, "_track_variables"):
-            outer._track_variables()  # torch's list of parameters
+        if outer.built:
+            outer._post_build()  # torch's list of parameters, where they have values already
 
 
 @functools.cache
@@ -235,6 +259,8 @@ def _deserialize(config):
     try:
         return keras.saving.deserialize_keras_object(config)
     except TypeError:
+        if config["module"] is None:
+            raise
         module = importlib.import_module(config["module"])
         cls = getattr(module, config["class_name"])
         inits = [base.__init__ for base in cls.__mro__]

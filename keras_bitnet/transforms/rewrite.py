@@ -12,7 +12,7 @@ import keras
 
 from keras_bitnet.checks import check_built
 from keras_bitnet.layers.kernel_weights import assign_copy
-from keras_bitnet.transforms.converted import child_layers, get_child, make_converted
+from keras_bitnet.transforms.converted import child_layers, get_child, make_converted, own_classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,11 @@ def rewrite(model, rule, verbose):
         ValueError: `model` is no built Keras model or layer, or cannot be made from its config.
     """
     check_built(model)
+    with keras.saving.CustomObjectScope(own_classes(model)):
+        return _rewrite(model, rule, verbose)
+
+
+def _rewrite(model, rule, verbose):
     twins = _Twins(rule)
     new_model = twins.copy_of(model, path="")
     if not new_model.built:
@@ -67,7 +72,7 @@ def rewrite(model, rule, verbose):
         if progress:
             progress.update(i + 1)
     if getattr(model, "compiled", False) and not new_model.compiled:
-        new_model.compile_from_config(model.get_compile_config())
+        _compile_like(new_model, model)
     if verbose:
         _print_changes(rule.verb, twins.changes)
     return new_model, twins.changes
@@ -178,7 +183,38 @@ def _clone_graph(model, clone_function):
     inputs = None
     if isinstance(model, keras.Function):
         inputs = keras.tree.map_structure(_clone_input, model.input)
-    return keras.models.clone_model(model, inputs, clone_function)
+    compiled, model.compiled = model.compiled, False
+    try:
+        new_model = keras.models.clone_model(model, inputs, clone_function)
+    finally:
+        model.compiled = compiled
+    if compiled:
+        _compile_like(new_model, model)
+    return new_model
+
+
+def _compile_like(new_model, model):
+    """Compiles a model as another one is, with an optimizer and metrics of its own.
+
+    Functions and schedules, which have no state, are shared; through a config, Keras's way, only
+    registered ones would come back, and lambdas never.
+    """
+    if type(model).compile is not keras.Model.compile:  # of other arguments, which we do not know
+        new_model.compile_from_config(model.get_compile_config())
+        return
+    new_model.compile(**keras.tree.map_structure(_fresh, model._compile_config.config))
+    if new_model.built:
+        new_model.optimizer.build(new_model.trainable_variables)
+
+
+def _fresh(argument):
+    if not isinstance(argument, (keras.optimizers.Optimizer, keras.metrics.Metric)):
+        return argument
+    config = argument.get_config()
+    rate = getattr(argument, "_learning_rate", None)
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        config["learning_rate"] = rate
+    return type(argument).from_config(config)
 
 
 def _clone_input(tensor):
