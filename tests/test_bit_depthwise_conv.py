@@ -12,6 +12,7 @@ from keras_bitnet.layers import (
     BitSeparableConv2D,
 )
 from keras_bitnet.ops import layout
+from keras_bitnet.quantizers import ActivationInt4, ActivationInt8
 
 CASES = [
     (BitDepthwiseConv1D, {"kernel_size": 3, "padding": "same", "depth_multiplier": 2}, (9,)),
@@ -141,3 +142,31 @@ def test_a_batch_without_images():
     layer = BitDepthwiseConv1D(3, depth_multiplier=2)
     layer.build((None, 9, 4))
     assert tuple(layer(np.ones((0, 9, 4), "float32")).shape) == (0, 7, 8)
+
+
+class Rounded(ActivationInt8):
+    """A quantizer with a formula of its own."""
+
+    def _round(self, ratio):
+        return ops.clip(ops.floor(ratio), -self.highest, self.highest)
+
+
+@pytest.mark.parametrize(
+    "quantizer", [ActivationInt8(), ActivationInt8("tensor"), ActivationInt4(), Rounded(), None]
+)
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("stride", [1, 3])
+def test_taps_are_quantized_as_their_patch_is(quantizer, strength, stride, rng):
+    """Though no patch is made; with a step beyond the window some pixels are unseen."""
+    options = {"activation_quantizer": quantizer, "quantization_strength": strength}
+    layer = BitDepthwiseConv2D(2, stride, depth_multiplier=2, **options)
+    x = rng.normal(size=(2, 7, 8, 4)).astype("float32")
+    x[:, 2, 2] = 50  # seen by no window of the larger step
+    y = to_numpy(layer(x))
+    patches = layer.window.patches(ops.convert_to_tensor(x))
+    if quantizer is not None:
+        patches = quantizer.fake_quantize(patches, ops.convert_to_tensor(np.float32(strength)))
+    patches = to_numpy(patches).reshape(*y.shape[:-1], 4, 4)
+    kernel = to_numpy(layer.matrix_in_use()).reshape(4, 4, 2)
+    wanted = np.einsum("bhwtc,tcm->bhwcm", patches, kernel).reshape(y.shape)
+    np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)

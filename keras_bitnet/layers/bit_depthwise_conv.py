@@ -1,5 +1,6 @@
 """Low-bit depthwise convolutions: a filter of its own for each channel."""
 
+import functools
 import math
 from typing import Any, ClassVar
 
@@ -9,6 +10,7 @@ from keras import ops, regularizers
 from keras_bitnet.checks import check_count
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.inputs import UNTREATED
+from keras_bitnet.ops.magnitude import largest_magnitude
 from keras_bitnet.ops.window import Window
 
 
@@ -23,7 +25,7 @@ class BitDepthwiseConv(BitLayer):
 
     Packed, the bytes are packed, and the kernel is unpacked at each call: there is no matrix
     product to speed up, one multiplication for each value of the patches, and the kernel is
-    smaller than the activations by far.
+    smaller than the activations by far. Sums are float32, whatever the dtype of the layer.
 
     Args:
         kernel_size, strides, dilation_rate: Positive integer, or one for each spatial axis.
@@ -119,19 +121,31 @@ class BitDepthwiseConv(BitLayer):
 
     def call(self, inputs):
         """Computes the convolution; see the class."""
-        strength = None if self.packed else ops.convert_to_tensor(self.quantization_strength)
-        x = self.window.patches(self.window.channels_last(inputs))
-        if self.activation_quantizer is not None:
-            x = self.activation_quantizer.fake_quantize(x, strength)
-        y = self.window.restore(self._multiply(x, ops.cast(self.matrix_in_use(), x.dtype)))
+        x = self.window.channels_last(inputs)
+        matrix = ops.cast(self.matrix_in_use(x.dtype), "float32")
+        y = 0
+        for i, tap in enumerate(self._quantized_taps(ops.cast(x, "float32"))):
+            if self.depth_multiplier > 1:
+                tap = ops.repeat(tap, self.depth_multiplier, axis=-1)
+            y = y + tap * matrix[i]
+        y = ops.cast(y, x.dtype)
+        y = self.window.restore(y if self.bias is None else ops.add(y, self.bias))
         return y if self.activation is None else self.activation(y)
 
-    def _multiply(self, x, matrix):
-        leading, channels = ops.shape(x)[:-1], self.out_features // self.depth_multiplier
-        x = ops.reshape(x, (*leading, self.in_features, channels, 1))
-        kernel = ops.reshape(matrix, (self.in_features, channels, self.depth_multiplier))
-        y = ops.reshape(ops.sum(x * kernel, axis=-3), (*leading, self.out_features))
-        return y if self.bias is None else ops.add(y, self.bias)
+    def _quantized_taps(self, x):
+        """What each tap sees, quantized with the scale of its patch: no patch lies in memory."""
+        quantizer, taps = self.activation_quantizer, self.window.taps(x)
+        if quantizer is None:
+            return taps
+        strength = None if self.packed else ops.convert_to_tensor(self.quantization_strength)
+        if quantizer.formula != "absmax":  # one of the user's sees whole patches
+            patches = quantizer.fake_quantize(ops.concatenate(taps, axis=-1), strength)
+            return ops.split(patches, len(taps), axis=-1)
+        pixels = largest_magnitude(x, -1, quantizer.epsilon)
+        largest = functools.reduce(ops.maximum, self.window.taps(pixels))
+        if quantizer.granularity == "tensor":
+            largest = ops.amax(largest)
+        return [quantizer.fake_quantize_part(tap, largest, strength) for tap in taps]
 
     def enable_lora(self, *args, **kwargs):
         """Raises: as in Keras, a depthwise convolution has no low-rank adaptation."""

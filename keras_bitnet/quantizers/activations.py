@@ -99,6 +99,22 @@ class ActivationQuantizer(Quantizer):
         mixed = blend(x, self._round(ratio) * scale, strength)
         return ops.cast(straight_through(x, mixed), dtype)
 
+    def fake_quantize_part(self, x, largest, strength=None):
+        """`fake_quantize` of a part of tokens, whose absolute maximum is known.
+
+        Args:
+            x: `float32` tensor.
+            largest: `float32` tensor that broadcasts with it: the absolute maximum of the token
+                that each number belongs to, at least `epsilon`.
+            strength: See `fake_quantize`.
+
+        Returns:
+            `float32` tensor of the shape of `x`.
+        """
+        inverse, scale = self._step(ops.stop_gradient(largest))
+        codes = ops.round(ops.stop_gradient(x) * inverse)  # none is larger than `highest`
+        return straight_through(x, blend(x, codes * scale, strength))
+
     def _check_scale(self, scale):
         if (scale is None) == (self.granularity == "static"):
             raise ValueError(
@@ -112,11 +128,15 @@ class ActivationQuantizer(Quantizer):
         if scale is not None:
             return self._static_ratio(x, ops.stop_gradient(ops.cast(scale, "float32")))
         axis = -1 if self.granularity == "token" else tuple(range(len(x.shape)))
-        largest = largest_magnitude(x, axis, self.epsilon)
+        inverse, scale = self._step(largest_magnitude(x, axis, self.epsilon))
+        return x * inverse, scale
+
+    def _step(self, largest):
+        """What makes codes of numbers of this absolute maximum, and the scale of the codes."""
         # A tensor is divided, as `number / tensor` is a rounded reciprocal times the number on
         # torch. The constant is multiplied: XLA turns a division by it into that, others do not.
         inverse = constant_like(largest, self.highest) / largest
-        return x * inverse, largest * float(np.float32(1 / self.highest))
+        return inverse, largest * float(np.float32(1 / self.highest))
 
     def _static_ratio(self, x, scale):
         """As `_ratio`; the scale of a token that holds a NaN or an infinity is NaN."""
