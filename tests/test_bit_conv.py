@@ -6,7 +6,7 @@ from keras import ops
 
 from keras_bitnet import calibrate, pack_model, quantize_model, summary
 from keras_bitnet.layers import BitConv1D, BitConv2D, BitConv3D, BitDepthwiseConv2D
-from keras_bitnet.quantizers import ActivationInt8, Int4
+from keras_bitnet.quantizers import ActivationInt8, Int4, StaticActivation
 
 # (layer, arguments, spatial sizes); channels are 4
 CASES = [
@@ -98,6 +98,20 @@ def test_float_activations_convolve_as_patches_do(case, rng):
     layer, _, x = made(cls, arguments, shape, rng, activation_quantizer=None)
     wanted = to_numpy(layer.product(layer.patches(x), layer.bias))
     np.testing.assert_allclose(to_numpy(layer(x)), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
+def test_one_scale_convolves_as_patches_do(case, strength, rng):
+    cls, arguments, shape = case
+    for quantizer in (ActivationInt8("tensor"), StaticActivation()):
+        options = {"activation_quantizer": quantizer, "quantization_strength": strength}
+        layer, _, x = made(cls, arguments, shape, rng, **options)
+        if layer.static:
+            layer.activation_scale.assign(0.01)
+        x.reshape(-1)[0] = np.nan if strength == 1 else 3  # an infinity or NaN shows in its patches
+        wanted = to_numpy(layer.product(layer.patches(x), layer.bias))
+        np.testing.assert_allclose(to_numpy(layer(x)), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_patch_is_a_token_and_padding_is_zero():

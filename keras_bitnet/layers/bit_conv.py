@@ -19,9 +19,10 @@ class BitConv(BitLayer):
     A patch, all that one output position sees, is one token to the activation quantizer, and
     a norm before the product is one of patches; the kernel is the matrix
     `(prod(kernel_size) * channels / groups, filters)`. Training and packed inference multiply the
-    same rows. With float activations nothing needs a patch, and the backend convolves. Padding is
-    zeros. A kernel of size 1 makes no patches. Groups cost as much time as a convolution without
-    groups, and a share of its memory.
+    same rows. With float activations, and in training with one scale for all of them (`"tensor"`
+    or `"static"`), nothing needs a patch, and the backend convolves: that trains fastest. Padding
+    is zeros. A kernel of size 1 makes no patches. Groups cost as much time as a convolution
+    without groups, and a share of its memory.
 
     Args:
         filters: Positive integer, number of output channels.
@@ -132,7 +133,7 @@ class BitConv(BitLayer):
         x = self.window.channels_last(inputs)
         if self._convolves:
             y = self._convolution(x)
-        elif self._takes_images:
+        elif self.packed and self._plain:
             y = self.product(x, self.bias, self.window)
         else:
             y = self.product(self._patches(x), self.bias)
@@ -140,28 +141,26 @@ class BitConv(BitLayer):
         return y if self.activation is None else self.activation(y)
 
     @property
-    def _convolves(self):
-        """Whether the inputs are multiplied as they are: the backend's convolution is faster."""
-        floats = self.activation_quantizer is None and self._look is None
-        untreated = not (self.smoothing or self.rotation or self.kept_channels)
-        normalized = self.normalization is not None and self.norm_position == "pre"
-        alone = self.groups == 1 and not self.lora_enabled and math.prod(self.window.size) > 1
-        return floats and untreated and alone and not normalized
+    def _plain(self):
+        """Whether nothing is done to patches but a norm and to quantize them."""
+        patches = self.groups == 1 and math.prod(self.window.size) > 1
+        return patches and self.quantized_alone and not self.lora_enabled and self._look is None
 
     @property
-    def _takes_images(self):
-        """Whether patches are only quantized, and multiplied by packed weights: a kernel that can
-        gather them by itself reads each once.
-        """
-        plain = self.packed and self.quantized_alone and not self.lora_enabled and not self._look
-        return plain and self.groups == 1 and math.prod(self.window.size) > 1
+    def _convolves(self):
+        """Whether the backend can convolve, which is faster: no patch has a scale of its own."""
+        quantizer = self.activation_quantizer
+        one_scale = quantizer is None or (
+            quantizer.granularity != "token" and quantizer.formula == "absmax" and not self.packed
+        )
+        return one_scale and self._plain and not self._norm_first
 
     def _convolution(self, x):
-        x = self.window.padded(x)
-        matrix = self.matrix_in_use(x.dtype)
+        dtype = x.dtype
+        matrix = self.matrix_in_use(dtype)
         y = ops.conv(
-            x,
-            ops.cast(self.matrix_to_kernel(matrix), x.dtype),
+            self.window.padded(ops.cast(self._quantized_pixels(x), dtype)),
+            ops.cast(self.matrix_to_kernel(matrix), dtype),
             strides=list(self.window.strides),
             dilation_rate=self.window.dilation,
             data_format="channels_last",
@@ -169,6 +168,17 @@ class BitConv(BitLayer):
         if self.bias is not None:
             y = ops.add(y, self.bias)
         return y if self.normalization is None else self.normalization(y)
+
+    def _quantized_pixels(self, x):
+        quantizer = self.activation_quantizer
+        if quantizer is None:
+            return x
+        strength = ops.convert_to_tensor(self.quantization_strength)
+        if self.static:
+            return self.fake_quantize_inputs(x, strength)
+        x = ops.cast(x, "float32")
+        largest = ops.amax(self.window.largest(x, quantizer.epsilon))
+        return quantizer.fake_quantize_part(x, largest, strength)
 
     def patches(self, inputs):
         """What every output position sees.

@@ -1,6 +1,5 @@
 """Low-bit depthwise convolutions: a filter of its own for each channel."""
 
-import functools
 import math
 from typing import Any, ClassVar
 
@@ -10,7 +9,6 @@ from keras import ops, regularizers
 from keras_bitnet.checks import check_count
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.inputs import UNTREATED
-from keras_bitnet.ops.magnitude import largest_magnitude
 from keras_bitnet.ops.window import Window
 
 
@@ -141,8 +139,7 @@ class BitDepthwiseConv(BitLayer):
         if quantizer.formula != "absmax":  # one of the user's sees whole patches
             patches = quantizer.fake_quantize(ops.concatenate(taps, axis=-1), strength)
             return ops.split(patches, len(taps), axis=-1)
-        pixels = largest_magnitude(x, -1, quantizer.epsilon)
-        largest = functools.reduce(ops.maximum, self.window.taps(pixels))
+        largest = self.window.largest(x, quantizer.epsilon)
         if quantizer.granularity == "tensor":
             largest = ops.amax(largest)
         return [quantizer.fake_quantize_part(tap, largest, strength) for tap in taps]

@@ -1,6 +1,7 @@
 """Where a convolution looks: padding, and one strided slice of the inputs for each tap."""
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any
@@ -9,6 +10,7 @@ import keras
 from keras import ops
 
 from keras_bitnet.checks import check_choice, check_count
+from keras_bitnet.ops.magnitude import largest_magnitude
 
 _PADDINGS = ("valid", "same", "causal")
 
@@ -129,6 +131,18 @@ class Window:
         lengths = self._lengths(x)
         x = self.padded(x)
         return [x[(..., *self._seen(starts, lengths), slice(None))] for starts in self._starts()]
+
+    def largest(self, x, least):
+        """The largest magnitude in each patch, or `least`.
+
+        Args:
+            x: Float tensor `(..., *spatial, channels)`.
+            least: Positive number.
+
+        Returns:
+            Tensor `(..., *output spatial, 1)` without a gradient.
+        """
+        return functools.reduce(ops.maximum, self.taps(largest_magnitude(x, -1, least)))
 
     def padded(self, x):
         """Inputs with the zeros of the padding around them."""
