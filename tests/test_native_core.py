@@ -1,6 +1,7 @@
 """The native library against NumPy int64, on every instruction set that runs here."""
 
 import ctypes
+import math
 import os
 import subprocess
 import sys
@@ -394,10 +395,11 @@ def test_patches_of_images(window, dtype):
     window = Window.of(*window, "channels_last")
     rng = np.random.default_rng(11)
     x = rng.normal(size=(2, *(7, 6, 5)[: len(window.size)], 3)).astype(DTYPES[dtype])
-    rows = to_numpy(ops.cast(window.patches(x.astype("float32")), "float32")).astype(x.dtype)
-    packed, _ = make("ternary", rows.shape[-1], 21)
+    packed, _ = make("ternary", 3 * math.prod(window.size), 21)
     out, check = guarded((*window.positions(x.shape), 21), x.dtype)
-    for options in ({}, {"activation_bits": 0}, {"x_scale": 0.03}):
+    x[0].reshape(-1, 3)[-1] = 50  # not seen by every window
+    rows = to_numpy(ops.cast(window.patches(x.astype("float32")), "float32")).astype(x.dtype)
+    for options in ({}, {"activation_bits": 0}, {"x_scale": 0.03}, {"per_tensor": True}):
         native.matmul(x, packed, out=out, window=window, **options)
         check()
         assert (out == native.matmul(rows, packed, **options)).all()
@@ -407,8 +409,16 @@ def test_windows_that_do_not_fit():
     packed, _ = make("ternary", 27, 5)
     window = Window.of(2, 3, 1, 1, "valid", "channels_last")
     x = np.ones((1, 4, 4, 3), np.float32)
-    with pytest.raises(ValueError, match="a window needs"):
-        native.matmul(x, packed, window=window, per_tensor=True)
+    broken = native.WindowStruct.of(window, x.shape)
+    broken.positions[1] = 3
+    problem = native.MatmulStruct(rows=4, in_features=27, out_features=5, bits=2, activation_bits=8)
+    problem.epsilon, problem.offset, problem.scale_columns = 1e-5, -1, 5
+    problem.tiles = problem.scale = problem.x = problem.y = packed.tiles.ctypes.data
+    problem.window = ctypes.addressof(broken)
+    library = native.library()
+    assert (
+        "a window needs" in library.kbn_error(library.kbn_run(ctypes.byref(problem), None)).decode()
+    )
     with pytest.raises(ValueError, match=r"array \(\.\.\., 3\)"):
         native.matmul(x[..., :2], packed, window=window)
 

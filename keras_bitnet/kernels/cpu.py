@@ -111,10 +111,8 @@ def refuse_formula(problem):
 _CPU_DEVICES = ("cpu", "cpu:0", "cpu_0", "meta")
 
 
-def by_rows(activation_quantizer):
-    """Whether activations are quantized row by row: then the native library can normalize rows, and
-    gather them from images, on the way.
-    """
+def normalizes(activation_quantizer):
+    """Whether the native library normalizes what it quantizes so: row by row, as a norm is."""
     return not Activations.of(activation_quantizer).per_tensor
 
 

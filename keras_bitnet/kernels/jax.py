@@ -34,4 +34,4 @@ def _reference(facts, x, tiles, scale, bias, x_scale):
 
 
 PLACE = Place("cpu", _ffi_call, _reference)
-NATIVE = Kernel(cpu.NAME, refuse, run, gathers=cpu.by_rows)
+NATIVE = Kernel(cpu.NAME, refuse, run, gathers=lambda: True)

@@ -101,14 +101,14 @@ class Kernel:
         refuse: `refuse(problem)` gives the reason why it cannot run it, or `None`.
         run: `run(x, packed, activation_quantizer, bias, activation_scale)`, as `ops.bit_matmul`.
         normalizes: `normalizes(activation_quantizer)`: whether `run` takes a `norm` too.
-        gathers: `gathers(activation_quantizer)`: whether `run` takes a `window` too.
+        gathers: `gathers()`: whether `run` takes a `window` too.
     """
 
     name: str
     refuse: Callable[[Problem], str | None]
     run: Callable[..., Any]
     normalizes: Callable[..., bool] = lambda activation_quantizer: False
-    gathers: Callable[..., bool] = lambda activation_quantizer: False
+    gathers: Callable[[], bool] = lambda: False
 
 
 # The modules of the rows import their framework, so each is imported with its first question.
@@ -158,7 +158,7 @@ def later(name, row):
         lambda problem: row().refuse(problem),
         lambda *args: row().run(*args),
         lambda quantizer: row().normalizes(quantizer),
-        lambda quantizer: row().gathers(quantizer),
+        lambda: row().gathers(),
     )
 
 

@@ -160,4 +160,4 @@ def not_registered():
     return cpu.NO_LIBRARY or f"PyTorch {torch.__version__} lacks the stable C functions"
 
 
-NATIVE = Kernel(cpu.NAME, cpu.refuse, run, normalizes=cpu.by_rows, gathers=cpu.by_rows)
+NATIVE = Kernel(cpu.NAME, cpu.refuse, run, normalizes=cpu.normalizes, gathers=lambda: True)

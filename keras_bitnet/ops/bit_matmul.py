@@ -40,7 +40,7 @@ def bit_matmul(
     kernel = select.choose(x, packed, activation_quantizer, window)
     operands = packed, activation_quantizer, bias, activation_scale
     normalizes = norm is None or kernel.normalizes(activation_quantizer)
-    if window is not None and not (normalizes and kernel.gathers(activation_quantizer)):
+    if window is not None and not (normalizes and kernel.gathers()):
         x, window = window.patches(x), None
     if not normalizes:
         from keras_bitnet.kernels.norm import rms_norm  # its table is made of what imports this

@@ -51,7 +51,7 @@ typedef struct kbn_matmul {
   const uint8_t* tiles;    // [ceil(n / 16), ceil(k * bits / 32), 16, 4]; trits: ceil(k / 20)
   const float* scale;      // (1 or groups, scale_columns)
   const float* x_scale;    // static activation scale (1), or null: dynamic absmax
-  const kbn_window* window; // of the patches that are the rows, or null; not with per_tensor
+  const kbn_window* window; // of the patches that are the rows, or null
   const float* gain;       // (k), `scale` of the norm, or null: no norm; not with per_tensor
   const float* bias;       // (n) or null
   void* y;                 // (m, n)

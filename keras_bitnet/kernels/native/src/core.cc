@@ -80,7 +80,7 @@ bool fits(const kbn_window& w, const kbn_matmul& p) {
     positions *= w.positions[axis];
     size *= w.size[axis];
   }
-  return p.rows % positions == 0 && p.in_features % size == 0 && !p.per_tensor;
+  return p.rows % positions == 0 && p.in_features % size == 0;
 }
 
 int check_activations(const kbn_matmul& p) {
@@ -106,10 +106,9 @@ int check_activations(const kbn_matmul& p) {
     return fail(kInvalid, "a norm needs an activation scale for each row. Received: per_tensor=1");
   }
   if (p.window != nullptr && !fits(*p.window, p)) {
-    return fail(kInvalid, "a window needs positive sizes, rows that are a multiple of its positions, "
-                "in_features a multiple of its size, and an activation scale for each row. Received: "
-                "rows=%lld, in_features=%lld, per_tensor=%d", printable(p.rows),
-                printable(p.in_features), p.per_tensor);
+    return fail(kInvalid, "a window needs positive sizes, rows that are a multiple of its positions and "
+                "in_features a multiple of its size. Received: rows=%lld, in_features=%lld",
+                printable(p.rows), printable(p.in_features));
   }
   if (p.rows > 0 && p.x == nullptr) return fail(kInvalid, "x must be given. Received: null");
   return kOk;

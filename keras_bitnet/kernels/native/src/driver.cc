@@ -68,7 +68,8 @@ class Matmul {
     row_in_work_ = reinterpret_cast<char*>(codes_in_work_ + work);
 
     if (p_.per_tensor && !p_.x_scale) {
-      tensor_absmax_ = kernels_.absmax(p_.x, p_.dtype, p_.rows * p_.in_features);
+      tensor_absmax_ = p_.window ? absmax_of_images()
+                                 : kernels_.absmax(p_.x, p_.dtype, p_.rows * p_.in_features);
     }
     for_each(few, shares_, [](void* self, int64_t i) {
       static_cast<Matmul*>(self)->take_rows(i);
@@ -147,6 +148,39 @@ class Matmul {
         }
       }
     }
+  }
+
+  // The absolute maximum of the pixels that the window sees anywhere, NaN where one is NaN.
+  float absmax_of_images() const {
+    const kbn_window& w = *p_.window;
+    const int64_t channels = p_.in_features / (w.size[0] * w.size[1] * w.size[2]);
+    const int64_t images = p_.rows / (w.positions[0] * w.positions[1] * w.positions[2]);
+    const char* pixel = static_cast<const char*>(p_.x);
+    float largest = 0;
+    for (int64_t i = 0; i < images * w.lengths[0]; ++i) {
+      for (int64_t j = 0; j < w.lengths[1]; ++j) {
+        const bool line = sees(0, i % w.lengths[0]) && sees(1, j);
+        for (int64_t k = 0; k < w.lengths[2]; ++k, pixel += channels * size_of(p_.dtype)) {
+          if (!line || !sees(2, k)) continue;
+          const float absmax = kernels_.absmax(pixel, p_.dtype, channels);
+          if (!(absmax <= largest)) largest = absmax;
+          if (std::isnan(largest)) return largest;
+        }
+      }
+    }
+    return largest;
+  }
+
+  // Whether a tap at any position looks at this place of an axis.
+  bool sees(int axis, int64_t place) const {
+    const kbn_window& w = *p_.window;
+    for (int64_t tap = 0; tap < w.size[axis]; ++tap) {
+      const int64_t first = place + w.before[axis] - tap * w.dilation[axis];
+      if (first >= 0 && first % w.strides[axis] == 0 && first / w.strides[axis] < w.positions[axis]) {
+        return true;
+      }
+    }
+    return false;
   }
 
   // One task: quantizes some blocks of rows. Where the weights stay in the cache it multiplies each
