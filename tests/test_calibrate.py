@@ -313,3 +313,34 @@ def test_a_nan_reaches_the_outputs_of_a_compiled_model(activations, rng):
         broken = ~np.isfinite(each.predict(x, verbose=0))
         assert broken[[3, 5]].all()
         assert not np.delete(broken, [3, 5], axis=0).any()
+
+
+class Cell(keras.layers.Layer):
+    def __init__(self, units, **kwargs):
+        super().__init__(**kwargs)
+        self.units = self.state_size = units
+        self.inner = BitLinear(units, name="inner")
+
+    def build(self, shape):
+        self.inner.build((shape[0], shape[-1] + self.units))
+
+    def call(self, x, states):
+        state = self.inner(keras.ops.concatenate([x, states[0]], -1))
+        return state, [state]
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+def test_the_cell_of_an_rnn(rng):
+    x = rng.normal(size=(4, 3, 5)).astype("float32")
+    model = keras.Sequential([keras.Input((3, 5)), keras.layers.RNN(Cell(6)), BitLinear(2)])
+    rest = keras_bitnet.calibrate(model, x, filters=lambda layer: layer.name != "inner", verbose=0)
+    assert rest.layers[-1].calibrated
+    if BACKEND == "jax":
+        with pytest.raises(ValueError, match="`unroll=True`"):
+            keras_bitnet.calibrate(model, x, verbose=0)
+        model = keras.Sequential(
+            [keras.Input((3, 5)), keras.layers.RNN(Cell(6), unroll=True), BitLinear(2)]
+        )
+    assert keras_bitnet.calibrate(model, x, verbose=0).layers[0].cell.inner.calibrated

@@ -295,6 +295,63 @@ def test_classes_need_not_be_registered(rng, tmp_path):
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), packed.predict(x, verbose=0))
 
 
+class Noise(keras.layers.Layer):
+    """Keras's own config of it forgets its name."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.scale = 2.0
+
+    def call(self, x):
+        return self.scale * x
+
+
+class Around(keras.Model):
+    """A Functional model, given and serialized as a whole; inputs in a dictionary."""
+
+    def __init__(self, inner, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = inner
+
+    def call(self, inputs):
+        return self.inner(inputs["x"]) + inputs["y"]
+
+    def get_config(self):
+        inner = keras.saving.serialize_keras_object(self.inner)
+        return {**super().get_config(), "inner": inner}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "inner": keras.saving.deserialize_keras_object(config["inner"])})
+
+
+def test_a_model_given_to_another(rng):
+    inputs = keras.Input((4,))
+    model = Around(keras.Model(inputs, keras.layers.Dense(3)(Noise()(inputs))))
+    x = {name: rng.normal(size=(2, n)).astype("float32") for name, n in (("x", 4), ("y", 3))}
+    wanted = to_numpy(model(x))
+    qat = keras_bitnet.quantize_model(model, FLOAT_START, verbose=0)
+    assert isinstance(qat.inner.layers[-1], BitLinear)
+    np.testing.assert_allclose(to_numpy(qat(x)), wanted, rtol=1e-5, atol=1e-5)
+
+
+class OnlyIntegers(Script):
+    def call(self, x):
+        if keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
+            raise TypeError("no floats")
+        return super().call(keras.ops.cast(x, "float32"))
+
+
+def test_what_cannot_be_built_again_is_said():
+    model = OnlyIntegers(8)
+    model(np.ones((2, 6), "int32"))
+    with (
+        pytest.warns(UserWarning, match="cannot be built automatically"),
+        pytest.raises(ValueError, match="placeholders of float32, which made no weights"),
+    ):
+        keras_bitnet.quantize_model(model, verbose=0)
+
+
 def test_two_classes_of_one_name_must_be_registered():
     model = keras.Sequential([keras.Input((4,)), Gate(4), other_gate()(4)])
     with pytest.raises(ValueError, match="Two classes of layers are named 'Gate'"):

@@ -71,7 +71,8 @@ def calibrate(
     Raises:
         ValueError: An argument is out of range; no layer to calibrate; the data is empty, does
             not fit the model or makes a NaN or an infinity; a generator where several passes
-            are needed; smoothing or kept channels of a packed layer.
+            are needed; smoothing or kept channels of a packed layer; on JAX, a layer in the cell
+            of an RNN that is not unrolled.
     """
     check_built(model)
     check_choice("method", method, tuple(METHODS))
@@ -207,6 +208,13 @@ class _Stream:
             self._predict(watcher)
         except UnboundLocalError as error:  # Keras's answer to data without a batch
             raise ValueError(f"`data` is empty. Received: {_describe(self.data)}") from error
+        except Exception as error:
+            if type(error).__name__ != "UnexpectedTracerError":  # JAX's
+                raise
+            raise ValueError(
+                "On JAX `calibrate` cannot look into a compiled loop, such as the cell of an RNN. "
+                "Leave the layers in it out with `filters`, or make the RNN with `unroll=True`."
+            ) from error
         if not bool(ops.convert_to_numpy(watcher.finite)):
             raise ValueError("`data` holds a NaN or an infinity. Leave those examples out.")
         found = [

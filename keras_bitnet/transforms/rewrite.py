@@ -6,6 +6,7 @@ One mechanism for quantizing, packing and unpacking. The old model is left as it
 import collections
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable
 
 import keras
@@ -62,11 +63,18 @@ def _rewrite(model, rule, verbose):
     twins = _Twins(rule)
     new_model = twins.copy_of(model, path="")
     if not new_model.built:
-        new_model.build_from_config(model.get_build_config())
+        shapes = json.dumps(model.get_build_config())  # Keras's dictionaries are no plain ones
+        new_model.build_from_config(json.loads(shapes))
         new_model.built = True  # Keras leaves it to the first call of a subclassed model
     pairs = _pairs(model, new_model, twins.replaced)
     progress = keras.utils.Progbar(len(pairs), unit_name="layer") if verbose else None
     for i, (old, new) in enumerate(pairs):
+        if old.built and old.weights and not new.weights:
+            raise ValueError(
+                f"'{model.name}' made again from its config cannot be built: Keras runs `call` on "
+                f"placeholders of float32, which made no weights of '{old.name}'. Give the model a "
+                "`build(input_shape)` that builds its layers; loading a file needs that too."
+            )
         transfer = rule.transfer if id(old) in twins.replaced else copy_own_weights
         transfer(old, new)
         if progress:
@@ -254,7 +262,7 @@ def _pairs(old, new, replaced):
     while queue:
         old, new = queue.pop()
         if is_graph(old):
-            below = [(child, new.get_layer(child.name)) for child in old.layers]
+            below = list(zip(old.layers, new.layers, strict=True))  # names may have changed
         else:
             below = [(child, get_child(new, path)) for path, child in child_layers(old).items()]
         for pair in below:
