@@ -195,10 +195,7 @@ class Window:
             ValueError: The window is larger than the inputs.
         """
         spatial = input_shape[2:] if self.channels_first else input_shape[1:-1]
-        lengths = [
-            None if length is None else self._positions(axis, length)
-            for axis, length in enumerate(spatial)
-        ]
+        lengths = self.positions((*spatial, channels))
         if any(length is not None and length <= 0 for length in lengths):
             raise ValueError(
                 f"A window of kernel_size={self.size} and dilation_rate={self.dilation} does not "
