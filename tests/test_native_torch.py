@@ -151,6 +151,28 @@ def test_operator_checks_its_operands(rng):
             torch.ops.keras_bitnet.bit_matmul(x, packed.tiles, packed.scale, *others, *attributes)
 
 
+@pytest.mark.parametrize(
+    ("place", "number", "message"),
+    [
+        (0, -5, "one to three spatial axes"),
+        (0, 4, "one to three spatial axes"),
+        (3, 0, r"must be in \[1, 2\^20\]"),
+        (4, 1 << 40, r"must be in \[1, 2\^20\]"),
+        (3, 60, "larger than the images"),
+        (3, 5, "tiles must be"),
+    ],
+)
+def test_operator_checks_its_window(place, number, message, rng):
+    _, packed = make_packed(rng, 100, 33)
+    numbers = list(Window.of(2, (2, 5), 2, 1, "valid", "channels_last").numbers)
+    numbers[place] = number
+    none = torch.empty(0)
+    operands = (torch.randn(1, 9, 9, 10), packed.tiles, packed.scale, none, none, none)
+    attributes = (33, 2, 0, 0, 8, False, packed.offset, 1e-5, 1e-5, *numbers)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=message):
+        torch.ops.keras_bitnet.bit_conv.default(*operands, *attributes)
+
+
 def test_operands_at_odd_addresses(rng):
     _, packed = make_packed(rng, 100, 33)
     raw = torch.zeros(packed.tiles.numel() + 1, dtype=torch.uint8)

@@ -61,12 +61,16 @@ constexpr Shape kNothing{&kNone, 1};  // of an operand that is not given
 
 // Where the window stands on images of x. Returns what is wrong, or null.
 inline const char* place(const Window& window, Shape x, kbn_window* out) {
-  if (window.axes > 3 || x.rank < window.axes + 1) return "x must be (..., images, channels)";
+  if (window.axes < 1 || window.axes > 3 || x.rank < window.axes + 1)
+    return "x must be (..., images, channels), of one to three spatial axes";
+  constexpr int64_t most = 1 << 20;
+  int64_t taps = 1;
   for (int axis = 0; axis < 3; ++axis) {
     const int64_t size = window.size[axis], stride = window.strides[axis];
-    const int64_t dilation = window.dilation[axis], most = 1 << 20;
-    if (size < 1 || stride < 1 || dilation < 1 || size > most || stride > most || dilation > most)
-      return "the size, strides and dilation of a window must be in [1, 2^20]";
+    const int64_t dilation = window.dilation[axis];
+    if (size < 1 || stride < 1 || dilation < 1 || size > most || stride > most || dilation > most ||
+        (taps *= size) > most)
+      return "the size of a window, its strides and dilation must be in [1, 2^20]";
     const int64_t span = dilation * (size - 1) + 1;
     const int64_t length = axis < 3 - window.axes ? 1 : x[axis - 4];
     const int64_t ends = window.padding == kValid ? length - span + 1 : length;
