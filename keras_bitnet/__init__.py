@@ -1,4 +1,13 @@
-"""Low-bit neural networks in Keras 3: train, save, pack and run."""
+"""Low-bit neural networks in Keras 3: train, save, pack and run.
+
+    qat = keras_bitnet.quantize_model(model, "ternary")  # or build with keras_bitnet.layers
+    qat.fit(x, y)
+    packed = keras_bitnet.pack_model(qat)
+    packed.save("packed.keras")  # `import keras_bitnet` before it is loaded
+
+`calibrate`, `suggest_precision` and `quantization_report` look at data, `summary` and `explain` at
+models; `callbacks` schedule the training, `models` and `interop` are for language models.
+"""
 
 import pathlib
 import sys

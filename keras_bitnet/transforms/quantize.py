@@ -57,7 +57,9 @@ def quantize_model(
         return_changes: Whether to return `(model, changes)`, with one `Change` per layer.
 
     Returns:
-        The new model, compiled like `model` if that was; or `(model, changes)`.
+        The new model, compiled like `model` if that was; or `(model, changes)`. A subclass of a
+        Functional model with a constructor of its own, such as a task of KerasHub, becomes a plain
+        Functional model: call its preprocessor first.
 
     Raises:
         ValueError: An argument is not one of these, or `model` is not built.
