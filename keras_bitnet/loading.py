@@ -12,7 +12,8 @@ def load_model(path, custom_objects=None, compile=True, safe_mode=True):
 
     Keras reads the whole file into memory beside the model, so a packed model takes twice its
     size to load. Here the file is unzipped into a folder beside it, which is removed again, and
-    each weight is read into its variable: the peak is little more than the model.
+    each weight is read into its variable: the peak is little more than the model. Where no folder
+    can be made beside it, Keras loads it.
 
     Args:
         path: Path of a `.keras` file.
@@ -30,7 +31,11 @@ def load_model(path, custom_objects=None, compile=True, safe_mode=True):
         raise FileNotFoundError(f"There is no file '{path}'.")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"Expected a file that `model.save` wrote. Received: '{path}'")
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    try:
+        beside = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    except OSError:  # a file system that is only read, such as that of a container
+        return keras.saving.load_model(path, custom_objects, compile, safe_mode)
+    with beside as folder:
         with zipfile.ZipFile(path) as archive:
             # Keras stores its files as they are; what is compressed could be of any size.
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):

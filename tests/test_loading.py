@@ -23,6 +23,19 @@ def saved(tmp_path_factory):
     return model, path
 
 
+def test_a_file_in_a_folder_that_cannot_be_written_to(saved, rng, monkeypatch):
+    model, path = saved
+
+    def refuse(*args, dir=None, **kwargs):
+        raise PermissionError(f"read-only: {dir}")
+
+    monkeypatch.setattr("keras_bitnet.loading.tempfile.TemporaryDirectory", refuse)
+    ids = tokens(rng)
+    np.testing.assert_array_equal(
+        to_numpy(keras_bitnet.load_model(path)(ids)), to_numpy(model(ids))
+    )
+
+
 def test_large_weights_come_in_parts(saved, rng, monkeypatch):
     model, path = saved
     sizes = []
