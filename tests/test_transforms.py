@@ -398,8 +398,9 @@ def test_compiled_models_stay_compiled(rng, make):
 
 def test_packing_an_untrained_conversion_warns():
     qat = keras_bitnet.quantize_model(sequential(), verbose=0)
-    with pytest.warns(UserWarning, match="Rounding alone destroys"):
+    with pytest.warns(UserWarning, match=r"first, last\. Rounding alone destroys") as seen:
         keras_bitnet.pack_model(qat, verbose=0)
+    assert sum(warning.category is UserWarning for warning in seen) == 1
     int8 = keras_bitnet.quantize_model(sequential(), "int8", verbose=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -11,7 +11,7 @@ from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.block import PacksAsWhole
 from keras_bitnet.layers.kernel_weights import MEMORY, assign_copy, layout_for
 from keras_bitnet.transforms.converted import Converted, child_layers, get_child
-from keras_bitnet.transforms.rewrite import Rule, copy_own_weights, copy_weights, rewrite
+from keras_bitnet.transforms.rewrite import Rule, copy_own_weights, copy_weights, rewrite, some_of
 
 
 def pack_model(model, *, memory="fastest", verbose=1, return_changes=False):
@@ -53,10 +53,13 @@ def pack_model(model, *, memory="fastest", verbose=1, return_changes=False):
         return _remade(layer, packed=True, packed_layout=layout)
 
     def transfer(old, new):
-        _warn_before_packing(old)
+        layers.append(old)
         new.pack_from(old)
 
-    return _run(model, Rule("packed", replace, transfer), verbose, return_changes)
+    layers: list[BitLayer] = []
+    packed = _run(model, Rule("packed", replace, transfer), verbose, return_changes)
+    _warn_of_rounding(layers)
+    return packed
 
 
 def unpack_model(model, *, verbose=1, return_changes=False):
@@ -138,19 +141,24 @@ def copy_the_rest(old, new):
         copy_weights(child, get_child(new, path))
 
 
-def _warn_before_packing(layer):
-    bits = layer.weight_quantizer.bits_per_weight
-    if layer.untrained and bits < 4:
+def _warn_of_rounding(layers):
+    rounded = [
+        layer.name
+        for layer in layers
+        if layer.weight_quantizer.bits_per_weight < 4 and layer.untrained
+    ]
+    if rounded:
         warnings.warn(
-            f"Layer '{layer.name}' is packed to {bits:.3g} bits and was not trained since it was "
-            "converted from float. Rounding alone destroys a model below 4 bits: train it with "
-            "`fit` first.",
-            stacklevel=7,
+            "Packed below 4 bits, and not trained since they were converted from float: "
+            f"{some_of(rounded)}. Rounding alone destroys a model: train it with `fit` first.",
+            stacklevel=3,
         )
-    strength = float(ops.convert_to_numpy(layer.quantization_strength))  # it may be mirrored
-    if strength != 1:
+    blended = []
+    for layer in layers:
+        strength = float(ops.convert_to_numpy(layer.quantization_strength))  # it may be mirrored
+        if strength != 1:
+            blended.append(f"{layer.name} (quantization_strength={strength:.3g})")
+    if blended:
         warnings.warn(
-            f"Layer '{layer.name}' has quantization_strength="
-            f"{strength:.3g}. Packed, it computes fully quantized.",
-            stacklevel=7,
+            f"Packed, these layers compute fully quantized: {some_of(blended)}.", stacklevel=3
         )

@@ -281,8 +281,12 @@ def _print_changes(verb, changes):
         if change.reason:
             kept[change.reason].append(change.path)
     for reason, paths in kept.items():
-        shown = ", ".join(paths[:5]) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
-        print(f"  kept {shown}: {reason}")
+        print(f"  kept {some_of(paths)}: {reason}")
+
+
+def some_of(names):
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _join(path, name):
