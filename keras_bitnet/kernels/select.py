@@ -7,7 +7,6 @@ A table is a literal tuple of rows, best first. A row says why it refuses a prob
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import threading
 from collections.abc import Callable
@@ -61,7 +60,7 @@ class Problem:
 
 def _facts(x, packed, activation_quantizer, window=None):
     """The fields of a `Problem` in their order, dtype and device as the backend has them."""
-    taps = 1 if window is None else math.prod(window.size)
+    taps = 1 if window is None else window.count
     if x.shape[-1] * taps != packed.in_features:
         raise ValueError(
             f"The last axis of `x` must be in_features={packed.in_features}"

@@ -7,7 +7,6 @@ Importing this module registers the op. A process that loads a SavedModel which 
 
 import ctypes
 import functools
-import math
 
 import tensorflow as tf
 from keras import ops
@@ -84,7 +83,7 @@ def _eager_zeros(size):
 def _gradient(op, dy):
     x, tiles, scale, bias, _, gain = op.inputs
     window = Window.of_numbers(op.get_attr("window")) if op.type == _CONV_OP else None
-    in_features = x.shape[-1] * (1 if window is None else math.prod(window.size))
+    in_features = x.shape[-1] * (1 if window is None else window.count)
     group_size = op.get_attr("group_size") or None
     packed = PackedTensor(
         tiles,

@@ -1,7 +1,6 @@
 """The native CPU kernels for PyTorch: two operators, of a product and a convolution."""
 
 import ctypes
-import math
 
 import keras
 import torch
@@ -71,7 +70,7 @@ def _setup_context(ctx, inputs, output):
     saved = (x, gain) if ctx.has_gain else (x,) if numbers else ()
     ctx.save_for_backward(tiles, scale, *saved)
     layout = "trits" if trits else "tiles"
-    in_features = x.shape[-1] * (math.prod(ctx.window.size) if numbers else 1)
+    in_features = x.shape[-1] * (ctx.window.count if numbers else 1)
     ctx.facts = (offset, bits, in_features, out_features, group_size or None, layout)
 
 
@@ -96,12 +95,12 @@ def _run_through_ctypes(
     per_tensor, offset, epsilon, norm_epsilon, *numbers,
 ):  # fmt: skip
     """The operators for a PyTorch without the stable C functions that the library needs."""
-    y = _fake(x, tiles, scale, bias, x_scale, gain, out_features, *[None] * 8, *numbers)
+    y = _empty_result(x, out_features, numbers)
     window = Window.of_numbers(numbers) if numbers else None
     placed = None if window is None else native.WindowStruct.of(window, x.shape)
     problem = native.MatmulStruct(
         rows=y.numel() // out_features,
-        in_features=x.shape[-1] * (1 if window is None else math.prod(window.size)),
+        in_features=x.shape[-1] * (1 if window is None else window.count),
         out_features=out_features,
         group_size=group_size,
         bits=bits,
@@ -129,11 +128,16 @@ def _run_through_ctypes(
     return y
 
 
-def _fake(x, tiles, scale, bias, x_scale, gain, out_features, *attributes):
-    if len(attributes) > 8:
-        rows = Window.of_numbers(attributes[8:]).positions(x.shape)
-        return x.new_empty((*rows, out_features))
-    return torch_operators.fake_matmul(x, tiles, scale, bias, x_scale, out_features)
+def _fake(
+    x, tiles, scale, bias, x_scale, gain, out_features, bits, trits, group_size, activation_bits,
+    per_tensor, offset, epsilon, norm_epsilon, *numbers,
+):  # fmt: skip
+    return _empty_result(x, out_features, numbers)
+
+
+def _empty_result(x, out_features, numbers):
+    rows = Window.of_numbers(numbers).positions(x.shape) if numbers else x.shape[:-1]
+    return x.new_empty((*rows, out_features))
 
 
 def _define(library):

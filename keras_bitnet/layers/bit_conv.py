@@ -143,7 +143,7 @@ class BitConv(BitLayer):
     @property
     def _plain(self):
         """Whether nothing is done to patches but a norm and to quantize them."""
-        patches = self.groups == 1 and math.prod(self.window.size) > 1
+        patches = self.groups == 1 and self.window.count > 1
         return patches and self.quantized_alone and not self.lora_enabled and self._look is None
 
     @property

@@ -1,6 +1,5 @@
 """Low-bit depthwise convolutions: a filter of its own for each channel."""
 
-import math
 from typing import Any, ClassVar
 
 import keras
@@ -111,7 +110,7 @@ class BitDepthwiseConv(BitLayer):
         self.compute_output_shape(input_shape)  # checks that the window fits
         filters = channels * self.depth_multiplier
         kernel_shape = (*self.window.size, channels, self.depth_multiplier)
-        self.build_kernel(math.prod(self.window.size), filters, kernel_shape)
+        self.build_kernel(self.window.count, filters, kernel_shape)
         if self.use_bias:
             self.build_bias((filters,))
         axis = 1 if self.window.channels_first else -1

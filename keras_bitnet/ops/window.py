@@ -61,6 +61,11 @@ class Window:
         )
 
     @property
+    def count(self):
+        """The number of taps: numbers of a patch for each channel."""
+        return math.prod(self.size)
+
+    @property
     def data_format(self):
         """`"channels_first"` or `"channels_last"`."""
         return "channels_first" if self.channels_first else "channels_last"
@@ -146,7 +151,7 @@ class Window:
 
     def padded(self, x):
         """Inputs with the zeros of the padding around them."""
-        if self.padding == "valid" or math.prod(self.size) == 1:
+        if self.padding == "valid" or self.count == 1:
             return x
         pads = [self.padding_of(axis, length) for axis, length in enumerate(self._lengths(x))]
         return ops.pad(x, [*[(0, 0)] * (len(x.shape) - len(pads) - 1), *pads, (0, 0)])

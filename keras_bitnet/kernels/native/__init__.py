@@ -165,7 +165,7 @@ def matmul(
         ValueError: The library refuses an argument; it says which.
     """
     x = np.ascontiguousarray(x)
-    last = packed.in_features // (1 if window is None else math.prod(window.size))
+    last = packed.in_features // (1 if window is None else window.count)
     if x.dtype.name not in _DTYPES or x.shape[-1:] != (last,):
         raise ValueError(
             f"`x` must be an array (..., {last}) of one of {tuple(_DTYPES)}. "
