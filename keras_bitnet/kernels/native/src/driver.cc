@@ -275,40 +275,45 @@ class Matmul {
     block.columns = static_cast<int>(std::min<int64_t>(kernels_.columns, tiles_out_ - tile));
     block.tile_stride = tiles_in_ * kTileBytes;
     const int size = block.rows * block.columns * kTileOutputs;
-    const int64_t most = std::max(1, kSumsPerBlock / size);
-
     alignas(64) int32_t sums[kSumsPerBlock];
-    alignas(64) int32_t total[kMaxRows * kMaxColumns];
     alignas(64) float y[kMaxRows * kMaxColumns];
-    std::memset(total, 0, sizeof(int32_t) * size);
     std::memset(y, 0, sizeof(float) * size);
-    block.sums = sums;
-    int64_t segment = 0;
-    for (int64_t step = 0; step < tiles_in_;) {
-      // Whole segments, as many as the buffer holds; at the end the short one.
-      const int64_t whole = (tiles_in_ - step) / segment_tiles_;
-      block.segments = whole > 0 ? std::min(whole, most) : 1;
-      block.segment_steps = whole > 0 ? segment_tiles_ : tiles_in_ - step;
-      block.tiles = p_.tiles + tile * block.tile_stride + step * kTileBytes;
-      block.x_codes = x_codes + step * tile_inputs_ * block.rows;
-      block.ahead_stride = p_.scale_columns * int64_t{sizeof(float)};
-      block.ahead = reinterpret_cast<uintptr_t>(p_.scale) + segment * block.ahead_stride +
-                    next_column(block, tile) * sizeof(float);
-      kernels_.multiply[format_](block);
-      step += block.segments * block.segment_steps;
-      if (p_.group_size) {
+    if (p_.group_size) {
+      block.sums = sums;
+      const int64_t most = std::max(1, kSumsPerBlock / size);
+      for (int64_t step = 0, segment = 0; step < tiles_in_; segment += block.segments) {
+        // Whole segments, as many as the buffer holds; at the end the short one.
+        const int64_t whole = (tiles_in_ - step) / segment_tiles_;
+        block.segments = whole > 0 ? std::min(whole, most) : 1;
+        block.segment_steps = whole > 0 ? segment_tiles_ : tiles_in_ - step;
+        multiply_segments(block, x_codes, tile, step, segment);
         emit(block, row, tile, segment, y);
-        segment += block.segments;
-      } else {
-        for (int64_t i = 0; i < block.segments; ++i) add(sums + i * size, size, total);
+        step += block.segments * block.segment_steps;
       }
-    }
-    if (!p_.group_size) {
-      block.sums = total;
+    } else {
+      alignas(64) int32_t total[kMaxRows * kMaxColumns];
       block.segments = 1;
+      for (int64_t step = 0; step < tiles_in_; step += segment_tiles_) {
+        block.segment_steps = std::min(segment_tiles_, tiles_in_ - step);
+        block.sums = step == 0 ? total : sums;
+        multiply_segments(block, x_codes, tile, step, 0);
+        if (step > 0) add(sums, size, total);
+      }
+      block.sums = total;
       emit(block, row, tile, 0, y);
     }
     if (!probe_.sums) store(block, row, tile, y);
+  }
+
+  // The sums of some segments of a block, from a tile along k on.
+  void multiply_segments(Block& block, const int8_t* x_codes, int64_t tile, int64_t step,
+                         int64_t segment) const {
+    block.tiles = p_.tiles + tile * block.tile_stride + step * kTileBytes;
+    block.x_codes = x_codes + step * tile_inputs_ * block.rows;
+    block.ahead_stride = p_.scale_columns * int64_t{sizeof(float)};
+    block.ahead = reinterpret_cast<uintptr_t>(p_.scale) + segment * block.ahead_stride +
+                  next_column(block, tile) * sizeof(float);
+    kernels_.multiply[format_](block);
   }
 
   // Modulo 2^32: a part may leave int32 where the whole does not.

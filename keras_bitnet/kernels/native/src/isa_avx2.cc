@@ -1,32 +1,41 @@
 // AVX2: `vpmaddubsw` multiplies unsigned weight codes by signed activation codes and adds pairs in
-// int16, where it saturates. Codes of up to 4 bits keep clear of that: eight such pairs reach at
-// most 8 * 2 * 15 * 128 = 30720. Codes of 8 bits are widened to 16 bits first.
+// int16, where it saturates. Codes of up to 4 bits keep clear of that for some tiles: eight pairs of
+// 4 bits reach at most 8 * 2 * 15 * 128 = 30720. Codes of 8 bits are widened to 16 bits first.
 #include "ymm.h"
 
 namespace kbn {
 namespace {
 
-// Codes of up to 4 bits: sums += `Tiles` tiles, of so few inputs that int16 holds them.
-template <Format F, int Rows, int Tiles>
-inline void add_tiles(const uint8_t* tile, const int8_t* x, Sums<Rows>& sums) {
-  constexpr int kOperands = operands(F), kMostCode = F == kTrits ? 2 : (1 << 8 / kOperands) - 1;
-  static_assert(Tiles * kOperands * 2 * kMostCode * 128 <= 32767, "int16 would saturate");
+// sum += pairs of products. One piece for gcc, which else moves the products together and the sums
+// into memory.
+inline void multiply_add(__m256i& sum, __m256i codes, __m256i x) {
+#if defined(__GNUC__)
+  __m256i products;
+  asm("vpmaddubsw %2, %3, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(products) : "x"(x), "x"(codes));
+#else
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x));
+#endif
+}
+
+// Codes of up to 4 bits: sums += `tiles` tiles, so few that int16 holds the sums of pairs.
+template <Format F, int Rows>
+inline void add_tiles(const uint8_t* tile, const int8_t* x, int64_t tiles, Sums<Rows>& sums) {
+  constexpr int kOperands = operands(F);
   Sums<Rows> pairs;
   pairs.clear();
-  KBN_UNROLL for (int u = 0; u < Tiles; ++u) {
+  for (int64_t t = 0; t < tiles; ++t) {
     Operands<F> from[kHalves];
-    KBN_UNROLL for (int h = 0; h < kHalves; ++h) from[h].load(tile + u * kTileBytes, h);
+    KBN_UNROLL for (int h = 0; h < kHalves; ++h) from[h].load(tile, h);
     KBN_UNROLL for (int i = 0; i < kOperands; ++i) {
       __m256i codes[kHalves];
       KBN_UNROLL for (int h = 0; h < kHalves; ++h) codes[h] = from[h].take(i);
       KBN_UNROLL for (int r = 0; r < Rows; ++r) {
-        const __m256i word = broadcast(x + ((u * kOperands + i) * Rows + r) * 4);
-        KBN_UNROLL for (int h = 0; h < kHalves; ++h) {
-          pairs.value[r][h] =
-              _mm256_add_epi16(pairs.value[r][h], _mm256_maddubs_epi16(codes[h], word));
-        }
+        const __m256i word = broadcast(x + (i * Rows + r) * 4);
+        KBN_UNROLL for (int h = 0; h < kHalves; ++h) multiply_add(pairs.value[r][h], codes[h], word);
       }
     }
+    tile += kTileBytes;
+    x += kOperands * 4 * Rows;
   }
   const __m256i ones = _mm256_set1_epi16(1);
   KBN_UNROLL for (int r = 0; r < Rows; ++r) {
@@ -60,30 +69,23 @@ inline void add_tile_of_bytes(const uint8_t* tile, const int8_t* x, Sums<Rows>& 
 
 template <Format F, int Rows>
 void multiply_rows(const Block& block) {
-  constexpr int kOperands = operands(F);
-  constexpr int kAtOnce = F == kTrits ? 2 : 8 / kOperands;  // tiles
+  constexpr int kOperands = operands(F), kMostCode = F == kTrits ? 2 : (1 << 8 / kOperands) - 1;
+  constexpr int64_t kAtOnce = F == kBits8 ? 1 : 32767 / (kOperands * 2 * kMostCode * 128);  // tiles
   const uint8_t* tile = block.tiles;
   const int8_t* x = block.x_codes;
   int32_t* to = block.sums;
   for (int64_t segment = 0; segment < block.segments; ++segment) {
     Sums<Rows> sums;
     sums.clear();
-    int64_t left = block.segment_steps;
-    if constexpr (F != kBits8) {
-      for (; left >= kAtOnce; left -= kAtOnce) {
-        add_tiles<F, Rows, kAtOnce>(tile, x, sums);
-        tile += kAtOnce * kTileBytes;
-        x += kAtOnce * kOperands * 4 * Rows;
-      }
-    }
-    for (; left > 0; --left) {
+    for (int64_t left = block.segment_steps; left > 0; left -= kAtOnce) {
+      const int64_t tiles = left < kAtOnce ? left : kAtOnce;
       if constexpr (F != kBits8) {
-        add_tiles<F, Rows, 1>(tile, x, sums);
+        add_tiles<F, Rows>(tile, x, tiles, sums);
       } else {
         add_tile_of_bytes<Rows>(tile, x, sums);
       }
-      tile += kTileBytes;
-      x += kOperands * 4 * Rows;
+      tile += tiles * kTileBytes;
+      x += tiles * kOperands * 4 * Rows;
     }
     sums.store(to);
     prefetch_ahead(block, segment);

@@ -16,6 +16,12 @@
 #else
 #define KBN_UNROLL
 #endif
+// Before a loop of known length: one that gcc has unrolled it makes no vectors of.
+#if defined(__GNUC__) && !defined(__clang__)
+#define KBN_KEEP_LOOP _Pragma("GCC unroll 1")
+#else
+#define KBN_KEEP_LOOP
+#endif
 
 namespace kbn {
 

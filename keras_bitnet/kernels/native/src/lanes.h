@@ -5,48 +5,53 @@
 namespace kbn {
 namespace {
 
+// A register of floats, where the compiler knows such a type: a wider one it keeps in memory.
+#if !defined(__GNUC__)
+typedef float Register;
+#elif defined(__AVX512F__)
+typedef float Register __attribute__((vector_size(64)));
+#elif defined(__AVX__)
+typedef float Register __attribute__((vector_size(32)));
+#else
+typedef float Register __attribute__((vector_size(16)));
+#endif
+
+inline Register load(const float* from) {
+  Register x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+// The sum of `Count` numbers, the second half added to the first until one is left.
+template <int Count, typename Number>
+inline Number fold(Number* x) {
+  KBN_UNROLL for (int i = 0; i < Count / 2; ++i) x[i] += x[i + Count / 2];
+  if constexpr (Count > 2) return fold<Count / 2>(x);
+  return x[0];
+}
+
 // Sixteen sums side by side, whatever the registers are; a compiler may not reorder a single one.
 class Lanes {
  public:
   void add_product(const float* a, const float* b) {
-    Vector x, y;
-    memcpy(&x, a, sizeof x);
-    memcpy(&y, b, sizeof y);
-    value_ += x * y;
+    KBN_UNROLL for (int i = 0; i < kParts; ++i) parts_[i] += load(a + i * kWidth) * load(b + i * kWidth);
   }
   void add(const float* a) {
-    Vector x;
-    memcpy(&x, a, sizeof x);
-    value_ += x;
+    KBN_UNROLL for (int i = 0; i < kParts; ++i) parts_[i] += load(a + i * kWidth);
   }
   float total() const {
-    float sums[kLanes];
-    memcpy(sums, &value_, sizeof sums);
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
-    }
-    return sums[0];
+    Register parts[kParts];
+    memcpy(parts, parts_, sizeof parts);
+    const Register sums = fold<kParts>(parts);
+    float numbers[kWidth];
+    memcpy(numbers, &sums, sizeof sums);
+    return fold<kWidth>(numbers);
   }
 
  private:
-#if defined(__GNUC__)
-  typedef float Vector __attribute__((vector_size(4 * kLanes)));
-#else
-  struct Vector {
-    float lane[kLanes];
-    Vector operator*(const Vector& other) const {
-      Vector result;
-      for (int i = 0; i < kLanes; ++i) result.lane[i] = lane[i] * other.lane[i];
-      return result;
-    }
-    Vector& operator+=(const Vector& other) {
-      for (int i = 0; i < kLanes; ++i) lane[i] += other.lane[i];
-      return *this;
-    }
-  };
-#endif
+  static constexpr int kWidth = sizeof(Register) / sizeof(float), kParts = kLanes / kWidth;
 
-  Vector value_ = {};
+  Register parts_[kParts] = {};
 };
 
 }  // namespace

@@ -224,7 +224,7 @@ void add_scaled_columns(const Block& block, const Scaling& scaling, float* y) {
       const int32_t x_sum = scaling.x_sums[row * scaling.x_sums_stride + segment];
       const uint32_t added = shift * static_cast<uint32_t>(x_sum);
       float* __restrict to = y + row * width;
-      for (int i = 0; i < valid; ++i) {
+      KBN_KEEP_LOOP for (int i = 0; i < valid; ++i) {
         const auto sum = static_cast<int32_t>(factor * static_cast<uint32_t>(sums[i]) + added);
         to[i] += static_cast<float>(sum) * (scale[Shared ? 0 : i] * scaling.unit);
       }

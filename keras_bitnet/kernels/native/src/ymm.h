@@ -18,7 +18,7 @@ inline __m256i broadcast(const int8_t* x) {
 
 inline __m256i load_half(const uint8_t* tile, int half) {
   constexpr int kAhead = 6144;
-  _mm_prefetch(reinterpret_cast<const char*>(tile) + kAhead, _MM_HINT_T1);
+  if (half == 0) _mm_prefetch(reinterpret_cast<const char*>(tile) + kAhead, _MM_HINT_T1);
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(tile) + half);
 }
 
