@@ -12,12 +12,14 @@ void normalize_as(const void* data, const float* scale, int64_t count, float eps
   const auto* x = static_cast<const typename Element::Storage*>(data);
   auto* y = static_cast<typename Element::Storage*>(out);
   Lanes squares;
-  for (int64_t first = 0; first < count; first += kLanes) {
-    float numbers[kLanes] = {};
-    const int64_t left = count - first < kLanes ? count - first : kLanes;
-    for (int64_t i = 0; i < left; ++i) numbers[i] = Element::widen(x[first + i]);
+  float numbers[kLanes] = {};
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t first = 0; first < whole; first += kLanes) {
+    for (int i = 0; i < kLanes; ++i) numbers[i] = Element::widen(x[first + i]);
     squares.add_product(numbers, numbers);
   }
+  for (int i = 0; i < kLanes; ++i) numbers[i] = whole + i < count ? Element::widen(x[whole + i]) : 0.0f;
+  squares.add_product(numbers, numbers);
   const float factor = 1.0f / sqrtf(squares.total() / static_cast<float>(count) + epsilon);
   for (int64_t i = 0; i < count; ++i) y[i] = Element::narrow(Element::widen(x[i]) * factor * scale[i]);
 }
