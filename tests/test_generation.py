@@ -88,10 +88,16 @@ def test_no_program_is_traced_twice(model, monkeypatch):
     monkeypatch.setattr(type(model.backbone), "call_with_cache", counting)
     model.generate(PROMPTS[:2], max_new_tokens=9, temperature=0.9)
     first = len(calls)
-    model.generate(PROMPTS[:2], max_new_tokens=20, temperature=0.9, seed=3)
+    rows = [model.generate(PROMPTS[:2], max_new_tokens=20, temperature=0.9, seed=3)]
     assert 0 < first <= 4
-    # PyTorch reads the prompt eagerly; the steps run from their record.
+    # PyTorch reads the first prompt as it is, and records the second one.
     assert len(calls) == first + (BACKEND == "torch")
+    rows.append(model.generate(PROMPTS[:2], max_new_tokens=20, temperature=0.9, seed=3))
+    assert len(calls) == first + (BACKEND == "torch")
+    assert rows[0] == rows[1]
+    # Nothing of a prompt is in the record, neither its tokens nor how much of it is padding.
+    short = model.generate([PROMPTS[1], PROMPTS[2]], max_new_tokens=6)
+    assert short == [greedy(model, prompt, 6) for prompt in PROMPTS[1:]]
 
 
 def test_sampling_follows_the_seed_and_the_distribution(model):

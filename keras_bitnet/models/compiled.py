@@ -3,7 +3,7 @@
 The program is traced once for the shapes of its arguments, all of which are tensors. Weights are
 read where they are, and the tensors of the state, the cache among them, are written in place: what
 a step takes and gives stays on the device, at the same addresses. PyTorch traces what is called
-over and over only, and replays it as one CUDA graph on such a device.
+over and over, and replays it as one CUDA graph on such a device; anything else runs as it is once.
 """
 
 import functools
@@ -23,16 +23,16 @@ def compile_function(function, model, repeated=False):
         function: `function(state, *tensors) -> (result, state)`, in `keras.ops` and layers of
             `model`. A state is a structure of tensors, a result a tensor or a structure of them.
         model: The model whose weights it reads.
-        repeated: Whether it is called often with the same shapes, so that on PyTorch recording
-            it is worth its time; else it is eager there.
+        repeated: Whether it is called often with the same shapes. Else PyTorch, where recording
+            takes as long as two calls, records it when the same shapes come a second time.
 
     Returns:
         A function of the same arguments. Call its `begin()` before a row of calls: weights are
         those of then.
     """
-    if BACKEND == "torch" and not repeated:
-        return _TorchEager(function, model)
-    return {"jax": _Jax, "tensorflow": _TensorFlow, "torch": _TorchStep}[BACKEND](function, model)
+    if BACKEND == "torch":
+        return _Torch(function, model, repeated)
+    return {"jax": _Jax, "tensorflow": _TensorFlow}[BACKEND](function, model)
 
 
 def is_asynchronous(tensor):
@@ -106,20 +106,6 @@ class _Jax(_Program):
         return self.jitted(self.weights, state, arguments)
 
 
-class _TorchEager(_Program):
-    """A function as it is: layers read their weights, at every call."""
-
-    def begin(self):
-        """Nothing."""
-
-    def __call__(self, state, *arguments):
-        import torch
-
-        device = keras.tree.flatten(state)[0].device
-        with torch.inference_mode():
-            return self.function(state, *(torch.as_tensor(a, device=device) for a in arguments))
-
-
 class _Recorded(_Program):
     """A function recorded once for each shape of its arguments, then run without its Python.
 
@@ -135,7 +121,7 @@ class _Recorded(_Program):
     def call(self, state, leaves, inputs):
         given, record = self.last
         if leaves[0] is not given:
-            key = tuple((tuple(t.shape), t.dtype, t.device) for t in (*leaves, *inputs))
+            key = self.key(leaves, inputs)
             if key not in self.recorded:
                 self.recorded[key] = self.record(state, leaves, inputs)
             record = self.recorded[key]
@@ -143,6 +129,11 @@ class _Recorded(_Program):
         both = keras.tree.pack_sequence_as(structure, step(self.weights, leaves, inputs))
         self.last = keras.tree.flatten(both[1])[0], record
         return both
+
+    @staticmethod
+    def key(leaves, inputs):
+        """What a record is made for."""
+        return tuple((tuple(t.shape), t.dtype, t.device) for t in (*leaves, *inputs))
 
     def trace(self, run, leaves, inputs) -> Any:
         """`run(weights, leaves, inputs)`, a list of tensors of lists of tensors, recorded."""
@@ -195,11 +186,17 @@ class _TensorFlow(_Recorded):
         return step
 
 
-class _TorchStep(_Recorded):
+class _Torch(_Recorded):
     """A recorded function of tensors that share the memory of the weights.
 
-    So it follows every assignment; a weight whose tensor was replaced is seen at `begin`.
+    So it follows every assignment; a weight whose tensor was replaced is seen at `begin`. What is
+    called over and over becomes a CUDA graph, which keeps the memory of all that it computes.
     """
+
+    def __init__(self, function, model, repeated):
+        super().__init__(function, model)
+        self.repeated = repeated
+        self.seen: set = set()
 
     def begin(self):
         self.weights = [v.value.detach() for v in self.model.variables]
@@ -210,6 +207,11 @@ class _TorchStep(_Recorded):
         leaves = keras.tree.flatten(state)
         inputs = [torch.as_tensor(a, device=leaves[0].device) for a in arguments]
         with torch.inference_mode():
+            if not self.repeated:
+                key = self.key(leaves, inputs)
+                if key not in self.seen:
+                    self.seen.add(key)
+                    return self.function(state, *inputs)
             return self.call(state, leaves, inputs)
 
     def trace(self, run, leaves, inputs):
@@ -221,7 +223,8 @@ class _TorchStep(_Recorded):
             # Of values that become constants: shapes, which are those of every call.
             warnings.simplefilter("ignore")
             step = torch.jit.trace(run, example, check_trace=False, strict=False)
-        return _CudaGraph(step, leaves, inputs) if _on_gpu(leaves[0]) else step
+        graph = self.repeated and _on_gpu(leaves[0])
+        return _CudaGraph(step, leaves, inputs) if graph else step
 
 
 class _CudaGraph:
