@@ -114,6 +114,14 @@ def test_one_scale_convolves_as_patches_do(case, strength, rng):
         np.testing.assert_allclose(to_numpy(layer(x)), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("quantizer", [ActivationInt8(), ActivationInt8("tensor"), None])
+def test_a_batch_without_images(quantizer, packed):
+    layer = BitConv2D(8, 3, packed=packed, activation_quantizer=quantizer)
+    layer.build((None, 9, 9, 4))
+    assert tuple(layer(np.ones((0, 9, 9, 4), "float32")).shape) == (0, 7, 7, 8)
+
+
 def test_a_patch_is_a_token_and_padding_is_zero():
     layer = BitConv1D(1, 3, padding="same", use_bias=False, kernel_initializer="ones")
     x = np.array([[[1.0], [-2.0], [100.0], [0.4]]], "float32")

@@ -138,10 +138,21 @@ def test_bad_arguments(make, message):
         make()
 
 
-def test_a_batch_without_images():
-    layer = BitDepthwiseConv1D(3, depth_multiplier=2)
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+def test_a_batch_without_images(granularity):
+    quantizer = ActivationInt8(granularity)
+    layer = BitDepthwiseConv1D(3, depth_multiplier=2, activation_quantizer=quantizer)
     layer.build((None, 9, 4))
     assert tuple(layer(np.ones((0, 9, 4), "float32")).shape) == (0, 7, 8)
+
+
+def test_a_patch_of_padding_alone_is_zero(rng):
+    layer = BitDepthwiseConv1D(2, padding="same", dilation_rate=3)
+    x = rng.normal(size=(1, 2, 4)).astype("float32")  # the first window looks at -1 and 2
+    y = to_numpy(layer(x))
+    np.testing.assert_array_equal(y[:, 0], 0)
+    assert np.isfinite(y).all()
+    assert y[:, 1].any()
 
 
 class Rounded(ActivationInt8):

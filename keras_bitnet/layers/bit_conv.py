@@ -177,7 +177,7 @@ class BitConv(BitLayer):
         if self.static:
             return self.fake_quantize_inputs(x, strength)
         x = ops.cast(x, "float32")
-        largest = ops.amax(self.window.largest(x, quantizer.epsilon))
+        largest = self.window.largest(x, quantizer.epsilon, quantizer.granularity)
         return quantizer.fake_quantize_part(x, largest, strength)
 
     def patches(self, inputs):

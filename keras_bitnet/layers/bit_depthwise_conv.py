@@ -138,9 +138,7 @@ class BitDepthwiseConv(BitLayer):
         if quantizer.formula != "absmax":  # one of the user's sees whole patches
             patches = quantizer.fake_quantize(ops.concatenate(taps, axis=-1), strength)
             return ops.split(patches, len(taps), axis=-1)
-        largest = self.window.largest(x, quantizer.epsilon)
-        if quantizer.granularity == "tensor":
-            largest = ops.amax(largest)
+        largest = self.window.largest(x, quantizer.epsilon, quantizer.granularity)
         return [quantizer.fake_quantize_part(tap, largest, strength) for tap in taps]
 
     def enable_lora(self, *args, **kwargs):

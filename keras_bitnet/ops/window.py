@@ -137,17 +137,20 @@ class Window:
         x = self.padded(x)
         return [x[(..., *self._seen(starts, lengths), slice(None))] for starts in self._starts()]
 
-    def largest(self, x, least):
-        """The largest magnitude in each patch, or `least`.
+    def largest(self, x, least, granularity):
+        """The largest magnitude in each patch or in all of them, or `least`.
 
         Args:
             x: Float tensor `(..., *spatial, channels)`.
             least: Positive number.
+            granularity: `"token"`: of each patch; else of all.
 
         Returns:
-            Tensor `(..., *output spatial, 1)` without a gradient.
+            Tensor `(..., *output spatial, 1)`, of all `(1, ..., 1)`, without a gradient.
         """
-        return functools.reduce(ops.maximum, self.taps(largest_magnitude(x, -1, least)))
+        seen = functools.reduce(ops.maximum, self.taps(largest_magnitude(x, -1, least)))
+        axis = -1 if granularity == "token" else tuple(range(len(seen.shape)))
+        return largest_magnitude(seen, axis, least)  # of a patch in the padding too
 
     def padded(self, x):
         """Inputs with the zeros of the padding around them."""
