@@ -1,3 +1,5 @@
+import dataclasses
+
 import keras
 import numpy as np
 import oracle
@@ -19,7 +21,8 @@ def make(name, k, n, rng, granularity="tensor", group_size=None):
     cls = type(quantizers.get(name))
     quantizer = cls(granularity=granularity, group_size=group_size, **arguments)
     codes, scale, offset = quantizer.quantize(w)
-    return w, PackedTensor.from_codes(codes, scale, offset, quantizer.bits, quantizer.group_size)
+    packed = PackedTensor.from_codes(codes, scale, offset, quantizer.bits, quantizer.group_size)
+    return w, dataclasses.replace(packed, scale=ops.convert_to_tensor(packed.scale))
 
 
 @pytest.mark.parametrize("size", SIZES)

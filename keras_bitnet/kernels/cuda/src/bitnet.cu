@@ -4,25 +4,24 @@
 #include "gemv.cuh"
 #include "quantize.cuh"
 
-#define KERNEL(name, threads, blocks, ...) \
+#define KERNEL(name, threads, blocks, ...)                                           \
   extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Matmul p) { __VA_ARGS__; }
 
-// With the planes that numbers of a dtype are split into, where they stay float.
-#define EVERY_DTYPE(row) row(f32, F32, 4) row(bf16, BF16, 2) row(f16, F16, 2)
+#define EVERY_DTYPE(row) row(f32, F32) row(bf16, BF16) row(f16, F16)
 
 // Of the kernels of single rows every multiprocessor holds two times 16 warps: those of two launches. Of
 // those that split the row there are registers for half as many.
-#define ROW(suffix, T, PLANES)                                                \
-  KERNEL(gemv_4_##suffix, 128, 8, gemv<T, 4, 8, 4, false>(p))                 \
-  KERNEL(gemv_4x2_##suffix, 256, 4, gemv<T, 8, 8, 4, false>(p))               \
-  KERNEL(gemv_8_##suffix, 256, 4, gemv<T, 8, 8, 8, false>(p))                 \
-  KERNEL(gemv_16_##suffix, 512, 2, gemv<T, 16, 6, 16, false>(p))              \
-  KERNEL(gemv_grouped_##suffix, 256, 2, gemv<T, 8, 6, 4, true>(p))            \
-  KERNEL(gemv_split_8_##suffix, 256, 2, gemv<T, 8, 8, 8, false, PLANES>(p))   \
-  KERNEL(gemv_split_16_##suffix, 512, 1, gemv<T, 16, 6, 16, false, PLANES>(p)) \
-  KERNEL(gemv_split_grouped_##suffix, 256, 2, gemv<T, 8, 6, 4, true, PLANES>(p)) \
-  KERNEL(quantize_##suffix, QUANTIZE_WARPS * 32, 4, quantize<T, 1>(p))        \
-  KERNEL(split_##suffix, QUANTIZE_WARPS * 32, 4, quantize<T, PLANES>(p))      \
+#define ROW(suffix, T)                                                               \
+  KERNEL(gemv_4_##suffix, 128, 8, gemv<T, 4, 8, 4, false>(p))                        \
+  KERNEL(gemv_4x2_##suffix, 256, 4, gemv<T, 8, 8, 4, false>(p))                      \
+  KERNEL(gemv_8_##suffix, 256, 4, gemv<T, 8, 8, 8, false>(p))                        \
+  KERNEL(gemv_16_##suffix, 512, 2, gemv<T, 16, 6, 16, false>(p))                     \
+  KERNEL(gemv_grouped_##suffix, 256, 2, gemv<T, 8, 6, 4, true>(p))                   \
+  KERNEL(gemv_split_8_##suffix, 256, 2, gemv<T, 8, 8, 8, false, T::PLANES>(p))       \
+  KERNEL(gemv_split_16_##suffix, 512, 1, gemv<T, 16, 6, 16, false, T::PLANES>(p))    \
+  KERNEL(gemv_split_grouped_##suffix, 256, 2, gemv<T, 8, 6, 4, true, T::PLANES>(p))  \
+  KERNEL(quantize_##suffix, QUANTIZE_WARPS * 32, 4, quantize<T, 1>(p))               \
+  KERNEL(split_##suffix, QUANTIZE_WARPS * 32, 4, quantize<T, T::PLANES>(p))          \
   KERNEL(largest_##suffix, QUANTIZE_WARPS * 32, 4, largest_of_all<T>(p))
 EVERY_DTYPE(ROW)
 #undef ROW
@@ -38,9 +37,9 @@ KERNEL(mma_grouped_8, 256, 2, gemm_mma<1, 1, 8, 4, AHEAD, true>(p))
 KERNEL(mma_grouped_32, 256, 1, gemm_mma<4, 2, 4, 3, AHEAD, true>(p))
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
-constexpr int FAR_AHEAD = BITS <= 2 ? 4 : AHEAD;
+constexpr int FAR_AHEAD = BITS == 8 ? 2 : 4;
 KERNEL(wgmma_16, 384, 1, gemm_wgmma<2, 16, FAR_AHEAD, SHIFTS>(p))
 KERNEL(wgmma_32, 384, 1, gemm_wgmma<4, 16, FAR_AHEAD, SHIFTS>(p))
-KERNEL(wgmma_64, 384, 1, gemm_wgmma<8, 8, FAR_AHEAD, SHIFTS < 2 ? 1 : 2>(p))
+KERNEL(wgmma_64, 384, 1, gemm_wgmma<8, 8, BITS <= 2 ? 4 : AHEAD, SHIFTS < 2 ? 1 : 2>(p))
 KERNEL(wgmma_128, 384, 1, gemm_wgmma<16, 10, AHEAD, 1>(p))
 #endif

@@ -22,9 +22,10 @@ extern __shared__ __align__(1024) u8 block_memory[];
 
 // ---- elements ------------------------------------------------------------------------------
 
-struct F32 { static constexpr int SIZE = 4, DTYPE = 0; };
-struct BF16 { static constexpr int SIZE = 2, DTYPE = 1; };
-struct F16 { static constexpr int SIZE = 2, DTYPE = 2; };
+// PLANES: of codes that a number is split into, where it stays float.
+struct F32 { static constexpr int SIZE = 4, DTYPE = 0, PLANES = 4; };
+struct BF16 { static constexpr int SIZE = 2, DTYPE = 1, PLANES = 2; };
+struct F16 { static constexpr int SIZE = 2, DTYPE = 2, PLANES = 2; };
 
 DEVICE float half_to_float(u32 bits) {
   float value;
@@ -133,6 +134,22 @@ DEVICE void store_four(void* y, long long i, int dtype, const float (&v)[4]) {
   else
     *reinterpret_cast<uint2*>(static_cast<u16*>(y) + i) =
         make_uint2(pack_pair(dtype, v[0], v[1]), pack_pair(dtype, v[2], v[3]));
+}
+
+// The same where `there`, of elements of SIZE bytes. It has no branch, so the compiler may mix what comes before
+// several of them.
+template <int SIZE> DEVICE void store_four_if(bool there, void* y, long long i, int dtype, const float (&v)[4]) {
+  char* const to = static_cast<char*>(y) + i * SIZE;
+  if (SIZE == 4) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p st.global.v4.f32 [%1], {%2, %3, %4, %5};\n}" ::
+                 "r"((u32)there), "l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+  } else {
+    const u32 bf16[2] = {pack_pair(1, v[0], v[1]), pack_pair(1, v[2], v[3])};
+    const u32 f16[2] = {pack_pair(2, v[0], v[1]), pack_pair(2, v[2], v[3])};
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p st.global.v2.b32 [%1], {%2, %3};\n}" ::
+                 "r"((u32)there), "l"(to), "r"(dtype == 1 ? bf16[0] : f16[0]), "r"(dtype == 1 ? bf16[1] : f16[1])
+                 : "memory");
+  }
 }
 
 // ---- quantization of activations -------------------------------------------------------------

@@ -13,15 +13,18 @@ constexpr int SLABS = SLICE / 32;    // instructions' depths in a slice
 
 struct Columns {
   const uint4* source;  // first tile of this lane
-  int tiles;            // how many there are from there on; 0: the columns do not exist
+  int tiles;            // how many there are from there on; 0 or fewer: none, as where the columns do not exist
 
-  // Weights of the slice `end` and later ones read as zeros.
-  DEVICE Columns(const Matmul& p, int first_column, int end) {
+  // Slices are counted from `begin`; weights of the slice `end` and later ones read as zeros.
+  DEVICE Columns(const Matmul& p, int first_column, int begin, int end) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int tile_row = first_column / 16 + g / 4;
     source = static_cast<const uint4*>(p.tiles) + ((long long)tile_row * p.k_tiles + t) * 4 + g % 4;
     tiles = tile_row < (p.n + 15) / 16 ? min(p.k_tiles, 4 * QUADS * end) - t : 0;
+    skip(begin);
   }
+  // Counts from so many slices later. One address for all loads of a turn takes few instructions.
+  DEVICE void skip(int slices) { source += 16 * QUADS * slices, tiles -= 4 * QUADS * slices; }
   DEVICE bool has(int slice, int quad) const { return 4 * (slice * QUADS + quad) < tiles; }
   DEVICE const uint4* at(int slice, int quad) const { return source + 16 * (slice * QUADS + quad); }
   DEVICE void load(int slice, uint4 (&w)[QUADS]) const {
@@ -56,20 +59,31 @@ DEVICE float result(const Matmul& p, float sum, int, float, float x_scale) {
   return __fmul_rn(__fmul_rn(sum, p.inverse_step), x_scale);
 }
 
-// Writes four columns of every row that this lane holds, of the blocks of eight rows from `begin` to `end`.
-// Of two planes it holds both, of four the lane beside it holds the others.
-template <class N, int MB>
-DEVICE void write_tile(const Matmul& p, const Tile<N, MB>& sums, int first_row, int first_column, int begin = 0,
-                       int end = MB) {
+// Writes four columns of every row that this lane holds, of the blocks of eight rows from `begin` to `end`. Of two
+// planes it holds both, of four the lane beside it holds the others. The compiler knows the planes and the SIZE of
+// an element; or they are ANY, and columns may be missing or not aligned.
+constexpr int ANY = -1;
+template <int SIZE, int PLANES, class N, int MB>
+DEVICE void write_rows(const Matmul& p, const N (&sums)[2][MB][4], int first_row, int first_column, int begin, int end) {
+  const int planes = PLANES == ANY ? p.planes : PLANES;
   const int lane = threadIdx.x % 32, t = lane % 4, n = first_column + 4 * (lane / 4);
+  // Of the rows each lane fetches every 32nd, all at once: no load waits for a store.
+  constexpr int FETCHED = (MB + 3) / 4;
+  float x_scales[FETCHED];
+  int x_sums[FETCHED];
+#pragma unroll
+  for (int i = 0; i < FETCHED; ++i) {
+    const int row = min(first_row + 32 * i + lane, rows(p) - 1);
+    x_scales[i] = __ldg(p.row_scale + row);
+    x_sums[i] = __ldg(p.row_sum + row);
+  }
   float weight_scale[4], bias[4];
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
     const int column = min(n + c, p.n - 1);
     weight_scale[c] = column_scale(p, column);
-    bias[c] = p.bias ? __ldg(p.bias + column) : 0.f;
+    bias[c] = p.bias ? __ldg(p.bias + column) : -0.f;  // which changes no number
   }
-  const bool whole = p.y_aligned && n + 4 <= p.n;
 #pragma unroll
   for (int b = 0; b < MB; ++b) {
     if (b < begin || b >= end) continue;
@@ -77,31 +91,44 @@ DEVICE void write_tile(const Matmul& p, const Tile<N, MB>& sums, int first_row, 
     float v[2][4];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = min(first + r, rows(p) - 1);
-      const float x_scale = p.row_scale[row];
-      const int x_sum = p.row_sum[row];
+      const float x_scale = __shfl_sync(~0u, x_scales[b / 4], 8 * (b % 4) + 2 * t + r);
+      const int x_sum = __shfl_sync(~0u, x_sums[b / 4], 8 * (b % 4) + 2 * t + r);
 #pragma unroll
       for (int c = 0; c < 4; ++c)
         v[r][c] = result(p, sums[c / 2][b][2 * (c % 2) + r], x_sum, weight_scale[c], x_scale);
     }
-    if (p.planes > 1)
+    if (planes > 1)
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         v[0][c] = __fadd_rn(v[0][c], v[1][c]);
-        if (p.planes > 2) v[0][c] = __fadd_rn(v[0][c], __shfl_xor_sync(~0u, v[0][c], 1));
+        if (planes > 2) v[0][c] = __fadd_rn(v[0][c], __shfl_xor_sync(~0u, v[0][c], 1));
       }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = first + r;
-      if (row >= rows(p) || (row & (p.planes - 1)) || n >= p.n) continue;
 #pragma unroll
-      for (int c = 0; c < 4; ++c)
-        if (p.bias) v[r][c] = __fadd_rn(v[r][c], bias[c]);
-      const long long place = (long long)(row >> p.planes / 2) * p.n + n;
-      if (whole)
-        store_four(p.y, place, p.dtype, v[r]);
+      for (int c = 0; c < 4; ++c) v[r][c] = __fadd_rn(v[r][c], bias[c]);
+      const int row = first + r;
+      const bool there = row < rows(p) && !(row & (planes - 1));
+      const long long place = (long long)(row >> planes / 2) * p.n + n;
+      if constexpr (SIZE != ANY)
+        store_four_if<SIZE>(there, p.y, place, p.dtype, v[r]);
       else
-        for (int c = 0; c < 4 && n + c < p.n; ++c) store(p.y, place + c, p.dtype, v[r][c]);
+        for (int c = 0; c < 4 && there && n + c < p.n; ++c) store(p.y, place + c, p.dtype, v[r][c]);
     }
   }
+}
+
+template <class N, int MB>
+DEVICE void write_tile(const Matmul& p, const Tile<N, MB>& sums, int first_row, int first_column, int begin = 0,
+                       int end = MB) {
+  if (!p.y_aligned || first_column + 32 > p.n)
+    write_rows<ANY, ANY>(p, sums, first_row, first_column, begin, end);
+  else if (p.dtype == 0 && p.planes == 1)
+    write_rows<4, 1>(p, sums, first_row, first_column, begin, end);
+  else if (p.dtype == 0)
+    write_rows<4, 4>(p, sums, first_row, first_column, begin, end);
+  else if (p.planes == 1)
+    write_rows<2, 1>(p, sums, first_row, first_column, begin, end);
+  else
+    write_rows<2, 2>(p, sums, first_row, first_column, begin, end);
 }

@@ -186,19 +186,20 @@ DEVICE void consume(const Matmul& p, Share share, int first_row, u32 shared, u32
   constexpr int BM = 8 * MB, STAGE = BM * SLICE;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first_column = (blockIdx.y * CONSUMER_WARPS + warp) * 32;
-  const Columns columns(p, first_column, share.first + share.count);
+  Columns columns(p, first_column, share.first, share.first + share.count);
   uint4 weights[AHEAD][QUADS];
   if (p.weights_ready)
 #pragma unroll
-    for (int j = 0; j < AHEAD; ++j) columns.load(share.first + j, weights[j]);
+    for (int j = 0; j < AHEAD; ++j) columns.load(j, weights[j]);
   wait_for_previous();
   if (!p.weights_ready)
 #pragma unroll
-    for (int j = 0; j < AHEAD; ++j) columns.load(share.first + j, weights[j]);
+    for (int j = 0; j < AHEAD; ++j) columns.load(j, weights[j]);
 
   Tile<int, MB> apart[FACTORS] = {};
   // Past the end the weights are zeros and the activations those of an earlier slice.
-  for (int base = 0; base < share.count; base += AHEAD)
+  for (int base = 0; base < share.count; base += AHEAD) {
+    columns.skip(AHEAD);
 #pragma unroll
     for (int j = 0; j < AHEAD; ++j) {
       const int i = base + j, stage = i % STAGES;
@@ -207,7 +208,7 @@ DEVICE void consume(const Matmul& p, Share share, int first_row, u32 shared, u32
       for (int s = 0; s < SLABS; ++s)
 #pragma unroll
         for (int set = 0; set < 2; ++set) unpack_scaled<FACTORS>(weights[j], s, set, a[s][set]);
-      columns.load(share.first + i + AHEAD, weights[j]);
+      columns.load(j, weights[j]);
       barrier_wait(full + 8 * stage, i / STAGES & 1);
       const u64 b = describe(shared + stage * STAGE);
       asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -225,6 +226,7 @@ DEVICE void consume(const Matmul& p, Share share, int first_row, u32 shared, u32
           for (int r = 0; r < 4; ++r) asm volatile("" : "+r"(a[s][set][r])::"memory");
       if (lane == 0) barrier_arrive(empty + 8 * stage);
     }
+  }
 
   Tile<int, MB>& sums = apart[0];
 #pragma unroll

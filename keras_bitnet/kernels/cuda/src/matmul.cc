@@ -13,19 +13,19 @@ struct MatrixKernel {
   int threads, rows, columns;  // of a block
   int stages, slices;          // in shared memory: stages of so many slices of the image
   bool grouped, wgmma;
-  int time, start;             // nanoseconds for a slice, and besides, of 2 bits on an H200; where compared
+  int time, start;             // nanoseconds for a slice, and besides, on an H200; where compared
 };
 constexpr MatrixKernel kMatrixKernels[] = {
-    {"mma_8", 256, 8, 32, 4, 8, false, false, 130, 0},
+    {"mma_8", 256, 8, 32, 4, 8, false, false, 190, 1250},
     {"mma_16", 256, 16, 64, 4, 4, false, false, 0, 0},
     {"mma_32", 256, 32, 64, 3, 4, false, false, 0, 0},
     {"mma_64", 256, 64, 128, 3, 2, false, false, 0, 0},
     {"mma_grouped_8", 256, 8, 32, 4, 8, true, false, 0, 0},
     {"mma_grouped_32", 256, 32, 64, 3, 4, true, false, 0, 0},
-    {"wgmma_16", 384, 16, 256, 16, 1, false, true, 264, 1000},
-    {"wgmma_32", 384, 32, 256, 16, 1, false, true, 295, 1000},
-    {"wgmma_64", 384, 64, 256, 8, 1, false, true, 425, 1000},
-    {"wgmma_128", 384, 128, 256, 10, 1, false, true, 780, 1000},
+    {"wgmma_16", 384, 16, 256, 16, 1, false, true, 250, 2000},
+    {"wgmma_32", 384, 32, 256, 16, 1, false, true, 260, 2000},
+    {"wgmma_64", 384, 64, 256, 8, 1, false, true, 390, 2000},
+    {"wgmma_128", 384, 128, 256, 10, 1, false, true, 740, 2000},
 };
 enum { kMma8, kMma16, kMma32, kMma64, kGrouped8, kGrouped32, kWgmma16, kCount = 10 };
 
@@ -62,8 +62,10 @@ int64_t estimate(const kbc_matmul& p, const Choice& c, const Device& device) {
   if (c.shares > 2) places = places * 10 / 11;  // larger clusters leave multiprocessors idle
   const int64_t slices = (p.in_features + kSlice - 1) / kSlice;
   const int64_t turns = round_up((slices + c.shares - 1) / c.shares, kRound);
-  const int64_t sum = c.shares > 1 ? 50 * k.rows : 0;  // to add what the blocks of a cluster have
-  return (blocks(p, k) * c.shares + places - 1) / places * (turns * k.time + k.start + sum);
+  const int64_t sum = c.shares > 1 ? 60 * k.rows : 0;  // to add what the blocks of a cluster have
+  const int64_t read = k.columns * p.bits * 33 / 100;  // the weights of a slice: 128 inputs of every column
+  const int64_t time = k.time > read ? k.time : read;
+  return (blocks(p, k) * c.shares + places - 1) / places * (turns * time + k.start + sum);
 }
 
 // Bytes of shared memory: stages, and a place for the sums of every block of a cluster.
@@ -89,7 +91,7 @@ Choice shared(const kbc_matmul& p, int kernel, const Device& device) {
 Choice choose(const kbc_matmul& p, const Device& device) {
   const int64_t rows = image_rows(p);
   if (p.group_size) return {rows <= 8 ? kGrouped8 : kGrouped32, 1};
-  if (device.capability == 90 && (rows > 16 || p.bits < 8)) {
+  if (device.capability == 90) {
     Choice best{rows > 16 ? kWgmma16 : kMma8, 1};
     for (int kernel = kWgmma16; kernel < kCount; ++kernel) {
       const Choice other = shared(p, kernel, device);
