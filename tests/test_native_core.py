@@ -15,7 +15,7 @@ from keras import ops
 
 from keras_bitnet import quantizers
 from keras_bitnet.kernels import native
-from keras_bitnet.ops import PackedTensor
+from keras_bitnet.ops import PackedTensor, layout
 from keras_bitnet.ops.window import Window
 
 pytestmark = [
@@ -107,6 +107,22 @@ def guarded(shape, dtype):
         assert (buffer[64 + size :] == 0xA5).all()
 
     return array, check
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 5), (97, 33), (254, 100)])
+def test_tiles_of_trits_are_those_of_numpy(size):
+    rng = np.random.default_rng(2)
+    trits = layout.pack_trits(rng.integers(0, 3, size))
+    found = native.tiles_from_trits(trits, size[0])
+    np.testing.assert_array_equal(found, layout.tiles_from_trits(trits, size[0]))
+    half = trits[:, ::2]  # not contiguous
+    wanted = layout.tiles_from_trits(half, size[0])
+    np.testing.assert_array_equal(native.tiles_from_trits(half, size[0]), wanted)
+    trits[-1, -1] = 243
+    with pytest.raises(ValueError, match="at most 242"):
+        native.tiles_from_trits(trits, size[0])
+    with pytest.raises(ValueError, match="shape"):
+        native.tiles_from_trits(trits, size[0] + 5)
 
 
 @pytest.mark.parametrize("granularity", ["channel", 32, 64])

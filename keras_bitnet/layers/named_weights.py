@@ -3,6 +3,7 @@
 import numpy as np
 from keras import ops
 
+from keras_bitnet.kernels import native
 from keras_bitnet.layers.changing_precision import ChangingPrecision
 from keras_bitnet.layers.large_weights import fill, parts_of
 from keras_bitnet.ops import layout
@@ -77,6 +78,8 @@ class NamedWeights(ChangingPrecision):
                 f"The packed kernel of layer '{self.name}' has {self.out_features} outputs. "
                 f"Received: data of {found}"
             )
+        if self.packed_layout == "tiles" and native.library() is not None:
+            return native.tiles_from_trits(trits, self.in_features)
         return layout.tiles_from_trits(trits, self.in_features, self.packed_layout)
 
     @property

@@ -210,13 +210,8 @@ def unpack_trits(packed, in_features):
     Raises:
         ValueError: The shape does not fit, or a byte is above 242 and so holds no five trits.
     """
-    packed = np.asarray(packed)
-    rows = -(-in_features // _TRITS)
-    if packed.ndim != 2 or packed.shape[0] != rows or packed.dtype != np.uint8:
-        raise ValueError(
-            f"Packed trits of {in_features} inputs are a uint8 array of shape ({rows}, out). "
-            f"Received: {packed.dtype} array of shape {packed.shape}"
-        )
+    packed = as_packed_trits(packed, in_features)
+    rows = len(packed)
     if packed.size and packed.max() > _MAX_TRIT_BYTE:
         raise ValueError(
             f"A byte of five trits is at most {_MAX_TRIT_BYTE}. Received: {packed.max()}. "
@@ -228,6 +223,22 @@ def unpack_trits(packed, in_features):
         np.subtract(packed, rest * np.uint8(3), out=digits[:, i])
         packed = rest
     return digits.reshape(rows * _TRITS, -1)[:in_features]
+
+
+def as_packed_trits(packed, in_features):
+    """A contiguous array of the shape and dtype of what `pack_trits` gives.
+
+    Raises:
+        ValueError: It has another shape or dtype.
+    """
+    packed = np.asarray(packed)
+    rows = -(-in_features // _TRITS)
+    if packed.ndim != 2 or packed.shape[0] != rows or packed.dtype != np.uint8:
+        raise ValueError(
+            f"Packed trits of {in_features} inputs are a uint8 array of shape ({rows}, out). "
+            f"Received: {packed.dtype} array of shape {packed.shape}"
+        )
+    return np.ascontiguousarray(packed)
 
 
 def tiles_from_trits(packed, in_features, layout="tiles"):

@@ -374,6 +374,32 @@ void check_threads() {
   std::printf("concurrent callers agree\n");
 }
 
+// Five trits a byte, of every number of inputs modulo 5 and 16, against the definition of both layouts.
+void check_trits() {
+  std::mt19937 random(5);
+  const int64_t sizes[][2] = {{1, 1},  {4, 3},   {5, 16},  {15, 17}, {16, 32},
+                              {33, 5}, {80, 40}, {97, 33}, {160, 7}, {254, 100}};
+  for (const auto& size : sizes) {
+    const int64_t k = size[0], n = size[1], tiles_in = ceil_div(k, 16);
+    std::vector<uint8_t> packed(ceil_div(k, 5) * n);
+    std::vector<uint8_t> tiles(ceil_div(n, 16) * tiles_in * 64, 0xff), wanted(tiles.size());
+    for (int64_t i = ceil_div(k, 5) * 5 - 1; i >= 0; --i) {
+      for (int64_t j = 0; j < n; ++j) {
+        const int code = i < k ? static_cast<int>(random() % 3) : 1;  // files are padded with ones
+        packed[i / 5 * n + j] = static_cast<uint8_t>(packed[i / 5 * n + j] * 3 + code);
+        if (i >= k) continue;
+        const int64_t tile = j / 16 * tiles_in + i / 16;
+        wanted[(tile * 16 + j % 16) * 4 + i % 4] |= code << (i % 16 / 4 * 2);
+      }
+    }
+    require(kbn_tiles_from_trits(packed.data(), k, n, tiles.data()) == 0, "trits");
+    require(tiles == wanted, "tiles of trits");
+    packed[packed.size() / 2] = 243;
+    require(kbn_tiles_from_trits(packed.data(), k, n, tiles.data()) != 0, "a byte without trits");
+  }
+  std::printf("tiles of trits agree\n");
+}
+
 void check_fork() {
 #if !defined(_WIN32)
   Example example(9, 512, 1024, 2, -1, 0, 2);
@@ -403,5 +429,6 @@ int main(int argc, char** argv) {
   require(kbn_set_isa("auto") == 0, "set_isa auto");
   kbn_set_threads(3);
   check_threads();
+  check_trits();
   if (argc > 1 && std::string(argv[1]) == "fork") check_fork();
 }

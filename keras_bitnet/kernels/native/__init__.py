@@ -13,7 +13,9 @@ import threading
 
 import numpy as np
 
-_ABI_VERSION = 6
+from keras_bitnet.ops import layout
+
+_ABI_VERSION = 7
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _lock = threading.Lock()
@@ -234,6 +236,15 @@ def accumulate(x_codes, packed):
     return sums
 
 
+def tiles_from_trits(packed, in_features):
+    """As `keras_bitnet.ops.layout.tiles_from_trits`, into tiles of two bits."""
+    packed = layout.as_packed_trits(packed, in_features)
+    tiles = np.empty(layout.tiles_shape(in_features, packed.shape[1], 2), np.uint8)
+    sizes = in_features, packed.shape[1]
+    _check(_required().kbn_tiles_from_trits(packed.ctypes.data, *sizes, tiles.ctypes.data))
+    return tiles
+
+
 class _Problem:
     """A `kbn_matmul` and the arrays that it points to."""
 
@@ -321,6 +332,7 @@ def _load_once():
         ("kbn_run", ctypes.c_int, (pointer, pointer)),
         ("kbn_quantize", ctypes.c_int, (pointer, pointer, pointer)),
         ("kbn_accumulate", ctypes.c_int, (pointer, pointer, pointer)),
+        ("kbn_tiles_from_trits", ctypes.c_int, (pointer, ctypes.c_int64, ctypes.c_int64, pointer)),
         ("kbn_error", ctypes.c_char_p, (ctypes.c_int,)),
         ("kbn_isa", ctypes.c_char_p, ()),
         ("kbn_isas", ctypes.c_char_p, ()),

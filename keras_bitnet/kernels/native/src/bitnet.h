@@ -124,6 +124,12 @@ KBN_API int kbn_quantize(const kbn_matmul* problem, int8_t* x_codes, float* x_sc
 // `problem` are read.
 KBN_API int kbn_accumulate(const kbn_matmul* problem, const int8_t* x_codes, int32_t* sums);
 
+// Ternary codes as files keep them, five to a byte, (ceil(k / 5), n), first input times 1, the next
+// times 3 and so on, as tiles of two bits, on the library's own threads. Returns as `kbn_run`; on error
+// the tiles are not defined.
+KBN_API int kbn_tiles_from_trits(const uint8_t* packed, int64_t in_features, int64_t out_features,
+                                 uint8_t* tiles);
+
 // Instruction set in use ("avx512vnni", "avx2", "neon", "generic", ...); a ','-separated list of
 // those that this build and CPU can run; and forcing one, non-zero where it cannot ("auto": the
 // best, whatever KERAS_BITNET_ISA says). `kbn_isa` is null where KERAS_BITNET_ISA names none.

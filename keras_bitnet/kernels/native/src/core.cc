@@ -189,7 +189,7 @@ int run_checked(const kbn_matmul& problem, const kbn_parallel* parallel, const P
 }  // namespace
 }  // namespace kbn
 
-int kbn_abi_version(void) { return 6; }
+int kbn_abi_version(void) { return 7; }
 
 int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel) {
   int error = kbn::check_weights(*problem);
@@ -235,6 +235,13 @@ int kbn_accumulate(const kbn_matmul* problem, const int8_t* x_codes, int32_t* su
   p.per_tensor = 0, p.activation_bits = 8;
   const int error = kbn::check_weights(p);
   return error ? error : kbn::run_checked(p, nullptr, probe);
+}
+
+int kbn_tiles_from_trits(const uint8_t* packed, int64_t in_features, int64_t out_features,
+                         uint8_t* tiles) {
+  if (kbn::tiles_from_trits(packed, in_features, out_features, tiles)) return kbn::kOk;
+  return kbn::fail(kbn::kInvalid, "A byte of five trits is at most 242, and one is more. The data is "
+                   "corrupt or in another format.");
 }
 
 const char* kbn_error(int code) { return code == 0 ? "" : kbn::message; }

@@ -21,4 +21,8 @@ void run(const kbn_matmul& problem, const Kernels& kernels, const kbn_parallel* 
 void run(const kbn_attention& problem, const Kernels& kernels, const kbn_parallel* parallel);
 void run(const kbn_norm& problem, const Kernels& kernels, const kbn_parallel* parallel);
 
+// As `kbn_tiles_from_trits`; false: a byte holds no five trits.
+bool tiles_from_trits(const uint8_t* packed, int64_t in_features, int64_t out_features,
+                      uint8_t* tiles);
+
 }  // namespace kbn
