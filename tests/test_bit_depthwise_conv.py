@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import gradient, packed_twin, relative_error, to_numpy
+from helpers import BACKEND, gradient, packed_twin, relative_error, to_numpy
 from keras import ops
 
 from keras_bitnet import pack_model, quantize_model, summary
@@ -181,3 +181,21 @@ def test_taps_are_quantized_as_their_patch_is(quantizer, strength, stride, rng):
     kernel = to_numpy(layer.matrix_in_use()).reshape(4, 4, 2)
     wanted = np.einsum("bhwtc,tcm->bhwcm", patches, kernel).reshape(y.shape)
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's own")
+@pytest.mark.parametrize("packed_layout", ["tiles", "trits"])
+def test_torch_compiles_a_packed_layer_whole(packed_layout, rng):
+    import torch
+
+    layer = BitDepthwiseConv1D(3, packed=True, packed_layout=packed_layout)
+    x = torch.tensor(rng.normal(size=(2, 9, 4)).astype("float32"))
+    layer.build(x.shape)
+    for name in ("kernel_tiles", "kernel_scale"):
+        weight = getattr(layer, name)
+        weight.assign(rng.integers(0, 42, weight.shape))
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        wanted = layer(x)
+        assert wanted.abs().max() > 0
+        torch.testing.assert_close(compiled(x), wanted)

@@ -162,20 +162,25 @@ def _digits(packed, bits, layout, axis):
         return ops.expand_dims(packed, axis)
     if layout == "trits":
         return ops.stack(_trits(packed), axis=axis)
-    mask = np.uint8(2**bits - 1)  # a Python int would turn uint8 into int32 on TensorFlow
-    shifts = [np.uint8(bits * i) for i in range(8 // bits)]
-    fields = [ops.bitwise_and(ops.right_shift(packed, shift), mask) for shift in shifts]
+    mask = _byte(2**bits - 1)
+    shifts = range(0, 8, bits)
+    fields = [ops.bitwise_and(ops.right_shift(packed, _byte(shift)), mask) for shift in shifts]
     return ops.stack(fields, axis=axis)
+
+
+def _byte(number):
+    # TensorFlow makes int32 of uint8 and a Python int; `torch.compile` traces no NumPy number.
+    return ops.convert_to_tensor(number, dtype="uint8")
 
 
 def _trits(packed):
     """Whole parts of `3 * byte / 256`, one after another; the rest is the next byte."""
     digits = []
     for _ in range(_TRITS):
-        first = ops.cast(ops.greater_equal(packed, np.uint8(86)), "uint8")  # 3 * 86 = 258
-        second = ops.cast(ops.greater_equal(packed, np.uint8(171)), "uint8")  # 3 * 171 = 513
+        first = ops.cast(ops.greater_equal(packed, _byte(86)), "uint8")  # 3 * 86 = 258
+        second = ops.cast(ops.greater_equal(packed, _byte(171)), "uint8")  # 3 * 171 = 513
         digits.append(ops.add(first, second))
-        packed = ops.multiply(packed, np.uint8(3))  # modulo 256
+        packed = ops.multiply(packed, _byte(3))  # modulo 256
     return digits
 
 
