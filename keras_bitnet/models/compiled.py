@@ -24,7 +24,8 @@ def compile_function(function, model, repeated=False):
             `model`. A state is a structure of tensors, a result a tensor or a structure of them.
         model: The model whose weights it reads.
         repeated: Whether it is called often with the same shapes. Else PyTorch, where recording
-            takes as long as two calls, records it when the same shapes come a second time.
+            takes as long as two calls, records it when the same shapes come a second time, and
+            on a GPU never.
 
     Returns:
         A function of the same arguments. Call its `begin()` before a row of calls: weights are
@@ -207,12 +208,16 @@ class _Torch(_Recorded):
         leaves = keras.tree.flatten(state)
         inputs = [torch.as_tensor(a, device=leaves[0].device) for a in arguments]
         with torch.inference_mode():
-            if not self.repeated:
-                key = self.key(leaves, inputs)
-                if key not in self.seen:
-                    self.seen.add(key)
-                    return self.function(state, *inputs)
-            return self.call(state, leaves, inputs)
+            if self.repeated or self.is_known(leaves, inputs):
+                return self.call(state, leaves, inputs)
+            return self.function(state, *inputs)
+
+    def is_known(self, leaves, inputs):
+        """Whether shapes came before; on a GPU, where a record is compiled at its first runs, no."""
+        key = self.key(leaves, inputs)
+        known = key in self.seen
+        self.seen.add(key)
+        return known and not _on_gpu(leaves[0])
 
     def trace(self, run, leaves, inputs):
         import torch
