@@ -213,7 +213,7 @@ class _Torch(_Recorded):
             return self.function(state, *inputs)
 
     def is_known(self, leaves, inputs):
-        """Whether shapes came before; on a GPU, where a record is compiled at its first runs, no."""
+        """Whether shapes came before; no on a GPU, where a record is compiled at first runs."""
         key = self.key(leaves, inputs)
         known = key in self.seen
         self.seen.add(key)
