@@ -547,8 +547,8 @@ def test_one_projection_of_a_language_model_takes_other_arguments(rng, tmp_path)
     assert [b.feed_forward.down_dense.activation_quantizer is None for b in blocks] == [True, False]
     tokens = test_models.tokens(rng)
     wanted = to_numpy(mixed(tokens))
-    assert mean_error(to_numpy(packed(tokens)), wanted) < 1e-5
-    assert mean_error(to_numpy(model(tokens)), wanted) > 1e-4
+    assert mean_error(to_numpy(packed(tokens)), wanted) < 1e-3
+    assert mean_error(to_numpy(model(tokens)), wanted) > 3e-3
     packed.save(tmp_path / "m.keras")
     again = keras.models.load_model(tmp_path / "m.keras")
     np.testing.assert_array_equal(to_numpy(again(tokens)), to_numpy(packed(tokens)))
