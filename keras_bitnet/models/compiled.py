@@ -3,7 +3,8 @@
 The program is traced once for the shapes of its arguments, all of which are tensors. Weights are
 read where they are, and the tensors of the state, the cache among them, are written in place: what
 a step takes and gives stays on the device, at the same addresses. PyTorch traces what is called
-over and over, and replays it as one CUDA graph on such a device; anything else runs as it is once.
+over and over, and replays it as one CUDA graph on such a device; anything else it traces at the
+second call, and on a GPU never.
 """
 
 import functools
@@ -190,8 +191,7 @@ class _TensorFlow(_Recorded):
 class _Torch(_Recorded):
     """A recorded function of tensors that share the memory of the weights.
 
-    So it follows every assignment; a weight whose tensor was replaced is seen at `begin`. What is
-    called over and over becomes a CUDA graph, which keeps the memory of all that it computes.
+    So it follows every assignment; a weight whose tensor was replaced is seen at `begin`.
     """
 
     def __init__(self, function, model, repeated):
@@ -228,8 +228,7 @@ class _Torch(_Recorded):
             # Of values that become constants: shapes, which are those of every call.
             warnings.simplefilter("ignore")
             step = torch.jit.trace(run, example, check_trace=False, strict=False)
-        graph = self.repeated and _on_gpu(leaves[0])
-        return _CudaGraph(step, leaves, inputs) if graph else step
+        return _CudaGraph(step, leaves, inputs) if _on_gpu(leaves[0]) else step
 
 
 class _CudaGraph:
