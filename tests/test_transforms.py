@@ -280,6 +280,27 @@ def test_lora_of_the_float_model_is_merged(x):
     np.testing.assert_allclose(to_numpy(qat(x)), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["int8", "float8"])
+@pytest.mark.filterwarnings("ignore:.*`quantize` method", "ignore:.*found no layer")
+def test_layers_that_keras_quantized_in_place_are_kept(mode, rng):
+    dense = keras.layers.Dense(4)  # of float8, built anew, the weights have another order
+    model = keras.Sequential([keras.Input((8,)), dense, BitLinear(2)])
+    model.quantize(mode)
+    x = rng.standard_normal((3, 8)).astype("float32")
+    again, (change, _) = keras_bitnet.quantize_model(model, verbose=0, return_changes=True)
+    assert change.reason == f"quantized by Keras already ({mode})"
+    np.testing.assert_array_equal(to_numpy(again(x)), to_numpy(model(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*`quantize` method")
+def test_attention_that_keras_quantized_in_place_is_refused():
+    i = keras.Input((4, 8))
+    model = keras.Model(i, BitLinear(2)(keras.layers.MultiHeadAttention(2, 4)(i, i)))
+    model.quantize("int8")
+    with pytest.raises(ValueError, match="Keras quantized it in place \\(int8\\)"):
+        keras_bitnet.pack_model(model, verbose=0)
+
+
 def test_classes_need_not_be_registered(rng, tmp_path):
     x = rng.normal(size=(4, 6)).astype("float32")
     model = Script(8)

@@ -239,14 +239,29 @@ def copy_own_weights(old, new):
     olds, news = (
         [*layer._trainable_variables, *layer._non_trainable_variables] for layer in (old, new)
     )
+    by_name = {v.name: v for v in news}
+    if len(by_name) == len(news) and by_name.keys() == {v.name for v in olds}:
+        news = [by_name[v.name] for v in olds]  # quantized in place by Keras it has another order
     if [tuple(v.shape) for v in olds] != [tuple(v.shape) for v in news]:
         raise ValueError(
             f"'{old.name}' ({type(old).__name__}) made again from its config has other weights. "
             f"Expected the shapes {[tuple(v.shape) for v in olds]}. "
-            f"Received: {[tuple(v.shape) for v in news]}"
+            f"Received: {[tuple(v.shape) for v in news]}{_lost_mode(old, new)}"
         )
     for source, target in zip(olds, news, strict=True):
         assign_copy(target, source)
+
+
+def _lost_mode(old, new):
+    """What to say where Keras quantized a layer in place and the one around it does not know."""
+    mode = old.quantization_mode
+    if mode == new.quantization_mode:
+        return ""
+    return (
+        f". Keras quantized it in place ({mode}), which the config of the layer around it does not "
+        "say, so a saved file would not load either: leave it out of `Model.quantize` with its "
+        "`filters`, or take `keras_bitnet.quantize_model` in its place."
+    )
 
 
 def copy_weights(old, new):
