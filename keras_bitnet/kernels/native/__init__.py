@@ -97,7 +97,7 @@ def reason():
 
 
 def isa():
-    """Name of the instruction set in use: "avx512vnni", "avxvnni", "avx2", "neon" or
+    """Name of the instruction set in use: "amx", "avx512vnni", "avxvnni", "avx2", "neon" or
     "generic".
 
     Raises:

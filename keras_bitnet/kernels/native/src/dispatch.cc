@@ -12,6 +12,10 @@
 #else
 #include <cpuid.h>
 #endif
+#if defined(KBN_HAVE_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -70,6 +74,16 @@ bool has_all(uint32_t value, uint32_t bits) { return (value & bits) == bits; }
   return has_avx2() && has_all(static_cast<uint32_t>(saved_states()), 0xe6) &&  // opmask, zmm
          has_all(cpuid(7).ebx, kF | kDq | kBw | kVl) && has_all(cpuid(7).ecx, kVnni);
 }
+
+#if defined(KBN_HAVE_AMX)
+bool has_amx() {
+  constexpr uint32_t kTile = 1u << 24, kInt8 = 1u << 25;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return has_avx512vnni() && has_all(static_cast<uint32_t>(saved_states()), 0x60000) &&
+         has_all(cpuid(7).edx, kTile | kInt8) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 #endif
 
 #if defined(__aarch64__)
@@ -90,6 +104,9 @@ struct Row {
 
 // Best first. The build defines KBN_HAVE_* for the files that its compiler could make.
 constexpr Row kRows[] = {
+#if defined(KBN_HAVE_AMX)
+    {&kAmx, has_amx},
+#endif
 #if defined(KBN_HAVE_AVX512VNNI)
     {&kAvx512Vnni, has_avx512vnni},
 #endif

@@ -11,11 +11,11 @@ namespace kbn {
 namespace {
 
 constexpr int64_t kSmall = 2 << 20;              // multiply-adds not worth waking a thread for
-constexpr int64_t kActivationBytes = 384 << 10;  // activations kept in the L2 cache for a pass
+constexpr int64_t kActivationBytes = 1280 << 10;  // activations kept in the L2 cache for a pass
 constexpr int64_t kWeightBytes = 512 << 10;      // weights that stay in it beside a block of rows
 constexpr int kSumsPerBlock = 4096;              // numbers in the buffer that a block fills
 // Kernels may sum codes that are still shifted left, so int32 bounds the inputs of a segment.
-constexpr int64_t kLongestSegment = 16384;
+constexpr int64_t kLongestSegment = 16320;  // whole tiles and whole chunks of every format
 constexpr float kLeast = 1e-30f;  // absolute maximum of float activations: its inverse is finite
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -37,9 +37,10 @@ class Matmul {
         tiles_out_(ceil_div(problem.out_features, kTileOutputs)),
         groups_(problem.group_size ? ceil_div(problem.in_features, problem.group_size) : 1),
         row_blocks_(ceil_div(problem.rows, kernels.rows / planes_)),
-        packed_inputs_(tiles_in_ * tile_inputs_),
+        packed_inputs_(round_up(tiles_in_ * tile_inputs_, kernels.chunk)),
         factor_(problem.offset == std::floor(problem.offset) ? 1 : 2),
-        shift_(static_cast<int32_t>(factor_ * problem.offset)) {
+        shift_(static_cast<int32_t>(factor_ * problem.offset)),
+        unit_(1.0f / static_cast<float>(factor_)) {
     const int64_t segment = problem.group_size ? problem.group_size : kLongestSegment;
     segment_tiles_ = std::min(tiles_in_, segment / tile_inputs_);
     slot_bytes_ = ceil_div(problem.rows, row_blocks_) * planes_ * packed_inputs_;
@@ -195,6 +196,7 @@ class Matmul {
         multiply_block(block, packed, tile);
       }
     }
+    leave();
   }
 
   // Quantizes the rows of a block and packs them as `Block::x_codes` wants them.
@@ -266,6 +268,11 @@ class Matmul {
         }
       }
     }
+    leave();
+  }
+
+  void leave() const {
+    if (kernels_.leave) kernels_.leave();
   }
 
   void multiply_block(int64_t row_block, const int8_t* x_codes, int64_t tile) {
@@ -274,33 +281,50 @@ class Matmul {
     block.rows = static_cast<int>(first_row(row_block + 1) - row);
     block.columns = static_cast<int>(std::min<int64_t>(kernels_.columns, tiles_out_ - tile));
     block.tile_stride = tiles_in_ * kTileBytes;
+    p_.group_size ? multiply_groups(block, row, x_codes, tile) : multiply_whole(block, row, x_codes, tile);
+  }
+
+  void multiply_whole(Block& block, int64_t row, const int8_t* x_codes, int64_t tile) {
+    const int size = block.rows * block.columns * kTileOutputs;
+    alignas(64) int32_t total[kMaxRows * kMaxColumns];
+    block.segments = 1;
+    for (int64_t step = 0; step < tiles_in_; step += segment_tiles_) {
+      alignas(64) int32_t sums[kMaxRows * kMaxColumns];
+      block.segment_steps = std::min(segment_tiles_, tiles_in_ - step);
+      block.sums = step == 0 ? total : sums;
+      multiply_segments(block, x_codes, tile, step, 0);
+      if (step > 0) add(sums, size, total);
+    }
+    block.sums = total;
+    if (probe_.sums) return hand_out(block, row, tile, 0);
+    const Scaling scaling = scaling_of(block, row, tile, 0);
+    if (planes_ == 1) return kernels_.finish(block, scaling, outputs_of(row, tile));
+    alignas(64) float y[kMaxRows * kMaxColumns] = {};
+    kernels_.add_scaled(block, scaling, y);
+    store(block, row, tile, y);
+  }
+
+  // The sums of every group of inputs have scales of their own.
+  void multiply_groups(Block& block, int64_t row, const int8_t* x_codes, int64_t tile) {
     const int size = block.rows * block.columns * kTileOutputs;
     alignas(64) int32_t sums[kSumsPerBlock];
     alignas(64) float y[kMaxRows * kMaxColumns];
     std::memset(y, 0, sizeof(float) * size);
-    if (p_.group_size) {
-      block.sums = sums;
-      const int64_t most = std::max(1, kSumsPerBlock / size);
-      for (int64_t step = 0, segment = 0; step < tiles_in_; segment += block.segments) {
-        // Whole segments, as many as the buffer holds; at the end the short one.
-        const int64_t whole = (tiles_in_ - step) / segment_tiles_;
-        block.segments = whole > 0 ? std::min(whole, most) : 1;
-        block.segment_steps = whole > 0 ? segment_tiles_ : tiles_in_ - step;
-        multiply_segments(block, x_codes, tile, step, segment);
-        emit(block, row, tile, segment, y);
-        step += block.segments * block.segment_steps;
+    block.sums = sums;
+    // Whole chunks of the activation codes at a time.
+    const int64_t most = kSumsPerBlock / size / 2 * 2;
+    for (int64_t step = 0, segment = 0; step < tiles_in_; segment += block.segments) {
+      // Whole segments, as many as the buffer holds; at the end the short one.
+      const int64_t whole = (tiles_in_ - step) / segment_tiles_;
+      block.segments = whole > 0 ? std::min(whole, most) : 1;
+      block.segment_steps = whole > 0 ? segment_tiles_ : tiles_in_ - step;
+      multiply_segments(block, x_codes, tile, step, segment);
+      if (probe_.sums) {
+        hand_out(block, row, tile, segment);
+      } else {
+        kernels_.add_scaled(block, scaling_of(block, row, tile, segment), y);
       }
-    } else {
-      alignas(64) int32_t total[kMaxRows * kMaxColumns];
-      block.segments = 1;
-      for (int64_t step = 0; step < tiles_in_; step += segment_tiles_) {
-        block.segment_steps = std::min(segment_tiles_, tiles_in_ - step);
-        block.sums = step == 0 ? total : sums;
-        multiply_segments(block, x_codes, tile, step, 0);
-        if (step > 0) add(sums, size, total);
-      }
-      block.sums = total;
-      emit(block, row, tile, 0, y);
+      step += block.segments * block.segment_steps;
     }
     if (!probe_.sums) store(block, row, tile, y);
   }
@@ -309,7 +333,8 @@ class Matmul {
   void multiply_segments(Block& block, const int8_t* x_codes, int64_t tile, int64_t step,
                          int64_t segment) const {
     block.tiles = p_.tiles + tile * block.tile_stride + step * kTileBytes;
-    block.x_codes = x_codes + step * tile_inputs_ * block.rows;
+    const int64_t input = step * tile_inputs_, inside = input % kernels_.chunk;
+    block.x_codes = x_codes + (input - inside) * block.rows + inside;
     block.ahead_stride = p_.scale_columns * int64_t{sizeof(float)};
     block.ahead = reinterpret_cast<uintptr_t>(p_.scale) + segment * block.ahead_stride +
                   next_column(block, tile) * sizeof(float);
@@ -335,21 +360,31 @@ class Matmul {
     return p_.scale_columns == 1 ? 0 : (tile + block.columns) * kTileOutputs;
   }
 
-  // Adds the sums of some groups of inputs to y, scaled; or hands them out as they are.
-  void emit(const Block& block, int64_t row, int64_t tile, int64_t group, float* y) const {
-    if (probe_.sums) return hand_out(block, row, tile, group);
+  Scaling scaling_of(const Block& block, int64_t row, int64_t tile, int64_t group) const {
     const bool shared = p_.scale_columns == 1;
     Scaling scaling;
     scaling.factor = factor_;
     scaling.shift = shift_;
-    scaling.unit = 1.0f / static_cast<float>(factor_);
     scaling.valid = valid_columns(block, tile);
     scaling.x_sums = x_sums_ + row * groups_ + group;
     scaling.x_sums_stride = groups_;
     scaling.scale = p_.scale + group * p_.scale_columns + (shared ? 0 : tile * kTileOutputs);
     scaling.scale_stride = p_.scale_columns;
     scaling.shared = shared;
-    kernels_.add_scaled(block, scaling, y);
+    return scaling;
+  }
+
+  // Of rows that are one plane each.
+  Outputs outputs_of(int64_t row, int64_t tile) const {
+    const int64_t column = tile * kTileOutputs, size = size_of(p_.dtype);
+    Outputs outputs;
+    outputs.x_scales = x_scales_ + row;
+    outputs.unit = unit_;
+    outputs.bias = p_.bias ? p_.bias + column : nullptr;
+    outputs.dtype = p_.dtype;
+    outputs.y = static_cast<char*>(p_.y) + (row * p_.out_features + column) * size;
+    outputs.stride = p_.out_features * size;
+    return outputs;
   }
 
   void hand_out(const Block& block, int64_t row, int64_t tile, int64_t group) const {
@@ -381,7 +416,7 @@ class Matmul {
       const int64_t x_row = (row + r) / planes_;
       char* out = static_cast<char*>(p_.y) +
                   (x_row * p_.out_features + column) * size_of(p_.dtype);
-      kernels_.store(y, x_scales_[x_row], bias, p_.dtype, valid, out);
+      kernels_.store(y, x_scales_[x_row] * unit_, bias, p_.dtype, valid, out);
     }
   }
 
@@ -399,6 +434,7 @@ class Matmul {
   const int64_t packed_inputs_;  // in_features, rounded up to whole tiles
   const int32_t factor_;         // makes factor * (code + offset) whole
   const int32_t shift_;          // factor * offset
+  const float unit_;             // 1 / factor
   int64_t segment_tiles_ = 0;
   int64_t slot_bytes_ = 0;  // codes of a block of rows
   int64_t row_bytes_ = 0;   // a row of x that is gathered or normalized

@@ -1,9 +1,6 @@
 // AVX-512 with VNNI: `vpdpbusd` multiplies 64 unsigned weight codes by 64 signed activation codes
 // and adds them four by four to 16 int32 sums, one for each column of a tile.
-#include <immintrin.h>
-
-#include "attention.h"
-#include "normalize.h"
+#include "zmm.h"
 
 namespace kbn {
 namespace {
@@ -77,8 +74,6 @@ void multiply_row(const uint8_t* tile, const int8_t* x, const Block& block, int3
   }
 }
 
-inline __m512i times_3(__m512i v) { return _mm512_add_epi8(_mm512_add_epi8(v, v), v); }
-
 // One row of trits, which are never taken out of their bytes: with v_i for what a byte is when its
 // digit i comes first, 256 * digit_i = 3 * v_i - v_(i+1), so that
 //     256 * sum digit_i * x_i = 3 * (sum v_i * x_i) - (sum v_(i+1) * x_i).
@@ -110,40 +105,6 @@ void multiply_row<kTrits>(const uint8_t* tile, const int8_t* x, const Block& blo
     _mm512_storeu_si512(sums + segment * sums_stride, total);
   }
 }
-
-// What several rows share: the operands of a tile, taken out of it one after another. Sums of
-// their codes are to be divided by 2^kShift.
-template <Format F>
-struct Operands {
-  static constexpr int kShift = 0;
-  __m512i raw;
-
-  void load(const uint8_t* tile) { raw = _mm512_loadu_si512(tile); }
-  __m512i take(int i) const {
-    constexpr int kBits = 8 / operands(F);
-    if (F == kBits8) return raw;
-    const __m512i shifted = i == 0 ? raw : _mm512_srli_epi16(raw, kBits * i);
-    return _mm512_and_si512(shifted, _mm512_set1_epi8(static_cast<char>((1 << kBits) - 1)));
-  }
-};
-
-// With u = v - 1, averages that round up give (v + v / 2) / 2, rounded down: the digit, the whole
-// part of 3 * v / 256, is in its two highest bits.
-template <>
-struct Operands<kTrits> {
-  static constexpr int kShift = 6;
-  __m512i u;
-
-  void load(const uint8_t* tile) {
-    u = _mm512_sub_epi8(_mm512_loadu_si512(tile), _mm512_set1_epi8(1));
-  }
-  __m512i take(int) {
-    const __m512i half = _mm512_avg_epu8(u, _mm512_setzero_si512());
-    const __m512i digit = _mm512_and_si512(_mm512_avg_epu8(u, half), _mm512_set1_epi8(char(0xc0)));
-    u = _mm512_add_epi8(times_3(u), _mm512_set1_epi8(2));
-    return digit;
-  }
-};
 
 template <Format F, int Rows, int Columns>
 void multiply_rows(const Block& block) {
@@ -219,9 +180,9 @@ void multiply(const Block& block) {
 }  // namespace
 
 extern const Kernels kAvx512Vnni = {
-    "avx512vnni", 12, 2, absmax, quantize, split, sum, interleave,
+    "avx512vnni", 12, 2, 4, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, store, attend, normalize,
+    add_scaled, finish, store, attend, normalize, nullptr,
 };
 
 }  // namespace kbn

@@ -1,6 +1,7 @@
 // Portable C++: correct on every machine, and the meaning that the other tables must match.
 #include "attention.h"
 #include "normalize.h"
+#include "scale.h"
 
 namespace kbn {
 namespace {
@@ -50,9 +51,9 @@ void multiply(const Block& block) {
 }  // namespace
 
 extern const Kernels kGeneric = {
-    "generic", 4, 1, absmax, quantize, split, sum, interleave,
+    "generic", 4, 1, 4, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, store, attend, normalize,
+    add_scaled, finish, store, attend, normalize, nullptr,
 };
 
 }  // namespace kbn

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "normalize.h"
+#include "scale.h"
 
 namespace kbn {
 namespace {
@@ -88,9 +89,9 @@ void multiply(const Block& block) {
 }  // namespace
 
 extern const Kernels kNeon = {
-    "neon", 4, 1, absmax, quantize, split, sum, interleave,
+    "neon", 4, 1, 4, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, store, attend, normalize,
+    add_scaled, finish, store, attend, normalize, nullptr,
 };
 
 }  // namespace kbn

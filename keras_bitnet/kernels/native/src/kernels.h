@@ -35,16 +35,17 @@ constexpr int operands(int format) { return format == kTrits ? 5 : 8 >> format; 
 
 constexpr int kTileOutputs = 16;
 constexpr int kTileBytes = 64;
-constexpr int kMaxRows = 12;   // most rows of a block in any table
-constexpr int kMaxTiles = 4;   // most column tiles of a block in any table
+constexpr int kMaxRows = 32;   // most rows of a block in any table
+constexpr int kMaxTiles = 2;   // most column tiles of a block in any table
 constexpr float kPlane = 254;  // of a rest in [-1/2, 1/2], the largest code is 127 again
 constexpr int kMaxColumns = kMaxTiles * kTileOutputs;
 
 // A block of the product: a few rows of activations times a few columns of tiles.
 //
-// Activation codes come packed as int8 [k / 4][rows][4]: the four bytes that a dot product
-// broadcasts, next to those of the other rows. The sums of `sum_k code * x_code` are stored every
-// `segment_steps` tiles: for each group of inputs, or once.
+// Activation codes come packed as int8 [k / chunk][rows][chunk]: where a chunk is the four bytes that
+// a dot product broadcasts, they lie next to those of the other rows. The sums of
+// `sum_k code * x_code` are stored every `segment_steps` tiles: for each group of inputs, or once.
+// Of several segments the first begins with a chunk.
 struct Block {
   const uint8_t* tiles;
   int64_t tile_stride;    // bytes from a column of tiles to the next
@@ -58,17 +59,26 @@ struct Block {
   int64_t ahead_stride;   // so many bytes between: the scales of the columns after these
 };
 
-// How sums become numbers: y += float(factor * sum + shift * x_sum) * scale * unit, where the
-// bracket is exact int32 arithmetic and `x_sum` the sum of the activation codes of the segment.
+// How sums become numbers: y += float(factor * sum + shift * x_sum) * scale, where the bracket is
+// exact int32 arithmetic and `x_sum` the sum of the activation codes of the segment.
 struct Scaling {
-  int32_t factor, shift;
-  float unit;
+  int32_t factor, shift;  // the factor is 1 or 2
   int valid;             // columns of the block that exist
   const int32_t* x_sums; // [rows][x_sums_stride], from the first segment on
   int64_t x_sums_stride;
   const float* scale;    // [segments][scale_stride], from the first segment and column on
   int64_t scale_stride;
   bool shared;           // one scale for all columns
+};
+
+// Where the outputs of a block go: y * (x_scale * unit) + bias as a `kbn_dtype`.
+struct Outputs {
+  const float* x_scales;  // of each row
+  float unit;
+  const float* bias;      // of each column, or null
+  int dtype;
+  char* y;
+  int64_t stride;         // bytes from a row to the next
 };
 
 // One key head of one sequence: the numbers of its new token, and its part of the cache.
@@ -121,6 +131,7 @@ struct Kernels {
   const char* name;
   int rows;     // a block has at most so many rows,
   int columns;  // and at most so many columns of tiles
+  int chunk;    // inputs of a row side by side in `Block::x_codes`: 4, or twice the smallest group
 
   // max |x| of `count` numbers of a `kbn_dtype`; NaN where one is NaN.
   float (*absmax)(const void* x, int dtype, int64_t count);
@@ -138,7 +149,7 @@ struct Kernels {
   // The sum of `count` codes.
   int32_t (*sum)(const int8_t* codes, int64_t count);
 
-  // Packs rows of codes, `stride` apart, as `Block::x_codes`; `count` is a multiple of 4.
+  // Packs rows of codes, `stride` apart, as `Block::x_codes`; `count` is a multiple of `chunk`.
   void (*interleave)(const int8_t* codes, int64_t stride, int rows, int64_t count, int8_t* packed);
 
   // Computes a block. A segment may be 16384 inputs long.
@@ -146,6 +157,9 @@ struct Kernels {
 
   // Adds the sums of every segment of a block, scaled, to y.
   void (*add_scaled)(const Block& block, const Scaling& scaling, float* y);
+
+  // Scales the sums of a block of one segment and writes them.
+  void (*finish)(const Block& block, const Scaling& scaling, const Outputs& outputs);
 
   // out = y * x_scale + bias as a `kbn_dtype`; `bias` may be null.
   void (*store)(const float* y, float x_scale, const float* bias, int dtype, int count, void* out);
@@ -156,12 +170,16 @@ struct Kernels {
   // One row: y = x / sqrt(mean(x^2) + epsilon) * scale.
   void (*normalize)(const void* x, const float* scale, int dtype, int64_t count, float epsilon,
                     void* y);
+
+  // The thread has computed all its blocks for now; may be null.
+  void (*leave)();
 };
 
 extern const Kernels kGeneric;
 extern const Kernels kAvx2;
 extern const Kernels kAvxVnni;
 extern const Kernels kAvx512Vnni;
+extern const Kernels kAmx;
 extern const Kernels kNeon;
 
 }  // namespace kbn

@@ -175,7 +175,7 @@ inline void interleave_words(const int8_t* codes, int64_t stride, int rows, int 
   }
 }
 
-void interleave(const int8_t* codes, int64_t stride, int rows, int64_t count, int8_t* packed) {
+[[maybe_unused]] void interleave(const int8_t* codes, int64_t stride, int rows, int64_t count, int8_t* packed) {
   for (int64_t k = 0; k < count; k += 16) {
     const int64_t left = (count - k) / 4;
     interleave_words(codes + k, stride, rows, static_cast<int>(left < 4 ? left : 4), packed + k * rows);
@@ -208,41 +208,6 @@ void split(const void* x, int dtype, int64_t count, float inverse, int planes, i
   with_element(dtype, [=](auto element) {
     split_as<decltype(element)>(x, count, inverse, planes, codes, stride);
   });
-}
-
-// `Valid` columns, or as many as `scaling` says where it is 0: short loops of known length.
-template <bool Shared, int Valid>
-void add_scaled_columns(const Block& block, const Scaling& scaling, float* y) {
-  const int width = block.columns * kTileOutputs;
-  const int valid = Valid ? Valid : scaling.valid;
-  const auto factor = static_cast<uint32_t>(scaling.factor);  // unsigned: a term may wrap where
-  const auto shift = static_cast<uint32_t>(scaling.shift);    // the whole does not
-  const int32_t* sums = block.sums;
-  for (int64_t segment = 0; segment < block.segments; ++segment) {
-    const float* __restrict scale = scaling.scale + segment * scaling.scale_stride;
-    for (int row = 0; row < block.rows; ++row, sums += width) {
-      const int32_t x_sum = scaling.x_sums[row * scaling.x_sums_stride + segment];
-      const uint32_t added = shift * static_cast<uint32_t>(x_sum);
-      float* __restrict to = y + row * width;
-      KBN_KEEP_LOOP for (int i = 0; i < valid; ++i) {
-        const auto sum = static_cast<int32_t>(factor * static_cast<uint32_t>(sums[i]) + added);
-        to[i] += static_cast<float>(sum) * (scale[Shared ? 0 : i] * scaling.unit);
-      }
-    }
-  }
-}
-
-template <bool Shared>
-void add_scaled_as(const Block& block, const Scaling& scaling, float* y) {
-  switch (scaling.valid) {
-    case kTileOutputs: return add_scaled_columns<Shared, kTileOutputs>(block, scaling, y);
-    case 2 * kTileOutputs: return add_scaled_columns<Shared, 2 * kTileOutputs>(block, scaling, y);
-    default: return add_scaled_columns<Shared, 0>(block, scaling, y);
-  }
-}
-
-void add_scaled(const Block& block, const Scaling& scaling, float* y) {
-  scaling.shared ? add_scaled_as<true>(block, scaling, y) : add_scaled_as<false>(block, scaling, y);
 }
 
 void store(const float* y, float x_scale, const float* bias, int dtype, int count, void* out) {

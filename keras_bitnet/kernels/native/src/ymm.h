@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "normalize.h"
+#include "scale.h"
 
 namespace kbn {
 namespace {

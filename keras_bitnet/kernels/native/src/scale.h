@@ -1,0 +1,102 @@
+// Sums that become numbers, in plain C++ for every table (portable.h).
+#pragma once
+#include "lanes.h"
+
+namespace kbn {
+namespace {
+
+// The exact sum as a float. Unsigned, since a term may wrap where the whole does not.
+inline float whole_sum(const Scaling& scaling, int32_t sum, int32_t x_sum) {
+  const uint32_t added = static_cast<uint32_t>(scaling.shift) * static_cast<uint32_t>(x_sum);
+  return static_cast<float>(
+      static_cast<int32_t>(static_cast<uint32_t>(scaling.factor) * static_cast<uint32_t>(sum) + added));
+}
+
+// Adds the scaled sums of all segments of a block to y, whole tiles of columns.
+template <int Columns, bool Twice, bool Shared>
+void add_tiles(const Block& block, const Scaling& scaling, float* y) {
+  constexpr int kWidth = Columns * kTileOutputs;
+  for (int row = 0; row < block.rows; ++row, y += kWidth) {
+    const int32_t* sums = block.sums + row * kWidth;
+    const int32_t* x_sums = scaling.x_sums + row * scaling.x_sums_stride;
+    const float* scale = scaling.scale;
+    Lanes total[Columns];
+    KBN_UNROLL for (int c = 0; c < Columns; ++c) total[c] = Lanes(y + c * kTileOutputs);
+    for (int64_t segment = 0; segment < block.segments; ++segment) {
+      const uint32_t added = static_cast<uint32_t>(scaling.shift) * static_cast<uint32_t>(x_sums[segment]);
+      KBN_UNROLL for (int c = 0; c < Columns; ++c) {
+        const float* its = scale + (Shared ? 0 : c * kTileOutputs);
+        total[c].template add_scaled<Twice, Shared>(sums + c * kTileOutputs, added, its);
+      }
+      sums += block.rows * kWidth;
+      scale += scaling.scale_stride;
+    }
+    KBN_UNROLL for (int c = 0; c < Columns; ++c) total[c].store(y + c * kTileOutputs);
+  }
+}
+
+template <int Columns>
+void add_columns(const Block& block, const Scaling& scaling, float* y) {
+  if (scaling.factor == 2) {
+    scaling.shared ? add_tiles<Columns, true, true>(block, scaling, y)
+                   : add_tiles<Columns, true, false>(block, scaling, y);
+  } else {
+    scaling.shared ? add_tiles<Columns, false, true>(block, scaling, y)
+                   : add_tiles<Columns, false, false>(block, scaling, y);
+  }
+}
+
+// The same where the last columns of a tile do not exist, and have no scales.
+void add_some(const Block& block, const Scaling& scaling, float* y) {
+  const int width = block.columns * kTileOutputs;
+  const int32_t* sums = block.sums;
+  for (int64_t segment = 0; segment < block.segments; ++segment) {
+    const float* scale = scaling.scale + segment * scaling.scale_stride;
+    for (int row = 0; row < block.rows; ++row, sums += width) {
+      const int32_t x_sum = scaling.x_sums[row * scaling.x_sums_stride + segment];
+      for (int i = 0; i < scaling.valid; ++i) {
+        y[row * width + i] += whole_sum(scaling, sums[i], x_sum) * scale[scaling.shared ? 0 : i];
+      }
+    }
+  }
+}
+
+void add_scaled(const Block& block, const Scaling& scaling, float* y) {
+  if (scaling.valid < block.columns * kTileOutputs) return add_some(block, scaling, y);
+  block.columns == 1 ? add_columns<1>(block, scaling, y) : add_columns<2>(block, scaling, y);
+}
+
+// Writes the scaled sums of the one segment of a block.
+template <typename Element>
+void finish_as(const Block& block, const Scaling& scaling, const Outputs& outputs) {
+  using Storage = typename Element::Storage;
+  const int width = block.columns * kTileOutputs;
+  float scale[kMaxColumns], bias[kMaxColumns];
+  for (int i = 0; i < scaling.valid; ++i) {
+    scale[i] = scaling.scale[scaling.shared ? 0 : i];
+    bias[i] = outputs.bias ? outputs.bias[i] : 0.0f;
+  }
+  for (int row = 0; row < block.rows; ++row) {
+    const int32_t* sums = block.sums + row * width;
+    const int32_t x_sum = scaling.x_sums[row * scaling.x_sums_stride];
+    const float x_scale = outputs.x_scales[row] * outputs.unit;
+    auto* to = reinterpret_cast<Storage*>(outputs.y + row * outputs.stride);
+    const auto put = [&](int i) {
+      to[i] = Element::narrow(whole_sum(scaling, sums[i], x_sum) * scale[i] * x_scale + bias[i]);
+    };
+    int i = 0;
+    for (; i + kTileOutputs <= scaling.valid; i += kTileOutputs) {
+      KBN_KEEP_LOOP for (int lane = 0; lane < kTileOutputs; ++lane) put(i + lane);
+    }
+    for (; i < scaling.valid; ++i) put(i);
+  }
+}
+
+void finish(const Block& block, const Scaling& scaling, const Outputs& outputs) {
+  with_element(outputs.dtype, [&](auto element) {
+    finish_as<decltype(element)>(block, scaling, outputs);
+  });
+}
+
+}  // namespace
+}  // namespace kbn
