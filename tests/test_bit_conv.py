@@ -117,9 +117,27 @@ def test_one_scale_convolves_as_patches_do(case, strength, rng):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("quantizer", [ActivationInt8(), ActivationInt8("tensor"), None])
 def test_a_batch_without_images(quantizer, packed):
+    images, wanted = np.ones((0, 9, 9, 4), "float32"), (0, 7, 7, 8)
     layer = BitConv2D(8, 3, packed=packed, activation_quantizer=quantizer)
+    found = ops.conv(ops.convert_to_tensor(images), ops.ones((3, 3, 4, 8))).shape
+    if layer._convolves and tuple(found) != wanted:
+        pytest.skip("the backend gives such a batch back as it is: oneDNN does on some CPUs")
     layer.build((None, 9, 9, 4))
-    assert tuple(layer(np.ones((0, 9, 9, 4), "float32")).shape) == (0, 7, 7, 8)
+    assert tuple(layer(images).shape) == wanted
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="`jax.export`")
+@pytest.mark.parametrize("strides", [1, 2])
+def test_jax_exports_images_of_unknown_size(strides, rng):
+    import jax
+    from jax import export
+
+    layer = BitConv2D(2, 3, strides, padding="same")
+    x = rng.normal(size=(2, 5, 6, 3)).astype("float32")
+    wanted = to_numpy(layer(x))
+    sizes = (2, *export.symbolic_shape("height, width"), 3)
+    exported = export.export(jax.jit(layer))(jax.ShapeDtypeStruct(sizes, "float32"))
+    assert relative_error(exported.call(x), wanted) < 1e-6
 
 
 def test_a_patch_is_a_token_and_padding_is_zero():

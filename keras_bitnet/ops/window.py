@@ -133,9 +133,8 @@ class Window:
         Returns:
             List of `prod(size)` tensors `(..., *output spatial, channels)`.
         """
-        lengths = self._lengths(x)
         x = self.padded(x)
-        return [x[(..., *self._seen(starts, lengths), slice(None))] for starts in self._starts()]
+        return [x[(..., *self._seen(starts), slice(None))] for starts in self._starts()]
 
     def largest(self, x, least, granularity):
         """The largest magnitude in each patch or in all of them, or `least`.
@@ -190,11 +189,11 @@ class Window:
         for tap in itertools.product(*map(range, self.size)):
             yield [i * step for i, step in zip(tap, self.dilation, strict=True)]
 
-    def _seen(self, starts, lengths):
-        """What a tap sees, as slices of the axes of the padded inputs."""
-        for axis, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            stride = self.strides[axis]
-            yield slice(start, start + (self._positions(axis, length) - 1) * stride + 1, stride)
+    def _seen(self, starts):
+        """What a tap sees, as slices of the axes of the padded inputs, however long those are."""
+        for axis, start in enumerate(starts):
+            after = self._span(axis) - 1 - start  # of the window behind the tap
+            yield slice(start, -after or None, self.strides[axis])
 
     def output_shape(self, input_shape, channels):
         """Shape of the outputs for inputs of a shape, with so many output channels.
