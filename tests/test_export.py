@@ -79,6 +79,27 @@ def test_onnx_runtime_gives_the_outputs_of_the_model(rng, tmp_path):
 
 
 @only_torch
+def test_the_norm_of_a_gpu_is_translated(rng, tmp_path):
+    pytest.importorskip("onnxscript")
+    import torch
+
+    from keras_bitnet.interop import onnx_product
+
+    class Norm(torch.nn.Module):
+        def forward(self, x, gain):
+            return torch.ops.aten._fused_rms_norm.default(x, [6], gain, 1e-5)[0]
+
+    x, gain = (rng.normal(size=size).astype("float32") for size in ((3, 5, 6), 6))
+    torch.onnx.export(
+        Norm(), (torch.tensor(x), torch.tensor(gain)), tmp_path / "m.onnx", dynamo=True,
+        input_names=["x", "gain"], custom_translation_table=onnx_product.TRANSLATIONS,
+    )  # fmt: skip
+    (found,), _ = run_onnx(tmp_path / "m.onnx", {"x": x, "gain": gain})
+    wanted = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-5) * gain
+    assert relative_error(found, wanted) < 1e-6
+
+
+@only_torch
 def test_float_activations_stay_float_or_are_rounded(rng, tmp_path, monkeypatch):
     """In one file, and with the weights apart, as those of large models are."""
     pytest.importorskip("onnxscript")

@@ -105,7 +105,7 @@ def _trace(accuracy_level, x, packed, activation_quantizer, bias=None, activatio
         dtype=torch.float32,
         shape=(*x.shape[:-1], packed.out_features),
         version=1,
-    )
+    ).to(x.device)  # PyTorch takes it for one of the CPU
     scale = packed.scale * factor
     if packed.group_size is None:
         y = (y + half * x.sum(-1, keepdim=True) if half else y) * scale[0]
@@ -176,10 +176,9 @@ def _initializers(graph, tiles, scale, attributes):
     value = {name: attribute.value for name, attribute in attributes.items()}
     blocks = Blocks(value["group"], value["groups"], value["block_size"], value["guards"])
     size = (value["in_features"], value["N"])
-    codes = layout.unpack(
-        torch.from_numpy(tiles.const_value.numpy()), value["bits"], *size, value["layout"]
-    )
-    levels = (codes.numpy().T + value["offset"]) / value["factor"] - value["half"]
+    packed_codes = ops.convert_to_tensor(tiles.const_value.numpy())
+    codes = ops.convert_to_numpy(layout.unpack(packed_codes, value["bits"], *size, value["layout"]))
+    levels = (codes.T + value["offset"]) / value["factor"] - value["half"]
     bits = matmul_nbits.width(levels)
     arranged = blocks.arrange(levels.astype(np.int16), _pad_array, np.reshape, 0)
     packed = matmul_nbits.pack_blocks(arranged, bits)
@@ -212,8 +211,18 @@ def _squeeze(x, dim):
     return opset18.Squeeze(x, axes)
 
 
-# Operators that the exporter translates wrongly.
+def _rms_norm(x, normalized_shape, weight, eps):
+    """What PyTorch makes of a norm on a GPU; it gives what the gradient takes too."""
+    axes: Any = opset18.Constant(value_ints=list(range(-len(normalized_shape), 0)))
+    epsilon: Any = opset18.Constant(value_float=eps)
+    square = opset18.ReduceMean(opset18.Mul(x, x), axes)
+    inverse = opset18.Reciprocal(opset18.Sqrt(opset18.Add(square, epsilon)))
+    return opset18.Mul(opset18.Mul(x, inverse), weight), inverse
+
+
+# Operators that the exporter translates wrongly, or not at all.
 TRANSLATIONS = {
+    torch.ops.aten._fused_rms_norm.default: _rms_norm,
     torch.ops.aten.squeeze.dim: _squeeze,
     torch.ops.aten.bitwise_right_shift.Tensor: _shift_right,
     torch.ops.aten.bitwise_right_shift.Tensor_Scalar: _shift_right,
