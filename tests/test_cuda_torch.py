@@ -124,6 +124,23 @@ def test_cuda_graph(rows, rng):
             assert torch.equal(y, wanted)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_cuda_graph_of_a_lookup_and_of_unpacking(bits, rng):
+    _, packed = make_packed(rng, 100, 33, bits, "channel")
+    tokens = torch.randint(33, (2, 5), device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows, whole = packed.gather(tokens), packed.dequantize()
+    tokens.random_(33)
+    graph.replay()
+    assert torch.equal(rows, packed.gather(tokens))
+    assert torch.equal(whole, packed.dequantize())
+    compiled = torch.compile(packed.gather, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        tokens.random_(33)
+        assert torch.equal(compiled(tokens), packed.gather(tokens))
+
+
 def test_runs_on_the_current_stream(rng):
     _, packed = make_packed(rng, 512, 512)
     x = torch.randn(8, 512, device="cuda")

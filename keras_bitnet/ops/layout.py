@@ -28,6 +28,7 @@ import numpy as np
 from keras import ops
 
 from keras_bitnet.checks import check_choice
+from keras_bitnet.ops.constants import constant
 
 BITS = (1, 2, 4, 8)
 LAYOUTS = ("tiles", "trits")
@@ -146,7 +147,7 @@ def gather(tiles, columns, bits, in_features, out_features, layout="tiles"):
         `uint8` tensor `(..., in_features)`.
     """
     tiles_out, tiles_in = tiles_shape(in_features, out_features, bits, layout)[:2]
-    columns = ops.mod(ops.cast(columns, "int32"), out_features)[..., None]
+    columns = (ops.cast(columns, "int32") % out_features)[..., None]
     tile = columns // TILE_OUTPUTS * tiles_in + ops.arange(tiles_in, dtype="int32")
     words = ops.reshape(tiles, (tiles_out * tiles_in * TILE_OUTPUTS, WORD_BYTES))
     words = ops.take(words, tile * TILE_OUTPUTS + columns % TILE_OUTPUTS, axis=0)
@@ -170,7 +171,7 @@ def _digits(packed, bits, layout, axis):
 
 def _byte(number):
     # TensorFlow makes int32 of uint8 and a Python int; `torch.compile` traces no NumPy number.
-    return ops.convert_to_tensor(number, dtype="uint8")
+    return constant(number, "uint8")
 
 
 def _trits(packed):
