@@ -86,15 +86,15 @@ def test_no_program_is_traced_twice(model, monkeypatch):
         return original(self, *arguments, **keywords)
 
     monkeypatch.setattr(type(model.backbone), "call_with_cache", counting)
+    monkeypatch.setattr(compiled, "CALLS_UNTIL_RECORD", 1)
     model.generate(PROMPTS[:2], max_new_tokens=9, temperature=0.9)
     first = len(calls)
     rows = [model.generate(PROMPTS[:2], max_new_tokens=20, temperature=0.9, seed=3)]
     assert 0 < first <= 4
-    # PyTorch reads the first prompt as it is, and records the second one; not on a GPU.
+    # PyTorch reads some prompts as they are, and records the next one.
     assert len(calls) == first + (BACKEND == "torch")
     rows.append(model.generate(PROMPTS[:2], max_new_tokens=20, temperature=0.9, seed=3))
-    on_gpu = BACKEND == "torch" and ops.zeros(1).is_cuda
-    assert len(calls) == first + (BACKEND == "torch") + on_gpu
+    assert len(calls) == first + (BACKEND == "torch")
     assert rows[0] == rows[1]
     # Nothing of a prompt is in the record, neither its tokens nor how much of it is padding.
     short = model.generate([PROMPTS[1], PROMPTS[2]], max_new_tokens=6)

@@ -27,8 +27,7 @@ def search(model, request, beams):
     ended = np.zeros((batch, beams), bool)
     rows: list[list[list[int]]] = [[[] for _ in range(beams)] for _ in range(batch)]
     cache = model.backbone.make_cache(batch * beams, request.cache_length, request.cache_dtype)
-    prefill = model.program(_first, beams)
-    step = model.program(_next, beams, repeated=True)
+    prefill, step = model.programs(_first, _next, beams)
     (scores, chosen, parents), cache = prefill(cache, tokens, padding, scores, ended)
     for i in range(request.new_tokens):
         scores, chosen, parents = (ops.convert_to_numpy(x) for x in (scores, chosen, parents))

@@ -3,10 +3,11 @@
 The program is traced once for the shapes of its arguments, all of which are tensors. Weights are
 read where they are, and the tensors of the state, the cache among them, are written in place: what
 a step takes and gives stays on the device, at the same addresses. PyTorch traces what is called
-over and over, and replays it as one CUDA graph on such a device; anything else it traces at the
-second call, and on a GPU never.
+over and over, and replays it as one CUDA graph on such a device; anything else it traces once it
+has come often.
 """
 
+import collections
 import functools
 import warnings
 from typing import Any
@@ -15,6 +16,9 @@ import keras
 from keras import ops
 
 BACKEND = keras.backend.backend()
+# Calls of the same shapes before PyTorch records what is not `repeated`: their record then saves
+# them as much time as it takes to make (decision 13).
+CALLS_UNTIL_RECORD = 20
 
 
 def compile_function(function, model, repeated=False):
@@ -25,16 +29,23 @@ def compile_function(function, model, repeated=False):
             `model`. A state is a structure of tensors, a result a tensor or a structure of them.
         model: The model whose weights it reads.
         repeated: Whether it is called often with the same shapes. Else PyTorch, where recording
-            takes as long as two calls, records it when the same shapes come a second time, and
-            on a GPU never.
+            takes long, records it once the same shapes have come often.
 
     Returns:
-        A function of the same arguments. Call its `begin()` before a row of calls: weights are
-        those of then.
+        A function of the same arguments. Call its `begin(read_weights(model))` before a row of
+        calls: weights are those of then.
     """
     if BACKEND == "torch":
         return _Torch(function, model, repeated)
     return {"jax": _Jax, "tensorflow": _TensorFlow}[BACKEND](function, model)
+
+
+def read_weights(model):
+    """The tensors of a model's variables, as its programs take them."""
+    values = [v.value for v in model.variables]
+    if BACKEND == "torch":
+        return [value.detach() for value in values]
+    return [ops.convert_to_tensor(value) for value in values]
 
 
 def is_asynchronous(tensor):
@@ -87,8 +98,8 @@ class _Program:
         self.function, self.model = function, model
         self.weights: Any = None
 
-    def begin(self):
-        self.weights = [v.value for v in self.model.variables]
+    def begin(self, weights):
+        self.weights = weights
 
     def run(self, weights, state, arguments):
         with keras.StatelessScope(zip(self.model.variables, weights, strict=True)):
@@ -161,11 +172,6 @@ class _TensorFlow(_Recorded):
     its graph reads each variable anew.
     """
 
-    def begin(self):
-        import tensorflow as tf
-
-        self.weights = [tf.convert_to_tensor(v.value) for v in self.model.variables]
-
     def __call__(self, state, *arguments):
         inputs = [ops.convert_to_tensor(a) for a in arguments]
         return self.call(state, keras.tree.flatten(state), inputs)
@@ -197,10 +203,7 @@ class _Torch(_Recorded):
     def __init__(self, function, model, repeated):
         super().__init__(function, model)
         self.repeated = repeated
-        self.seen: set = set()
-
-    def begin(self):
-        self.weights = [v.value.detach() for v in self.model.variables]
+        self.seen: collections.Counter = collections.Counter()
 
     def __call__(self, state, *arguments):
         import torch
@@ -208,16 +211,15 @@ class _Torch(_Recorded):
         leaves = keras.tree.flatten(state)
         inputs = [torch.as_tensor(a, device=leaves[0].device) for a in arguments]
         with torch.inference_mode():
-            if self.repeated or self.is_known(leaves, inputs):
+            if self.repeated or self.is_frequent(leaves, inputs):
                 return self.call(state, leaves, inputs)
             return self.function(state, *inputs)
 
-    def is_known(self, leaves, inputs):
-        """Whether shapes came before; no on a GPU, where a record is compiled at first runs."""
+    def is_frequent(self, leaves, inputs):
+        """Whether shapes came often."""
         key = self.key(leaves, inputs)
-        known = key in self.seen
-        self.seen.add(key)
-        return known and not _on_gpu(leaves[0])
+        self.seen[key] += 1
+        return self.seen[key] > CALLS_UNTIL_RECORD
 
     def trace(self, run, leaves, inputs):
         import torch
@@ -228,7 +230,17 @@ class _Torch(_Recorded):
             # Of values that become constants: shapes, which are those of every call.
             warnings.simplefilter("ignore")
             step = torch.jit.trace(run, example, check_trace=False, strict=False)
+        if not self.repeated:
+            return functools.partial(_run_as_it_is, step)
         return _CudaGraph(step, leaves, inputs) if _on_gpu(leaves[0]) else step
+
+
+def _run_as_it_is(step, *arguments):
+    """Runs a record that is not to be compiled, which would take longer than many calls."""
+    import torch
+
+    with torch.jit.optimized_execution(False):
+        return step(*arguments)
 
 
 class _CudaGraph:

@@ -1,5 +1,6 @@
 """Generation of text: prompts in, tokens out, one compiled program a token."""
 
+import functools
 import operator
 
 import keras
@@ -83,8 +84,7 @@ class Generation(keras.Model):
     def _tokens(self, request):
         """Yields a list of one token for each sequence, `None` for those that have ended."""
         padding, uniform = (ops.convert_to_tensor(x) for x in (request.padding, request.uniform()))
-        prefill = self.program(first_tokens, request.sampler)
-        step = self.program(next_tokens, request.sampler, repeated=True)
+        prefill, step = self.programs(first_tokens, next_tokens, request.sampler)
         cache = self.backbone.make_cache(
             len(request.prompts), request.cache_length, request.cache_dtype
         )
@@ -105,16 +105,21 @@ class Generation(keras.Model):
             if not ahead:
                 _, state = step(state, padding, uniform)
 
-    def program(self, function, *arguments, repeated=False):
-        """`function(model, *arguments, state, *tensors)` compiled, made once for each."""
-        programs = self.__dict__.setdefault("_programs", _Programs())
-        key = (function, *arguments)
-        if key not in programs.made:
-            programs.made[key] = compiled.compile_function(
-                lambda state, *tensors: function(self, *arguments, state, *tensors), self, repeated
-            )
-        programs.made[key].begin()
-        return programs.made[key]
+    def programs(self, first, following, *arguments):
+        """Functions `(model, *arguments, state, *tensors)` of prompts and of each token after them.
+
+        They are compiled, once for each, and read the weights of now.
+        """
+        programs = self.__dict__.setdefault("_programs", _Programs()).made
+        weights = compiled.read_weights(self)
+        for function in (first, following):
+            key = (function, *arguments)
+            if key not in programs:
+                programs[key] = compiled.compile_function(
+                    functools.partial(function, self, *arguments), self, function is following
+                )
+            programs[key].begin(weights)
+        return [programs[function, *arguments] for function in (first, following)]
 
 
 class _Programs:
@@ -192,7 +197,7 @@ class Request:
         longest = max(len(prompt) for prompt in self.prompts)
         limit = model.backbone.max_sequence_length
         self.new_tokens = _new_tokens(longest, max_length, max_new_tokens, limit)
-        start = _padded_length(longest)
+        start = longest if _takes_any_length() else _padded_length(longest)
         self.cache_length = -(-(start + self.new_tokens) // 64) * 64  # so programs are reused
         self.tokens = np.zeros((len(self.prompts), start), "int32")
         self.padding = np.array([start - len(prompt) for prompt in self.prompts], "int32")
@@ -301,8 +306,11 @@ def _new_tokens(longest, max_length, max_new_tokens, limit):
     return new
 
 
+def _takes_any_length():
+    """Whether padding costs more than a program for each length: in PyTorch on a processor."""
+    return compiled.BACKEND == "torch" and not compiled.is_asynchronous(ops.zeros(1))
+
+
 def _padded_length(length):
     """A power of two up to 64, then a multiple of 64: few programs for all lengths of prompts."""
-    if keras.backend.backend() == "torch":
-        return length
     return 1 << (length - 1).bit_length() if length <= 64 else -(-length // 64) * 64
