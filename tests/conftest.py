@@ -18,6 +18,9 @@ os.environ["XLA_FLAGS"] = " ".join([
       for jaxlib in importlib.metadata.distributions(name="jaxlib")
       if jaxlib.version.startswith("0.10.")),
 ])  # fmt: skip
+# On a GPU too, products of float32 are of float32.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")
 # The same small programs come again in other files, workers and the processes that tests start.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".pytest_cache" / "jax")
@@ -42,6 +45,13 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def _seed():
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def on_cpu():
+    """Where the kernels of the processor run, on a machine with a GPU too."""
+    with keras.device("cpu"):
+        yield
 
 
 @pytest.fixture

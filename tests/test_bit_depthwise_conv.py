@@ -189,7 +189,7 @@ def test_torch_compiles_a_packed_layer_whole(packed_layout, rng):
     import torch
 
     layer = BitDepthwiseConv1D(3, packed=True, packed_layout=packed_layout)
-    x = torch.tensor(rng.normal(size=(2, 9, 4)).astype("float32"))
+    x = ops.convert_to_tensor(rng.normal(size=(2, 9, 4)).astype("float32"))
     layer.build(x.shape)
     for name in ("kernel_tiles", "kernel_scale"):
         weight = getattr(layer, name)

@@ -155,7 +155,7 @@ def test_pack_as_small_as_can_be(saved, capsys):
 def test_devices(capsys):
     data = run_json(capsys, "devices")
     assert data["backend"] == BACKEND
-    assert any("cpu" in device.lower() for device in data["devices"])
+    assert data["devices"]
     assert [row["runs"] for row in data["kernels"] if row["kernel"] == "reference"] == ["yes"] * 4
     assert cli.main(["devices"]) == 0
     assert "reference" in capsys.readouterr().out

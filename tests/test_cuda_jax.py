@@ -63,9 +63,8 @@ TRANSFORMED = {
 def test_transformations(name, functions, rng):
     x = jnp.asarray(rng.normal(size=(4, 5, 128)).astype("float32"))
     bias = jnp.asarray(rng.normal(size=128).astype("float32"))
-    with jax.default_matmul_precision("highest"):
-        transform = TRANSFORMED[name]
-        same(transform(functions[0])(x, bias), transform(functions[1])(x, bias))
+    transform = TRANSFORMED[name]
+    same(transform(functions[0])(x, bias), transform(functions[1])(x, bias))
 
 
 @pytest.mark.parametrize("rows", [1, 4, 100])

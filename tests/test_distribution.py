@@ -79,7 +79,9 @@ print(json.dumps({
 
 
 def test_data_and_model_parallel():
-    result = run_python(CODE, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    result = run_python(
+        CODE, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu"
+    )
     assert result["data"] < 1e-3 * result["scale"]
     assert result["model"] < 1e-3 * result["scale"]
     assert result["shards"] == [8, 8]
@@ -159,7 +161,9 @@ print(json.dumps({
 
 def test_layout_map_of_the_decoder():
     """Every matrix is split, float and packed, and nothing else changes."""
-    result = run_python(DECODER, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    result = run_python(
+        DECODER, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu"
+    )
     assert result["matrices"] == [9, 9, 8, 8]
     assert result["whole"] == []
     assert result["whole_alone"] == 0

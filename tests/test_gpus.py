@@ -11,7 +11,7 @@ if library.device_count() < 2:
 
 JAX = """
 import json
-import jax, keras, numpy as np
+import keras, numpy as np
 import keras_bitnet
 from keras_bitnet.layers import BitLinear
 
@@ -36,14 +36,13 @@ def train(distribution):
     return losses, out, packed, devices, kernels["cuda"]
 
 gpus = keras.distribution.list_devices("gpu")[:2]
-with jax.default_matmul_precision("highest"):
-    alone = train(None)
-    data = train(keras.distribution.DataParallel(devices=gpus))
-    mesh = keras.distribution.DeviceMesh((1, 2), ["batch", "model"], gpus)
-    layout = keras.distribution.LayoutMap(mesh)
-    layout["wide/kernel"] = (None, "model")
-    layout["wide/kernel_tiles"] = ("model", None, None, None)
-    split = train(keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch"))
+alone = train(None)
+data = train(keras.distribution.DataParallel(devices=gpus))
+mesh = keras.distribution.DeviceMesh((1, 2), ["batch", "model"], gpus)
+layout = keras.distribution.LayoutMap(mesh)
+layout["wide/kernel"] = (None, "model")
+layout["wide/kernel_tiles"] = ("model", None, None, None)
+split = train(keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch"))
 scale = float(np.abs(alone[1]).max())
 print(json.dumps([dict(
     losses=[alone[0], together[0]],

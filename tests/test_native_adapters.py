@@ -18,7 +18,10 @@ from keras_bitnet.ops import PackedTensor, bit_matmul
 from keras_bitnet.ops.window import Window
 from keras_bitnet.quantizers.activations import ActivationInt4, ActivationInt8
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reason()))
+pytestmark = [
+    pytest.mark.skipif(native.library() is None, reason=str(native.reason())),
+    pytest.mark.usefixtures("on_cpu"),
+]
 
 OFFSETS = {1: (-0.5,), 2: (-1.0, -1.5), 4: (-8.0,), 8: (-128.0,)}
 GRANULARITIES = ("tensor", "channel", 32, 128)

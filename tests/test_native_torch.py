@@ -21,7 +21,10 @@ from keras_bitnet.ops import bit_matmul
 from keras_bitnet.ops.window import Window
 from keras_bitnet.quantizers.activations import ActivationInt8
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason=str(native.reason()))
+pytestmark = [
+    pytest.mark.skipif(native.library() is None, reason=str(native.reason())),
+    pytest.mark.usefixtures("on_cpu"),
+]
 
 
 def has_op(graph):
@@ -48,7 +51,7 @@ layer.build((None, 16))
 y = torch.compile(layer, fullgraph=True)(torch.ones(2, 16))
 print(json.dumps(list(y.shape)))
 """
-    assert run_python(code) == [2, 8]
+    assert run_python(code, CUDA_VISIBLE_DEVICES="") == [2, 8]
 
 
 def test_compiled_gradient(rng):
@@ -203,7 +206,7 @@ print(json.dumps(len(os.listdir("/proc/self/task")) - before))
 """
     if not os.path.isdir("/proc/self/task"):
         pytest.skip("no /proc on this system")
-    assert run_python(code) == 0
+    assert run_python(code, CUDA_VISIBLE_DEVICES="") == 0
 
 
 def test_the_threads_of_torch_run_the_kernels():
@@ -237,7 +240,7 @@ print(json.dumps([max(found), more, os.waitpid(child, 0)[1]]))
 """
     if not os.path.isdir("/proc/self/task"):
         pytest.skip("no /proc on this system")
-    error, more_threads, child = run_python(code, OMP_WAIT_POLICY="")
+    error, more_threads, child = run_python(code, OMP_WAIT_POLICY="", CUDA_VISIBLE_DEVICES="")
     assert error < 2e-6
     assert more_threads == 0
     assert child == 0

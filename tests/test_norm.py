@@ -19,7 +19,6 @@ from test_native_adapters import make_packed, static_scale
 
 from keras_bitnet import kernels
 from keras_bitnet.kernels import native, norm, select
-from keras_bitnet.kernels.cuda import library
 from keras_bitnet.layers import BitLinear
 from keras_bitnet.layers.rms_normalization import RMSNormalization
 from keras_bitnet.ops import bit_matmul
@@ -27,7 +26,7 @@ from keras_bitnet.quantizers.activations import ActivationInt4, ActivationInt8
 
 pytestmark = [
     pytest.mark.skipif(native.library() is None, reason=str(native.reason())),
-    pytest.mark.skipif(library.reason(0) is None, reason="on a GPU another row runs"),
+    pytest.mark.usefixtures("on_cpu"),
 ]
 HAS_ROW = BACKEND in norm.TABLES
 TOLERANCE = {"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3}

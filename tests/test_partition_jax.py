@@ -68,7 +68,9 @@ print(json.dumps(results))
 
 
 def test_split_over_devices():
-    results = run_python(CODE, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    results = run_python(
+        CODE, XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu"
+    )
     assert len(results) == 52
     for result in results:
         assert result["equal"], result

@@ -179,6 +179,8 @@ def test_activation_codes_at_the_ties(rng):
     largest = rng.uniform(1, 2, (2000, 1)).astype("float32")
     middles = (np.arange(-126, 126) + 0.5) / 127
     x = np.concatenate([largest, (largest * middles).astype("float32")], axis=1)
+    if BACKEND == "jax" and "cuda" in str(ops.zeros(1).device):
+        pytest.skip("XLA's division on a GPU is not IEEE's")
     expected, _ = oracle.quantize_activation(x)
     codes, _ = quantizers.get_activation("int8").quantize(x)
     np.testing.assert_array_equal(to_numpy(codes), expected)
