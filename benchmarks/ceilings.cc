@@ -23,13 +23,16 @@ double seconds(int threads, const std::function<void()>& run) {
 }
 
 #if defined(__x86_64__)
+// Several streams side by side: processors fetch them ahead better than one, or than a prefetch does.
 __attribute__((target("avx"), noinline)) void read_all(const char* p, size_t bytes) {
-  for (const char* end = p + bytes; p < end; p += 128) {
-    __asm__ volatile(
-        "prefetcht1 6144(%0)\n prefetcht1 6208(%0)\n"
-        "vmovdqu (%0), %%ymm0\n vmovdqu 32(%0), %%ymm1\n"
-        "vmovdqu 64(%0), %%ymm2\n vmovdqu 96(%0), %%ymm3\n"
-        :: "r"(p) : "xmm0", "xmm1", "xmm2", "xmm3", "memory");
+  constexpr size_t kStreams = 8, kStream = 16 << 10;
+  for (const char* end = p + bytes; p < end; p += kStreams * kStream) {
+    for (size_t i = 0; i < kStream; i += 64) {
+      for (size_t s = 0; s < kStreams; ++s) {
+        __asm__ volatile("vmovdqu (%0), %%ymm0\n vmovdqu 32(%0), %%ymm1\n"
+                         ::"r"(p + s * kStream + i) : "xmm0", "xmm1", "memory");
+      }
+    }
   }
 }
 

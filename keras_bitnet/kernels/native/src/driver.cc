@@ -37,7 +37,8 @@ class Matmul {
         tiles_out_(ceil_div(problem.out_features, kTileOutputs)),
         groups_(problem.group_size ? ceil_div(problem.in_features, problem.group_size) : 1),
         row_blocks_(ceil_div(problem.rows, kernels.rows / planes_)),
-        packed_inputs_(round_up(tiles_in_ * tile_inputs_, kernels.chunk)),
+        shape_(kernels.shape(static_cast<int>(ceil_div(problem.rows, row_blocks_) * planes_))),
+        packed_inputs_(round_up(tiles_in_ * tile_inputs_, shape_.chunk)),
         factor_(problem.offset == std::floor(problem.offset) ? 1 : 2),
         shift_(static_cast<int32_t>(factor_ * problem.offset)),
         unit_(1.0f / static_cast<float>(factor_)) {
@@ -78,8 +79,8 @@ class Matmul {
     if (by_rows_ || probe_.quantized) return;
 
     // Large enough to stream.
-    const int64_t pairs = ceil_div(tiles_out_, kernels_.columns);
-    task_tiles_ = std::clamp<int64_t>(pairs / shares, 1, 16) * kernels_.columns;
+    const int64_t blocks = ceil_div(tiles_out_, shape_.columns);
+    task_tiles_ = std::clamp<int64_t>(blocks / shares, 1, 16) * shape_.columns;
     for_each(small, ceil_div(tiles_out_, task_tiles_), [](void* self, int64_t i) {
       static_cast<Matmul*>(self)->multiply_columns(i);
     });
@@ -192,7 +193,7 @@ class Matmul {
       int8_t* packed = x_codes_ + (by_rows_ ? share : block) * slot_bytes_;
       quantize_block(block, share, packed);
       if (!by_rows_ || probe_.quantized) continue;
-      for (int64_t tile = 0; tile < tiles_out_; tile += kernels_.columns) {
+      for (int64_t tile = 0; tile < tiles_out_; tile += shape_.columns) {
         multiply_block(block, packed, tile);
       }
     }
@@ -262,7 +263,7 @@ class Matmul {
         std::max<int64_t>(1, kActivationBytes / (packed_inputs_ * kernels_.rows));
     for (int64_t first = 0; first < row_blocks_; first += pass) {
       const int64_t last = std::min(first + pass, row_blocks_);
-      for (int64_t tile = begin; tile < end; tile += kernels_.columns) {
+      for (int64_t tile = begin; tile < end; tile += shape_.columns) {
         for (int64_t block = first; block < last; ++block) {
           multiply_block(block, x_codes_ + block * slot_bytes_, tile);
         }
@@ -279,7 +280,7 @@ class Matmul {
     const int64_t row = first_row(row_block);
     Block block;
     block.rows = static_cast<int>(first_row(row_block + 1) - row);
-    block.columns = static_cast<int>(std::min<int64_t>(kernels_.columns, tiles_out_ - tile));
+    block.columns = static_cast<int>(std::min<int64_t>(shape_.columns, tiles_out_ - tile));
     block.tile_stride = tiles_in_ * kTileBytes;
     p_.group_size ? multiply_groups(block, row, x_codes, tile) : multiply_whole(block, row, x_codes, tile);
   }
@@ -333,7 +334,7 @@ class Matmul {
   void multiply_segments(Block& block, const int8_t* x_codes, int64_t tile, int64_t step,
                          int64_t segment) const {
     block.tiles = p_.tiles + tile * block.tile_stride + step * kTileBytes;
-    const int64_t input = step * tile_inputs_, inside = input % kernels_.chunk;
+    const int64_t input = step * tile_inputs_, inside = input % shape_.chunk;
     block.x_codes = x_codes + (input - inside) * block.rows + inside;
     block.ahead_stride = p_.scale_columns * int64_t{sizeof(float)};
     block.ahead = reinterpret_cast<uintptr_t>(p_.scale) + segment * block.ahead_stride +
@@ -431,6 +432,7 @@ class Matmul {
   const int64_t tiles_in_, tiles_out_;
   const int64_t groups_;
   const int64_t row_blocks_;
+  const Shape shape_;            // of a block
   const int64_t packed_inputs_;  // in_features, rounded up to whole tiles
   const int32_t factor_;         // makes factor * (code + offset) whole
   const int32_t shift_;          // factor * offset

@@ -11,8 +11,7 @@ constexpr int kChunk = 64;               // inputs of a register, a row of activ
 constexpr int kRegisterRows = 16;
 constexpr int kRegisterBytes = 1024;
 constexpr int kLine = 64;                // bytes of a row of a register
-constexpr int kHeight = 2, kWidth = 2;   // most registers of a block along rows and columns
-constexpr int kSums = 0, kX = 4, kCodes = 6;  // the first register of each kind
+constexpr int kSums = 0, kX = 4, kCodes = 6;  // four registers of sums, two of each operand
 
 // What `ldtilecfg` reads: the shape of each register.
 struct alignas(64) Shapes {
@@ -29,17 +28,15 @@ struct alignas(64) Shapes {
 // The shapes that this thread has set, for so many rows and inputs; 0 between tasks.
 thread_local int shaped = 0;
 
-void shape(int rows, int inputs) {
+void set_shapes(int rows, int inputs) {
   if (shaped == rows * kChunk + inputs) return;
   shaped = rows * kChunk + inputs;
+  const int upper = rows < kRegisterRows ? rows : kRegisterRows, lower = rows - upper;
   Shapes shapes;
-  for (int r = 0; r < kHeight; ++r) {
-    const int left = rows - r * kRegisterRows;
-    const int used = left < 1 ? 1 : left < kRegisterRows ? left : kRegisterRows;
-    for (int c = 0; c < kWidth; ++c) shapes.set(kSums + r * kWidth + c, used, kLine);
-    shapes.set(kX + r, used, inputs);
-  }
-  for (int c = 0; c < kWidth; ++c) shapes.set(kCodes + c, inputs / 4, kLine);
+  for (int i = 0; i < 4; ++i) shapes.set(kSums + i, lower > 0 && i >= 2 ? lower : upper, kLine);
+  shapes.set(kX, upper, inputs);
+  shapes.set(kX + 1, lower > 0 ? lower : upper, inputs);
+  for (int i = 0; i < 2; ++i) shapes.set(kCodes + i, inputs / 4, kLine);
   __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
 }
 
@@ -85,6 +82,12 @@ inline void take_apart(const uint8_t* tile, uint8_t* to) {
   KBN_UNROLL for (int i = 0; i < kOperands; ++i) _mm512_store_si512(to + i * kLine, from.code(i));
 }
 
+template <int N>
+struct Number {
+  constexpr operator int() const { return N; }
+};
+
+// The sums of a block: for each segment, `Height` times `Width` registers.
 template <Format F, int Height, int Width>
 class Product {
  public:
@@ -93,7 +96,7 @@ class Product {
 
   void run() {
     const int64_t inputs = block_.segment_steps * operands(F) * 4;
-    shape(block_.rows, inputs > kChunk / 2 ? kChunk : kChunk / 2);
+    set_shapes(block_.rows, inputs > kChunk / 2 ? kChunk : kChunk / 2);
     for (int i = 0; i < S::kRing / 2; ++i) prepare(nullptr);
     for (int64_t segment = 0; segment < block_.segments; ++segment) {
       const int64_t begin = segment * inputs;
@@ -108,35 +111,36 @@ class Product {
 
   // The sums of the next segment.
   inline void multiply(const int8_t* x, int32_t* sums) {
-    clear<kSums>();
-    if (Width > 1) clear<kSums + 1>();
-    if (Height > 1) clear<kSums + kWidth>();
-    if (Height > 1 && Width > 1) clear<kSums + kWidth + 1>();
+    clear<kSums>(), clear<kSums + 1>(), clear<kSums + 2>(), clear<kSums + 3>();
     for (int64_t step = 0; step < block_.segment_steps; step += S::kTiles) {
       prepare(sums);
       const uint8_t* const* codes = codes_[at_++ % S::kRing];
       KBN_UNROLL for (int i = 0; i < S::kRegisters; ++i) {
         read<kX>(x, kChunk);
-        read<kCodes>(codes[0] + i * kRegisterBytes, kLine);
-        dot<kSums, kX, kCodes>();
-        if (Width > 1) {
-          read<kCodes + 1>(codes[Width - 1] + i * kRegisterBytes, kLine);
-          dot<kSums + 1, kX, kCodes + 1>();
-        }
-        if (Height > 1) {
-          read<kX + 1>(x + kRegisterRows * kChunk, kChunk);
-          dot<kSums + kWidth, kX + 1, kCodes>();
-          if (Width > 1) dot<kSums + kWidth + 1, kX + 1, kCodes + 1>();
-        }
+        if (Height > 1) read<kX + 1>(x + kRegisterRows * kChunk, kChunk);
+        each([&](auto column) {
+          read<kCodes + column % 2>(codes[column] + i * kRegisterBytes, kLine);
+          dot<kSums + column, kX, kCodes + column % 2>();
+          if (Height > 1) dot<kSums + (2 + column) % 4, kX + 1, kCodes + column % 2>();
+        });
         x += kChunk * block_.rows;
       }
     }
     constexpr int kStride = Width * kTileOutputs * sizeof(int32_t);
-    int32_t* below = sums + kRegisterRows * Width * kTileOutputs;
-    write<kSums>(sums, kStride);
-    if (Width > 1) write<kSums + 1>(sums + kTileOutputs, kStride);
-    if (Height > 1) write<kSums + kWidth>(below, kStride);
-    if (Height > 1 && Width > 1) write<kSums + kWidth + 1>(below + kTileOutputs, kStride);
+    each([&](auto column) {
+      int32_t* to = sums + column * kTileOutputs;
+      write<kSums + column>(to, kStride);
+      if (Height > 1) write<kSums + (2 + column) % 4>(to + kRegisterRows * Width * kTileOutputs, kStride);
+    });
+  }
+
+  // Calls `use` with the number of each column, as a constant.
+  template <typename Use>
+  static inline void each(const Use& use) {
+    use(Number<0>{});
+    if constexpr (Width > 1) use(Number<1>{});
+    if constexpr (Width > 2) use(Number<2>{});
+    if constexpr (Width > 3) use(Number<3>{});
   }
 
   // Takes the next stage apart, or where none is left, fetches some lines that the sums go to.
@@ -150,9 +154,7 @@ class Product {
       codes_[slot][c] = F == kBits8 && tiles == S::kTiles ? from : to;
       if (tiles == S::kTiles) {
         KBN_UNROLL for (int t = 0; t < S::kTiles; ++t) {
-          // The columns that come next, as in isa_avx512vnni.cc.
-          const uint8_t* far = from + t * kTileBytes + Width * block_.tile_stride;
-          _mm_prefetch(reinterpret_cast<const char*>(far), _MM_HINT_T1);
+          prefetch_next<F>(from + t * kTileBytes + Width * block_.tile_stride);
           if (F != kBits8) take_apart<F>(from + t * kTileBytes, to + t * operands(F) * kLine);
         }
       } else {  // zeros stand for what is not there
@@ -185,17 +187,31 @@ class Product {
   alignas(64) uint8_t ring_[S::kRing][Width][S::kBytes];
 };
 
+// Up to so many rows are bound by memory, or by taking codes apart.
+constexpr int kFewRows = 4;
+
+// The registers of sums bound a block: 32 rows and two columns of tiles, or 16 rows and four.
+Shape shape(int rows) {
+  if (rows <= kFewRows) return kAvx512Vnni.shape(rows);
+  return {rows > kRegisterRows ? 2 : 4, kChunk};
+}
+
 template <Format F>
 void multiply(const Block& block) {
-  if (block.rows == 1) return kAvx512Vnni.multiply[F](block);  // bound by memory
+  if (block.rows <= kFewRows) return kAvx512Vnni.multiply[F](block);
   if (block.rows > kRegisterRows) {
-    block.columns == 1 ? Product<F, 2, 1>(block).run() : Product<F, 2, 2>(block).run();
-  } else {
-    block.columns == 1 ? Product<F, 1, 1>(block).run() : Product<F, 1, 2>(block).run();
+    return block.columns == 1 ? Product<F, 2, 1>(block).run() : Product<F, 2, 2>(block).run();
+  }
+  switch (block.columns) {
+    case 1: return Product<F, 1, 1>(block).run();
+    case 2: return Product<F, 1, 2>(block).run();
+    case 3: return Product<F, 1, 3>(block).run();
+    default: return Product<F, 1, 4>(block).run();
   }
 }
 
-void interleave_chunks(const int8_t* codes, int64_t stride, int rows, int64_t count, int8_t* packed) {
+void pack(const int8_t* codes, int64_t stride, int rows, int64_t count, int8_t* packed) {
+  if (rows <= kFewRows) return interleave(codes, stride, rows, count, packed);
   for (int64_t k = 0; k < count; k += kChunk) {
     for (int row = 0; row < rows; ++row, packed += kChunk) memcpy(packed, codes + row * stride + k, kChunk);
   }
@@ -204,7 +220,7 @@ void interleave_chunks(const int8_t* codes, int64_t stride, int rows, int64_t co
 }  // namespace
 
 extern const Kernels kAmx = {
-    "amx", kHeight * kRegisterRows, kWidth, kChunk, absmax, quantize, split, sum, interleave_chunks,
+    "amx", 2 * kRegisterRows, shape, absmax, quantize, split, sum, pack,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
     add_scaled, finish, store, attend, normalize, leave,
 };

@@ -65,7 +65,7 @@ void multiply(const Block& block) {
 }  // namespace
 
 extern const Kernels kAvxVnni = {
-    "avxvnni", 5, 1, 4, absmax, quantize, split, sum, interleave,
+    "avxvnni", 5, one_column, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
     add_scaled, finish, store, attend, normalize, nullptr,
 };

@@ -89,7 +89,7 @@ void multiply(const Block& block) {
 }  // namespace
 
 extern const Kernels kNeon = {
-    "neon", 4, 1, 4, absmax, quantize, split, sum, interleave,
+    "neon", 4, one_column, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
     add_scaled, finish, store, attend, normalize, nullptr,
 };

@@ -36,7 +36,7 @@ constexpr int operands(int format) { return format == kTrits ? 5 : 8 >> format; 
 constexpr int kTileOutputs = 16;
 constexpr int kTileBytes = 64;
 constexpr int kMaxRows = 32;   // most rows of a block in any table
-constexpr int kMaxTiles = 2;   // most column tiles of a block in any table
+constexpr int kMaxTiles = 8;   // most column tiles of a block in any table
 constexpr float kPlane = 254;  // of a rest in [-1/2, 1/2], the largest code is 127 again
 constexpr int kMaxColumns = kMaxTiles * kTileOutputs;
 
@@ -57,6 +57,12 @@ struct Block {
   int columns;            // columns of tiles
   uintptr_t ahead;        // address of what is needed next from memory, one place a segment with
   int64_t ahead_stride;   // so many bytes between: the scales of the columns after these
+};
+
+// What blocks of some number of rows are like.
+struct Shape {
+  int columns;  // columns of tiles, at most
+  int chunk;    // inputs of a row side by side in `Block::x_codes`: 4, or twice the smallest group
 };
 
 // How sums become numbers: y += float(factor * sum + shift * x_sum) * scale, where the bracket is
@@ -129,9 +135,8 @@ inline Step step_of(float absmax, float epsilon, float highest) {
 
 struct Kernels {
   const char* name;
-  int rows;     // a block has at most so many rows,
-  int columns;  // and at most so many columns of tiles
-  int chunk;    // inputs of a row side by side in `Block::x_codes`: 4, or twice the smallest group
+  int rows;                  // a block has at most so many rows,
+  Shape (*shape)(int rows);  // and with so many is like this
 
   // max |x| of `count` numbers of a `kbn_dtype`; NaN where one is NaN.
   float (*absmax)(const void* x, int dtype, int64_t count);

@@ -138,6 +138,8 @@ void split_as(const void* data, int64_t count, float inverse, int planes, int8_t
   }
 }
 
+[[maybe_unused]] Shape one_column(int) { return {1, 4}; }
+
 inline int32_t sum(const int8_t* codes, int64_t count) {
   int32_t total = 0;
   for (int64_t i = 0; i < count; ++i) total += codes[i];
@@ -175,7 +177,7 @@ inline void interleave_words(const int8_t* codes, int64_t stride, int rows, int 
   }
 }
 
-[[maybe_unused]] void interleave(const int8_t* codes, int64_t stride, int rows, int64_t count, int8_t* packed) {
+void interleave(const int8_t* codes, int64_t stride, int rows, int64_t count, int8_t* packed) {
   for (int64_t k = 0; k < count; k += 16) {
     const int64_t left = (count - k) / 4;
     interleave_words(codes + k, stride, rows, static_cast<int>(left < 4 ? left : 4), packed + k * rows);

@@ -63,7 +63,13 @@ void add_some(const Block& block, const Scaling& scaling, float* y) {
 
 void add_scaled(const Block& block, const Scaling& scaling, float* y) {
   if (scaling.valid < block.columns * kTileOutputs) return add_some(block, scaling, y);
-  block.columns == 1 ? add_columns<1>(block, scaling, y) : add_columns<2>(block, scaling, y);
+  switch (block.columns) {
+    case 1: return add_columns<1>(block, scaling, y);
+    case 2: return add_columns<2>(block, scaling, y);
+    case 4: return add_columns<4>(block, scaling, y);
+    case 8: return add_columns<8>(block, scaling, y);
+    default: return add_some(block, scaling, y);
+  }
 }
 
 // Writes the scaled sums of the one segment of a block.
