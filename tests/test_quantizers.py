@@ -2,11 +2,12 @@ import keras
 import numpy as np
 import oracle
 import pytest
-from helpers import BACKEND, gradient, to_numpy
+from helpers import BACKEND, compiled, gradient, to_numpy
 from keras import ops
 
 from keras_bitnet import quantizers
 from keras_bitnet.layers import BitLinear
+from keras_bitnet.ops import division
 from keras_bitnet.quantizers import Binary, Int2, Int4, Int8, Ternary
 
 CLASSES = [Binary, Ternary, Int2, Int4, Int8]
@@ -179,11 +180,23 @@ def test_activation_codes_at_the_ties(rng):
     largest = rng.uniform(1, 2, (2000, 1)).astype("float32")
     middles = (np.arange(-126, 126) + 0.5) / 127
     x = np.concatenate([largest, (largest * middles).astype("float32")], axis=1)
-    if BACKEND == "jax" and "cuda" in str(ops.zeros(1).device):
-        pytest.skip("XLA's division on a GPU is not IEEE's")
     expected, _ = oracle.quantize_activation(x)
     codes, _ = quantizers.get_activation("int8").quantize(x)
     np.testing.assert_array_equal(to_numpy(codes), expected)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="XLA divides approximately on a GPU")
+@pytest.mark.parametrize("units", [-2, -1, 0, 1, 2])
+def test_an_approximate_quotient_is_refined(units, rng):
+    x = rng.normal(size=100_000).astype("float32") * 10.0 ** rng.integers(-6, 6, 100_000)
+    y = rng.uniform(1e-5, 1e3, 100_000).astype("float32")
+    x = np.concatenate([x.astype("float32"), np.float32([127, 127, 0, np.inf, 1])])
+    y = np.concatenate([y, np.float32([np.inf, np.nan, 3, 2, 0])])
+    with np.errstate(divide="ignore"):
+        wanted = x / y
+    bits = wanted.view("int32") + units * (np.isfinite(wanted) & (wanted != 0))
+    found = compiled(division.refined, x, bits.astype("int32").view("float32"), y)
+    np.testing.assert_array_equal(to_numpy(found), wanted)
 
 
 def test_activation_gradient_is_identity(rng):

@@ -7,6 +7,7 @@ from keras import ops
 from keras_bitnet.checks import check_choice, check_number
 from keras_bitnet.kernels import training
 from keras_bitnet.ops.constants import constant_like
+from keras_bitnet.ops.division import divide
 from keras_bitnet.ops.magnitude import largest_magnitude
 from keras_bitnet.ops.ste import blend, straight_through
 from keras_bitnet.quantizers.quantizer import Quantizer
@@ -135,14 +136,14 @@ class ActivationQuantizer(Quantizer):
         """What makes codes of numbers of this absolute maximum, and the scale of the codes."""
         # A tensor is divided, as `number / tensor` is a rounded reciprocal times the number on
         # torch. The constant is multiplied: XLA turns a division by it into that, others do not.
-        inverse = constant_like(largest, self.highest) / largest
+        inverse = divide(constant_like(largest, self.highest), largest)
         return inverse, largest * float(np.float32(1 / self.highest))
 
     def _static_ratio(self, x, scale):
         """As `_ratio`; the scale of a token that holds a NaN or an infinity is NaN."""
         finite = ops.all(ops.isfinite(ops.stop_gradient(x)), axis=-1, keepdims=True)
         scale = ops.where(finite, scale, constant_like(scale, float("nan")))
-        return x * (ops.ones_like(scale) / scale), scale
+        return x * divide(ops.ones_like(scale), scale), scale
 
     def _round(self, ratio):
         return ops.clip(ops.round(ops.stop_gradient(ratio)), -self.highest, self.highest)

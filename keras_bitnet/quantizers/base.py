@@ -9,6 +9,7 @@ from keras import ops
 from keras_bitnet.checks import check_choice
 from keras_bitnet.kernels import training
 from keras_bitnet.ops.constants import constant_like
+from keras_bitnet.ops.division import divide
 from keras_bitnet.ops.packed_tensor import expand_scale
 from keras_bitnet.ops.ste import blend, scale_gradient, straight_through
 from keras_bitnet.quantizers.quantizer import Quantizer
@@ -192,7 +193,7 @@ class WeightQuantizer(Quantizer):
         """
         weight = _as_matrix(weight)
         scale = self.compute_scale(weight) if scale is None else ops.cast(scale, "float32")
-        levels = self.round_levels(weight / self._expand(scale, weight))
+        levels = self.round_levels(divide(weight, self._expand(scale, weight)))
         return QuantizedWeight(ops.cast(levels - self.offset, "uint8"), scale, self.offset)
 
     def dequantize(self, quantized):
@@ -248,7 +249,7 @@ class WeightQuantizer(Quantizer):
             return ops.cast(blend(weight, self._learned_step(weight, scale), strength), dtype)
         scale = self.compute_scale(weight) if scale is None else ops.stop_gradient(scale)
         step = self._expand(scale, weight)
-        ratio = ops.stop_gradient(weight) / step
+        ratio = divide(ops.stop_gradient(weight), step)
         mixed = blend(weight, self.round_levels(ratio) * step, strength)
         if self.gradient == "clipped":
             inside = self._inside(ratio, margin=0.5)
