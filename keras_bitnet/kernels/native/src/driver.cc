@@ -10,7 +10,7 @@
 namespace kbn {
 namespace {
 
-constexpr int64_t kSmall = 2 << 20;              // multiply-adds not worth waking a thread for
+constexpr int64_t kSmall = 3 << 19;              // multiply-adds not worth waking a thread for
 constexpr int64_t kActivationBytes = 1280 << 10;  // activations kept in the L2 cache for a pass
 constexpr int64_t kWeightBytes = 512 << 10;      // weights that stay in it beside a block of rows
 constexpr int kSumsPerBlock = 4096;              // numbers in the buffer that a block fills
@@ -38,6 +38,7 @@ class Matmul {
         groups_(problem.group_size ? ceil_div(problem.in_features, problem.group_size) : 1),
         row_blocks_(ceil_div(problem.rows, kernels.rows / planes_)),
         shape_(kernels.shape(static_cast<int>(ceil_div(problem.rows, row_blocks_) * planes_))),
+        columns_(shape_.columns),
         packed_inputs_(round_up(tiles_in_ * tile_inputs_, shape_.chunk)),
         factor_(problem.offset == std::floor(problem.offset) ? 1 : 2),
         shift_(static_cast<int32_t>(factor_ * problem.offset)),
@@ -78,10 +79,8 @@ class Matmul {
     });
     if (by_rows_ || probe_.quantized) return;
 
-    // Large enough to stream.
-    const int64_t blocks = ceil_div(tiles_out_, shape_.columns);
-    task_tiles_ = std::clamp<int64_t>(blocks / shares, 1, 16) * shape_.columns;
-    for_each(small, ceil_div(tiles_out_, task_tiles_), [](void* self, int64_t i) {
+    plan_columns(small ? 1 : threads);
+    for_each(small, tasks_, [](void* self, int64_t i) {
       static_cast<Matmul*>(self)->multiply_columns(i);
     });
   }
@@ -90,6 +89,16 @@ class Matmul {
   static Format format_of(const kbn_matmul& p) {
     if (p.layout == KBN_TRITS) return kTrits;
     return p.bits == 1 ? kBits1 : p.bits == 2 ? kBits2 : p.bits == 4 ? kBits4 : kBits8;
+  }
+
+  // Blocks and tasks: small enough to share the work evenly, large enough to stream. The columns of
+  // a block of one row are streams, which go on in the next block of a task (decision note 7).
+  void plan_columns(int threads) {
+    while (columns_ > 1 && tiles_out_ < 4 * threads * columns_) columns_ /= 2;
+    blocks_ = ceil_div(tiles_out_, columns_);
+    const int64_t most = threads * 8, least = ceil_div(blocks_, 16);
+    const int64_t streams = threads * std::clamp<int64_t>(blocks_ / (5 * threads), 2, 8);
+    tasks_ = std::min(blocks_, std::max(rows_ == 1 ? streams : most, least));
   }
 
   // Rows of codes that a row of x becomes.
@@ -193,7 +202,7 @@ class Matmul {
       int8_t* packed = x_codes_ + (by_rows_ ? share : block) * slot_bytes_;
       quantize_block(block, share, packed);
       if (!by_rows_ || probe_.quantized) continue;
-      for (int64_t tile = 0; tile < tiles_out_; tile += shape_.columns) {
+      for (int64_t tile = 0; tile < tiles_out_; tile += columns_) {
         multiply_block(block, packed, tile);
       }
     }
@@ -257,13 +266,20 @@ class Matmul {
   // One task: some columns of tiles, all rows. The columns are read again for each pass of rows
   // that fits in the cache.
   void multiply_columns(int64_t task) {
-    const int64_t begin = task * task_tiles_;
-    const int64_t end = std::min(begin + task_tiles_, tiles_out_);
+    const int64_t begin = blocks_ * task / tasks_ * columns_;
+    const int64_t end = std::min(blocks_ * (task + 1) / tasks_ * columns_, tiles_out_);
     const int64_t pass =
         std::max<int64_t>(1, kActivationBytes / (packed_inputs_ * kernels_.rows));
     for (int64_t first = 0; first < row_blocks_; first += pass) {
       const int64_t last = std::min(first + pass, row_blocks_);
-      for (int64_t tile = begin; tile < end; tile += shape_.columns) {
+      int64_t tile = begin;
+      if (rows_ == 1) {  // an odd distance keeps the streams out of each other's cache sets
+        const int64_t whole = (std::min(end, p_.out_features / kTileOutputs) - begin) / columns_;
+        const int64_t spread = whole > 1 && whole % 2 == 0 ? whole - 1 : whole;
+        for (; tile < begin + spread; ++tile) multiply_block(0, x_codes_, tile, spread);
+        tile = begin + spread * columns_;
+      }
+      for (; tile < end; tile += columns_) {
         for (int64_t block = first; block < last; ++block) {
           multiply_block(block, x_codes_ + block * slot_bytes_, tile);
         }
@@ -276,12 +292,15 @@ class Matmul {
     if (kernels_.leave) kernels_.leave();
   }
 
-  void multiply_block(int64_t row_block, const int8_t* x_codes, int64_t tile) {
+  // A block of columns from a tile on: the next ones, or each `spread`-th, all of which exist.
+  void multiply_block(int64_t row_block, const int8_t* x_codes, int64_t tile, int64_t spread = 1) {
     const int64_t row = first_row(row_block);
     Block block;
     block.rows = static_cast<int>(first_row(row_block + 1) - row);
-    block.columns = static_cast<int>(std::min<int64_t>(shape_.columns, tiles_out_ - tile));
-    block.tile_stride = tiles_in_ * kTileBytes;
+    block.columns = columns_;
+    if (spread == 1) block.columns = static_cast<int>(std::min<int64_t>(columns_, tiles_out_ - tile));
+    block.spread = spread;
+    block.tile_stride = spread * tiles_in_ * kTileBytes;
     p_.group_size ? multiply_groups(block, row, x_codes, tile) : multiply_whole(block, row, x_codes, tile);
   }
 
@@ -333,7 +352,7 @@ class Matmul {
   // The sums of some segments of a block, from a tile along k on.
   void multiply_segments(Block& block, const int8_t* x_codes, int64_t tile, int64_t step,
                          int64_t segment) const {
-    block.tiles = p_.tiles + tile * block.tile_stride + step * kTileBytes;
+    block.tiles = p_.tiles + (tile * tiles_in_ + step) * kTileBytes;
     const int64_t input = step * tile_inputs_, inside = input % shape_.chunk;
     block.x_codes = x_codes + (input - inside) * block.rows + inside;
     block.ahead_stride = p_.scale_columns * int64_t{sizeof(float)};
@@ -358,7 +377,7 @@ class Matmul {
 
   // Where the scales of the columns after this block begin.
   int64_t next_column(const Block& block, int64_t tile) const {
-    return p_.scale_columns == 1 ? 0 : (tile + block.columns) * kTileOutputs;
+    return p_.scale_columns == 1 ? 0 : (tile + (block.spread > 1 ? 1 : block.columns)) * kTileOutputs;
   }
 
   Scaling scaling_of(const Block& block, int64_t row, int64_t tile, int64_t group) const {
@@ -398,7 +417,7 @@ class Matmul {
         int32_t* to = probe_.sums + place * p_.out_features + tile * kTileOutputs;
         for (int i = 0; i < valid; ++i) {
           const auto sum = static_cast<uint32_t>(factor_) * static_cast<uint32_t>(sums[i]);
-          to[i] = static_cast<int32_t>(sum + shift);
+          to[block.output(i / kTileOutputs) + i % kTileOutputs] = static_cast<int32_t>(sum + shift);
         }
       }
     }
@@ -407,17 +426,20 @@ class Matmul {
   // Joins the planes of each row of x and writes it.
   void store(const Block& block, int64_t row, int64_t tile, float* y) const {
     const int width = block.columns * kTileOutputs, valid = valid_columns(block, tile);
-    const int64_t column = tile * kTileOutputs;
-    const float* bias = p_.bias ? p_.bias + column : nullptr;
     for (int r = 0; r < block.rows; r += planes_, y += planes_ * width) {
       for (int plane = planes_ - 1; plane > 0; --plane) {
         float* to = y + (plane - 1) * width;
         for (int i = 0; i < valid; ++i) to[i] += to[i + width] * (1 / kPlane);
       }
       const int64_t x_row = (row + r) / planes_;
-      char* out = static_cast<char*>(p_.y) +
-                  (x_row * p_.out_features + column) * size_of(p_.dtype);
-      kernels_.store(y, x_scales_[x_row] * unit_, bias, p_.dtype, valid, out);
+      const float x_scale = x_scales_[x_row] * unit_;
+      for (int i = 0, c = 0; i < valid; i += kTileOutputs, ++c) {
+        const int64_t column = tile * kTileOutputs + block.output(c);
+        const float* bias = p_.bias ? p_.bias + column : nullptr;
+        char* out = static_cast<char*>(p_.y) +
+                    (x_row * p_.out_features + column) * size_of(p_.dtype);
+        kernels_.store(y + i, x_scale, bias, p_.dtype, std::min(kTileOutputs, valid - i), out);
+      }
     }
   }
 
@@ -433,6 +455,7 @@ class Matmul {
   const int64_t groups_;
   const int64_t row_blocks_;
   const Shape shape_;            // of a block
+  int columns_;                  // of tiles, of a block at most
   const int64_t packed_inputs_;  // in_features, rounded up to whole tiles
   const int32_t factor_;         // makes factor * (code + offset) whole
   const int32_t shift_;          // factor * offset
@@ -442,7 +465,8 @@ class Matmul {
   int64_t row_bytes_ = 0;   // a row of x that is gathered or normalized
   int64_t shares_ = 1;      // tasks of `take_rows`
   bool by_rows_ = false;    // whether they multiply too
-  int64_t task_tiles_ = 0;  // columns of a task of `multiply_columns`
+  int64_t blocks_ = 0;      // of columns
+  int64_t tasks_ = 0;       // of `multiply_columns`, which share them
   float tensor_absmax_ = 0.0f;
   int8_t* x_codes_ = nullptr;        // (row blocks, or shares; slot_bytes), as `Block::x_codes`
   float* x_scales_ = nullptr;        // (rows of x)

@@ -102,7 +102,7 @@ class Product {
       const int64_t begin = segment * inputs;
       int32_t* sums = block_.sums + segment * block_.rows * Width * kTileOutputs;
       multiply(block_.x_codes + begin / kChunk * kChunk * block_.rows + begin % kChunk, sums);
-      KBN_UNROLL for (int c = 0; c < Width; ++c) prefetch_ahead(block_, segment, c * kTileOutputs);
+      KBN_UNROLL for (int c = 0; c < Width; ++c) prefetch_ahead(block_, segment, c);
     }
   }
 

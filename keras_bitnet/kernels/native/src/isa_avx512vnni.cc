@@ -106,7 +106,7 @@ void multiply_row(const Block& block, int first) {
   int32_t* sums = block.sums + first * kTileOutputs;
   for (int64_t segment = 0; segment < block.segments; ++segment) {
     KBN_UNROLL for (int c = 0; c < Columns; ++c) {
-      prefetch_ahead(block, segment, (first + c) * kTileOutputs);
+      prefetch_ahead(block, segment, first + c);
     }
     Row<F, Columns> row;
     row.clear();
@@ -140,7 +140,7 @@ void multiply_rows(const Block& block, int first) {
   int32_t* sums = block.sums + first * kTileOutputs;
   for (int64_t segment = 0; segment < block.segments; ++segment) {
     KBN_UNROLL for (int c = 0; c < Columns; ++c) {
-      prefetch_ahead(block, segment, (first + c) * kTileOutputs);
+      prefetch_ahead(block, segment, first + c);
     }
     __m512i acc[Rows][Columns];
     KBN_UNROLL for (int r = 0; r < Rows; ++r) {

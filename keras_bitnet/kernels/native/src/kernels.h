@@ -48,7 +48,8 @@ constexpr int kMaxColumns = kMaxTiles * kTileOutputs;
 // Of several segments the first begins with a chunk.
 struct Block {
   const uint8_t* tiles;
-  int64_t tile_stride;    // bytes from a column of tiles to the next
+  int64_t spread;         // columns of tiles from one to the next that is in the block, 1 or more,
+  int64_t tile_stride;    // and bytes
   const int8_t* x_codes;
   int64_t segment_steps;  // tiles along k in a segment
   int64_t segments;
@@ -57,6 +58,9 @@ struct Block {
   int columns;            // columns of tiles
   uintptr_t ahead;        // address of what is needed next from memory, one place a segment with
   int64_t ahead_stride;   // so many bytes between: the scales of the columns after these
+
+  // Where the outputs of a column of tiles are, from those of the first.
+  int64_t output(int column) const { return column * spread * kTileOutputs; }
 };
 
 // What blocks of some number of rows are like.

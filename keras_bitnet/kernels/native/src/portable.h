@@ -22,10 +22,11 @@ inline uint32_t as_bits(float value) {
   return bits;
 }
 
-// Fetches the scales that follow `column` of a segment: a stride that no hardware prefetcher follows.
-inline void prefetch_ahead(const Block& block, int64_t segment, int64_t column = 0) {
+// Fetches the scales that follow a column: a stride that no hardware prefetcher follows.
+inline void prefetch_ahead(const Block& block, int64_t segment, int column = 0) {
 #if defined(__GNUC__)
-  const uintptr_t place = block.ahead + segment * block.ahead_stride + column * sizeof(float);
+  const uintptr_t place =
+      block.ahead + segment * block.ahead_stride + block.output(column) * sizeof(float);
   __builtin_prefetch(reinterpret_cast<const void*>(place));
 #else
   (void)block, (void)segment, (void)column;

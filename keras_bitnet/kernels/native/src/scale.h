@@ -25,7 +25,7 @@ void add_tiles(const Block& block, const Scaling& scaling, float* y) {
     for (int64_t segment = 0; segment < block.segments; ++segment) {
       const uint32_t added = static_cast<uint32_t>(scaling.shift) * static_cast<uint32_t>(x_sums[segment]);
       KBN_UNROLL for (int c = 0; c < Columns; ++c) {
-        const float* its = scale + (Shared ? 0 : c * kTileOutputs);
+        const float* its = scale + (Shared ? 0 : block.output(c));
         total[c].template add_scaled<Twice, Shared>(sums + c * kTileOutputs, added, its);
       }
       sums += block.rows * kWidth;
@@ -46,7 +46,7 @@ void add_columns(const Block& block, const Scaling& scaling, float* y) {
   }
 }
 
-// The same where the last columns of a tile do not exist, and have no scales.
+// The same where columns lie side by side, but the last ones do not exist and have no scales.
 void add_some(const Block& block, const Scaling& scaling, float* y) {
   const int width = block.columns * kTileOutputs;
   const int32_t* sums = block.sums;
@@ -75,26 +75,29 @@ void add_scaled(const Block& block, const Scaling& scaling, float* y) {
 // Writes the scaled sums of the one segment of a block.
 template <typename Element>
 void finish_as(const Block& block, const Scaling& scaling, const Outputs& outputs) {
-  using Storage = typename Element::Storage;
-  const int width = block.columns * kTileOutputs;
-  float scale[kMaxColumns], bias[kMaxColumns];
-  for (int i = 0; i < scaling.valid; ++i) {
-    scale[i] = scaling.scale[scaling.shared ? 0 : i];
-    bias[i] = outputs.bias ? outputs.bias[i] : 0.0f;
-  }
-  for (int row = 0; row < block.rows; ++row) {
-    const int32_t* sums = block.sums + row * width;
-    const int32_t x_sum = scaling.x_sums[row * scaling.x_sums_stride];
-    const float x_scale = outputs.x_scales[row] * outputs.unit;
-    auto* to = reinterpret_cast<Storage*>(outputs.y + row * outputs.stride);
-    const auto put = [&](int i) {
-      to[i] = Element::narrow(whole_sum(scaling, sums[i], x_sum) * scale[i] * x_scale + bias[i]);
-    };
-    int i = 0;
-    for (; i + kTileOutputs <= scaling.valid; i += kTileOutputs) {
-      KBN_KEEP_LOOP for (int lane = 0; lane < kTileOutputs; ++lane) put(i + lane);
+  for (int column = 0; column < block.columns; ++column) {
+    const int64_t at = block.output(column);
+    const int left = scaling.valid - column * kTileOutputs;
+    const int valid = left < kTileOutputs ? left : kTileOutputs;
+    float scale[kTileOutputs], bias[kTileOutputs];
+    for (int i = 0; i < valid; ++i) {
+      scale[i] = scaling.scale[scaling.shared ? 0 : at + i];
+      bias[i] = outputs.bias ? outputs.bias[at + i] : 0.0f;
     }
-    for (; i < scaling.valid; ++i) put(i);
+    for (int row = 0; row < block.rows; ++row) {
+      const int32_t* sums = block.sums + (row * block.columns + column) * kTileOutputs;
+      const int32_t x_sum = scaling.x_sums[row * scaling.x_sums_stride];
+      const float x_scale = outputs.x_scales[row] * outputs.unit;
+      auto* to = reinterpret_cast<typename Element::Storage*>(outputs.y + row * outputs.stride) + at;
+      const auto put = [&](int i) {
+        to[i] = Element::narrow(whole_sum(scaling, sums[i], x_sum) * scale[i] * x_scale + bias[i]);
+      };
+      if (valid == kTileOutputs) {
+        KBN_KEEP_LOOP for (int i = 0; i < kTileOutputs; ++i) put(i);
+      } else {
+        for (int i = 0; i < valid; ++i) put(i);
+      }
+    }
   }
 }
 
