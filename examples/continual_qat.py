@@ -45,7 +45,8 @@ def fit(model, text, steps, rate, callbacks=()):
         keras.optimizers.Adam(schedule, clipnorm=1.0),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    windows = RandomWindows(text.parts["train"], LENGTH, BATCH, steps // 5, seed=len(callbacks))
+    each = max(1, steps // 5)  # of an epoch
+    windows = RandomWindows(text.parts["train"], LENGTH, BATCH, each, seed=len(callbacks))
     model.fit(windows, epochs=5, callbacks=list(callbacks), verbose=2)
 
 

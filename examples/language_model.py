@@ -139,7 +139,7 @@ def main():
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
     model.fit(
-        RandomWindows(text.parts["train"], length, 32, steps // 10),
+        RandomWindows(text.parts["train"], length, 32, max(1, steps // 10)),
         epochs=10,
         validation_data=text.windows("validation", length),
         callbacks=[TwoStageSchedule(4e-3, weight_decay=0.1, warmup_steps=steps // 20)],

@@ -171,10 +171,11 @@ def main():
     options.output.mkdir(parents=True, exist_ok=True)
     train, test = load_mnist()
     float_model, qat_model = float_network(), ternary_network()
-    warm_up = keras_bitnet.callbacks.QuantizationScheduler(start=0, end=options.epochs // 3)
+    third = options.epochs // 3  # in one or two epochs there is no time for a warm-up
+    warm_up = [keras_bitnet.callbacks.QuantizationScheduler(end=third)] if third else []
     histories = {
         "float": fit(float_model, train, test, learning_rate=1e-3),
-        "ternary": fit(qat_model, train, test, learning_rate=3e-3, callbacks=[warm_up]),
+        "ternary": fit(qat_model, train, test, learning_rate=3e-3, callbacks=warm_up),
     }
     packed_model = keras_bitnet.pack_model(qat_model)
     files = {name: options.output / f"{name}.keras" for name in ("float", "packed")}
