@@ -56,6 +56,7 @@ QUANTIZER = {1: "binary", 2: "ternary", 4: "int4", 8: "int8"}[ARGS.bits]
 CHECKED_COLUMNS = 64
 BUDGET = 1.0  # seconds of samples of a candidate at one size
 TURN, SLOW = 5, 0.02  # calls that a candidate makes in its turn, unless one takes so many seconds
+PAUSE = 0.02  # seconds: OpenMP of gcc spins for 300,000 pause instructions, some 16 ms on a Xeon
 
 
 class Case:
@@ -239,10 +240,11 @@ def measure(ready, case, rounds, ceilings):
         for place in rng.permutation(len(samples)):
             (name, m), taken = list(samples.items())[place]
             if sum(taken) < BUDGET or len(taken) < 3:
-                time.sleep(0.003)
+                time.sleep(PAUSE)
                 ready[name](m, i * TURN - 1)  # on a copy that the timed calls reach last
                 calls = 1 if taken and taken[-1] > SLOW else TURN
                 taken += [ready[name](m, i * TURN + j)[0] for j in range(calls)]
+        time.sleep(PAUSE)
         ceilings.measure()
         time.sleep(0.5)  # what ran first would be slower after such a load
     return samples
