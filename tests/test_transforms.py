@@ -346,6 +346,50 @@ class Around(keras.Model):
         return cls(**{**config, "inner": keras.saving.deserialize_keras_object(config["inner"])})
 
 
+@keras.saving.register_keras_serializable("tests")
+class Branches(keras.Model):
+    """Layers in a container of a kind."""
+
+    def __init__(self, kind, **kwargs):
+        super().__init__(**kwargs)
+        self.kind = kind
+        layers = [keras.layers.Dense(8) for _ in range(3)]
+        keys = {"numbers": (0, 1.5, "1.5%"), "dots": ("a.b", "a", "a%2Eb")}
+        self.branches = set(layers) if kind == "set" else dict(zip(keys[kind], layers, strict=True))
+
+    def build(self, input_shape):
+        for layer in self._layers:
+            layer.build(input_shape)
+
+    def call(self, x):
+        layers = self.branches if self.kind == "set" else self.branches.values()
+        for layer in layers:
+            x = keras.ops.tanh(layer(x))
+        return x
+
+    def get_config(self):
+        return {**super().get_config(), "kind": self.kind}
+
+
+@pytest.mark.parametrize("kind", ["numbers", "dots"])
+def test_layers_under_any_key_of_a_dictionary(kind, rng, tmp_path):
+    model, x = Branches(kind), rng.standard_normal((4, 8)).astype("float32")
+    wanted = to_numpy(model(x))
+    qat = keras_bitnet.quantize_model(model, FLOAT_START, verbose=0)
+    assert len(bit_layers(qat)) == 3
+    np.testing.assert_allclose(to_numpy(qat(x)), wanted, rtol=1e-5, atol=1e-6)
+    qat.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    np.testing.assert_allclose(to_numpy(loaded(x)), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_in_a_set_are_refused():
+    model = Branches("set")
+    model.build((None, 8))
+    with pytest.raises(ValueError, match="holds layers in a set, `branches`"):
+        keras_bitnet.quantize_model(model, verbose=0)
+
+
 def test_a_model_given_to_another(rng):
     inputs = keras.Input((4,))
     model = Around(keras.Model(inputs, keras.layers.Dense(3)(Noise()(inputs))))

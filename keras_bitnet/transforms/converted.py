@@ -109,28 +109,45 @@ def own_classes(model):
 def child_layers(layer):
     """The direct children of a layer by path: `"attribute"`, or `"attribute.key"` in containers.
 
-    Lists, tuples and dictionaries with string keys are searched, nested ones too. They come in the
-    order in which they were made; a child that two attributes hold appears under both.
+    Lists, tuples and dictionaries are searched, nested ones too. They come in the order in which
+    they were made; a child that two attributes hold appears under both.
+
+    Raises:
+        ValueError: A child is only in a set, which has no order to find it by.
     """
     places = {id(child): place for place, child in enumerate(layer._layers)}
     attributes = {**vars(layer), **vars(layer).get("_modules", {})}  # torch keeps them apart
-    found = [
-        (path, leaf)
-        for name in sorted(attributes.keys() - _BOOKKEEPING)
-        for path, leaf in _leaves(name, attributes[name])
-        if isinstance(leaf, keras.Layer) and id(leaf) in places
-    ]
+    names = sorted(attributes.keys() - _BOOKKEEPING)
+    leaves = [pair for name in names for pair in _leaves(name, attributes[name])]
+    found = [(path, leaf) for path, leaf in leaves if _is_layer(leaf) and id(leaf) in places]
+    reached = {id(leaf) for _, leaf in found}
+    for path, leaf in leaves:
+        inside = leaf if isinstance(leaf, (set, frozenset)) else ()
+        if any(_is_layer(item) and id(item) not in reached for item in inside):
+            raise ValueError(
+                f"'{layer.name}' ({type(layer).__name__}) holds layers in a set, `{path}`, which "
+                "has no order to find them by. Hold them in a list, a tuple or a dictionary."
+            )
     return dict(sorted(found, key=lambda item: places[id(item[1])]))
 
 
 def _leaves(path, value):
     if isinstance(value, (list, tuple)):
-        value = {str(i): item for i, item in enumerate(value)}
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
         for key, item in value.items():
-            yield from _leaves(f"{path}.{key}", item)
+            yield from _leaves(f"{path}.{_step(key)}", item)
     else:
         yield path, value
+
+
+def _step(key):
+    """A key of a container as a step of a path, which dots separate."""
+    return str(key).replace("%", "%25").replace(".", "%2E")
+
+
+def _is_layer(value):
+    return isinstance(value, keras.Layer)
 
 
 def get_child(layer, path):
@@ -149,7 +166,7 @@ def _item(value, key):
     if isinstance(value, keras.Layer):
         return getattr(value, key, None)
     if isinstance(value, dict):
-        return value.get(key)
+        return next((item for own, item in value.items() if _step(own) == key), None)
     return value[int(key)] if value is not None and int(key) < len(value) else None
 
 
@@ -179,7 +196,10 @@ def _with_item(value, keys, child):
         return child
     key, *keys = keys
     if isinstance(value, dict):
-        return {k: _with_item(v, keys, child) if k == key else v for k, v in value.items()}
+        return {
+            own: _with_item(item, keys, child) if _step(own) == key else item
+            for own, item in value.items()
+        }
     items = [_with_item(v, keys, child) if str(i) == key else v for i, v in enumerate(value)]
     return tuple(items) if isinstance(value, tuple) else items
 

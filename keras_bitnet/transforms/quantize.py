@@ -51,8 +51,8 @@ def quantize_model(
             (such as `"encoder/attention/query"`), or a callable `filters(layer) -> bool`.
             All by default.
         requantize: Whether layers that are quantized already, and not packed, take the arguments
-            too: those of a `BitNetCausalLM`, say. Their weights and strength are kept. Without,
-            they stay as they are.
+            too: those of a `BitNetCausalLM`, say. Their float kernels and strength are kept (those
+            of `unpack_model` suit their own quantizer, see there). Without, they stay as they are.
         verbose: 1 shows progress and what was kept, 0 nothing.
         return_changes: Whether to return `(model, changes)`, with one `Change` per layer.
 
