@@ -45,7 +45,11 @@ def read_weights(model):
     values = [v.value for v in model.variables]
     if BACKEND == "torch":
         return [value.detach() for value in values]
-    return [ops.convert_to_tensor(value) for value in values]
+    if BACKEND == "tensorflow":
+        import tensorflow as tf  # Keras takes its variables for tensors
+
+        return [tf.convert_to_tensor(value) for value in values]
+    return values
 
 
 def is_asynchronous(tensor):
