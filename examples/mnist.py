@@ -99,6 +99,10 @@ def fit(model, train, test, learning_rate, callbacks=()):
     return history.history
 
 
+def warm_up_epochs():
+    return options.epochs // 3  # none of one or two
+
+
 def accuracy(model, test):
     logits = model.predict(test[0], batch_size=256, verbose=0)
     return 100 * float((logits.argmax(-1) == test[1]).mean())
@@ -149,8 +153,7 @@ def plot(histories, model, path):
         axes[1].plot(100 * np.array(history["val_accuracy"]), label=name)
     axes[0].set(title="Training loss", xlabel="epoch", yscale="log")
     axes[1].set(title="Test accuracy, %", xlabel="epoch", ylim=(80, 100))
-    strength = np.array(histories["ternary"]["quantization_strength"])
-    axes[1].axvspan(0, int(np.argmax(strength)), color="0.92", label="warm-up")
+    axes[1].axvspan(0, warm_up_epochs(), color="0.92", label="warm-up")
     axes[1].legend()
     for axis, layer in zip(axes[2:], layers, strict=True):
         codes, scale, _ = layer.quantized_matrix()
@@ -171,8 +174,8 @@ def main():
     options.output.mkdir(parents=True, exist_ok=True)
     train, test = load_mnist()
     float_model, qat_model = float_network(), ternary_network()
-    third = options.epochs // 3  # in one or two epochs there is no time for a warm-up
-    warm_up = [keras_bitnet.callbacks.QuantizationScheduler(end=third)] if third else []
+    end = warm_up_epochs()
+    warm_up = [keras_bitnet.callbacks.QuantizationScheduler(end=end)] if end else []
     histories = {
         "float": fit(float_model, train, test, learning_rate=1e-3),
         "ternary": fit(qat_model, train, test, learning_rate=3e-3, callbacks=warm_up),
