@@ -10,10 +10,10 @@
 namespace kbn {
 namespace {
 
-constexpr int64_t kSmall = 3 << 19;              // multiply-adds not worth waking a thread for
-constexpr int64_t kActivationBytes = 1280 << 10;  // activations kept in the L2 cache for a pass
-constexpr int64_t kWeightBytes = 512 << 10;      // weights that stay in it beside a block of rows
-constexpr int kSumsPerBlock = 4096;              // numbers in the buffer that a block fills
+constexpr int64_t kSmall = 3 << 19;             // multiply-adds not worth waking a thread for
+constexpr int64_t kActivationBytes = 384 << 10; // activations kept in the L2 cache for a pass
+constexpr int64_t kWeightBytes = 512 << 10;     // weights that stay in it beside a block of rows
+constexpr int kSumsPerBlock = 4096;             // numbers in the buffer that a block fills
 // Kernels may sum codes that are still shifted left, so int32 bounds the inputs of a segment.
 constexpr int64_t kLongestSegment = 16320;  // whole tiles and whole chunks of every format
 constexpr float kLeast = 1e-30f;  // absolute maximum of float activations: its inverse is finite
@@ -96,9 +96,9 @@ class Matmul {
   void plan_columns(int threads) {
     while (columns_ > 1 && tiles_out_ < 4 * threads * columns_) columns_ /= 2;
     blocks_ = ceil_div(tiles_out_, columns_);
-    const int64_t most = threads * 8, least = ceil_div(blocks_, 16);
-    const int64_t streams = threads * std::clamp<int64_t>(blocks_ / (5 * threads), 2, 8);
-    tasks_ = std::min(blocks_, std::max(rows_ == 1 ? streams : most, least));
+    const int64_t streams = std::clamp<int64_t>(blocks_ / (5 * threads), 2, 8);
+    const int64_t tasks = threads * (rows_ == 1 ? streams : 8);
+    tasks_ = std::min(blocks_, std::max(tasks, ceil_div(blocks_, 16)));
   }
 
   // Rows of codes that a row of x becomes.
@@ -319,7 +319,8 @@ class Matmul {
     if (probe_.sums) return hand_out(block, row, tile, 0);
     const Scaling scaling = scaling_of(block, row, tile, 0);
     if (planes_ == 1) return kernels_.finish(block, scaling, outputs_of(row, tile));
-    alignas(64) float y[kMaxRows * kMaxColumns] = {};
+    alignas(64) float y[kMaxRows * kMaxColumns];
+    std::memset(y, 0, sizeof(float) * size);
     kernels_.add_scaled(block, scaling, y);
     store(block, row, tile, y);
   }
@@ -417,7 +418,7 @@ class Matmul {
         int32_t* to = probe_.sums + place * p_.out_features + tile * kTileOutputs;
         for (int i = 0; i < valid; ++i) {
           const auto sum = static_cast<uint32_t>(factor_) * static_cast<uint32_t>(sums[i]);
-          to[block.output(i / kTileOutputs) + i % kTileOutputs] = static_cast<int32_t>(sum + shift);
+          to[output(block, i / kTileOutputs) + i % kTileOutputs] = static_cast<int32_t>(sum + shift);
         }
       }
     }
@@ -434,7 +435,7 @@ class Matmul {
       const int64_t x_row = (row + r) / planes_;
       const float x_scale = x_scales_[x_row] * unit_;
       for (int i = 0, c = 0; i < valid; i += kTileOutputs, ++c) {
-        const int64_t column = tile * kTileOutputs + block.output(c);
+        const int64_t column = tile * kTileOutputs + output(block, c);
         const float* bias = p_.bias ? p_.bias + column : nullptr;
         char* out = static_cast<char*>(p_.y) +
                     (x_row * p_.out_features + column) * size_of(p_.dtype);

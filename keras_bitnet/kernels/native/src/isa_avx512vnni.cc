@@ -71,12 +71,10 @@ struct Row {
 template <int Columns>
 struct Row<kTrits, Columns> {
   static constexpr int kOperands = operands(kTrits);
-  __m512i here[Columns][1], next[Columns][1];  // two of each hide how long an instruction takes
+  __m512i here[Columns], next[Columns];
 
   void clear() {
-    KBN_UNROLL for (int c = 0; c < Columns; ++c) {
-      here[c][0] = next[c][0] = _mm512_setzero_si512();
-    }
+    KBN_UNROLL for (int c = 0; c < Columns; ++c) here[c] = next[c] = _mm512_setzero_si512();
   }
   void add(const uint8_t* tile, int64_t stride, const int8_t* x) {
     __m512i v[Columns];
@@ -84,17 +82,15 @@ struct Row<kTrits, Columns> {
     KBN_UNROLL for (int i = 0; i < kOperands; ++i) {
       const __m512i word = broadcast(x + i * 4);
       KBN_UNROLL for (int c = 0; c < Columns; ++c) {
-        dot(here[c][0], v[c], word);
+        dot(here[c], v[c], word);
         v[c] = times_3(v[c]);
-        dot(next[c][0], v[c], word);
+        dot(next[c], v[c], word);
       }
     }
   }
   __m512i total(int c) const {
-    const __m512i first = here[c][0];
-    const __m512i second = next[c][0];
-    const __m512i thrice = _mm512_add_epi32(_mm512_slli_epi32(first, 1), first);
-    return _mm512_srai_epi32(_mm512_sub_epi32(thrice, second), 8);
+    const __m512i thrice = _mm512_add_epi32(_mm512_slli_epi32(here[c], 1), here[c]);
+    return _mm512_srai_epi32(_mm512_sub_epi32(thrice, next[c]), 8);
   }
 };
 

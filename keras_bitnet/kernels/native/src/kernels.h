@@ -58,9 +58,6 @@ struct Block {
   int columns;            // columns of tiles
   uintptr_t ahead;        // address of what is needed next from memory, one place a segment with
   int64_t ahead_stride;   // so many bytes between: the scales of the columns after these
-
-  // Where the outputs of a column of tiles are, from those of the first.
-  int64_t output(int column) const { return column * spread * kTileOutputs; }
 };
 
 // What blocks of some number of rows are like.
@@ -72,7 +69,7 @@ struct Shape {
 // How sums become numbers: y += float(factor * sum + shift * x_sum) * scale, where the bracket is
 // exact int32 arithmetic and `x_sum` the sum of the activation codes of the segment.
 struct Scaling {
-  int32_t factor, shift;  // the factor is 1 or 2
+  int32_t factor, shift; // the factor is 1 or 2
   int valid;             // columns of the block that exist
   const int32_t* x_sums; // [rows][x_sums_stride], from the first segment on
   int64_t x_sums_stride;
@@ -119,6 +116,9 @@ namespace {  // one copy for each file, as said above
 
 // Bytes of a number of a `kbn_dtype`.
 inline int size_of(int dtype) { return dtype == KBN_F32 ? 4 : dtype == KBN_I8 ? 1 : 2; }
+
+// Where the outputs of a column of tiles are, from those of the first.
+inline int64_t output(const Block& block, int column) { return column * block.spread * kTileOutputs; }
 
 inline int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 

@@ -26,7 +26,7 @@ inline uint32_t as_bits(float value) {
 inline void prefetch_ahead(const Block& block, int64_t segment, int column = 0) {
 #if defined(__GNUC__)
   const uintptr_t place =
-      block.ahead + segment * block.ahead_stride + block.output(column) * sizeof(float);
+      block.ahead + segment * block.ahead_stride + output(block, column) * sizeof(float);
   __builtin_prefetch(reinterpret_cast<const void*>(place));
 #else
   (void)block, (void)segment, (void)column;

@@ -25,7 +25,7 @@ void add_tiles(const Block& block, const Scaling& scaling, float* y) {
     for (int64_t segment = 0; segment < block.segments; ++segment) {
       const uint32_t added = static_cast<uint32_t>(scaling.shift) * static_cast<uint32_t>(x_sums[segment]);
       KBN_UNROLL for (int c = 0; c < Columns; ++c) {
-        const float* its = scale + (Shared ? 0 : block.output(c));
+        const float* its = scale + (Shared ? 0 : output(block, c));
         total[c].template add_scaled<Twice, Shared>(sums + c * kTileOutputs, added, its);
       }
       sums += block.rows * kWidth;
@@ -76,7 +76,7 @@ void add_scaled(const Block& block, const Scaling& scaling, float* y) {
 template <typename Element>
 void finish_as(const Block& block, const Scaling& scaling, const Outputs& outputs) {
   for (int column = 0; column < block.columns; ++column) {
-    const int64_t at = block.output(column);
+    const int64_t at = output(block, column);
     const int left = scaling.valid - column * kTileOutputs;
     const int valid = left < kTileOutputs ? left : kTileOutputs;
     float scale[kTileOutputs], bias[kTileOutputs];
