@@ -159,7 +159,7 @@ def test_sums_of_extreme_codes(isa, weight):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("granularity", ["tensor", "channel", 32, 64])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 32, 64, 96])
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("isa", ISAS)
 def test_output(isa, weight, granularity, dtype):

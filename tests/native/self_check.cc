@@ -316,7 +316,7 @@ void check_isa() {
   int count = 0;
   uint32_t seed = 0;
   for (const auto& width : widths) {
-    for (int64_t group : {0, 32, 64}) {
+    for (int64_t group : {0, 32, 64, 96}) {
       if (width.trits && group) continue;
       for (int64_t m : {1, 2, 5, 13}) {
         for (int64_t k : {1, 33, 100, 257}) {

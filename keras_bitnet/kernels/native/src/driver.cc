@@ -217,7 +217,8 @@ class Matmul {
       quantize_row((begin + row) / planes_, share, codes + row * packed_inputs_);
     }
     if (rows == 1) return;
-    kernels_.interleave(codes, packed_inputs_, static_cast<int>(rows), packed_inputs_, packed);
+    kernels_.interleave(codes, packed_inputs_, static_cast<int>(rows), packed_inputs_, shape_.chunk,
+                        packed);
   }
 
   // The codes of a row of x, those of one plane after another.
@@ -332,8 +333,7 @@ class Matmul {
     alignas(64) float y[kMaxRows * kMaxColumns];
     std::memset(y, 0, sizeof(float) * size);
     block.sums = sums;
-    // Whole chunks of the activation codes at a time.
-    const int64_t most = kSumsPerBlock / size / 2 * 2;
+    const int64_t most = kSumsPerBlock / size;
     for (int64_t step = 0, segment = 0; step < tiles_in_; segment += block.segments) {
       // Whole segments, as many as the buffer holds; at the end the short one.
       const int64_t whole = (tiles_in_ - step) / segment_tiles_;
@@ -354,8 +354,7 @@ class Matmul {
   void multiply_segments(Block& block, const int8_t* x_codes, int64_t tile, int64_t step,
                          int64_t segment) const {
     block.tiles = p_.tiles + (tile * tiles_in_ + step) * kTileBytes;
-    const int64_t input = step * tile_inputs_, inside = input % shape_.chunk;
-    block.x_codes = x_codes + (input - inside) * block.rows + inside;
+    block.x_codes = x_codes + step * tile_inputs_ * block.rows;
     block.ahead_stride = p_.scale_columns * int64_t{sizeof(float)};
     block.ahead = reinterpret_cast<uintptr_t>(p_.scale) + segment * block.ahead_stride +
                   next_column(block, tile) * sizeof(float);
@@ -480,7 +479,8 @@ class Matmul {
 
 void run(const kbn_matmul& problem, const Kernels& kernels, const kbn_parallel* parallel,
          const Probe& probe) {
-  Matmul(problem, kernels, parallel, probe).run();
+  const bool odd = kernels.odd_groups && problem.group_size % 64 != 0;
+  Matmul(problem, odd ? *kernels.odd_groups : kernels, parallel, probe).run();
 }
 
 }  // namespace kbn

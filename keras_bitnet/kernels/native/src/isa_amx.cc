@@ -25,18 +25,18 @@ struct alignas(64) Shapes {
   }
 };
 
-// The shapes that this thread has set, for so many rows and inputs; 0 between tasks.
+// The rows that this thread has set shapes for; 0 between tasks.
 thread_local int shaped = 0;
 
-void set_shapes(int rows, int inputs) {
-  if (shaped == rows * kChunk + inputs) return;
-  shaped = rows * kChunk + inputs;
+void set_shapes(int rows) {
+  if (shaped == rows) return;
+  shaped = rows;
   const int upper = rows < kRegisterRows ? rows : kRegisterRows, lower = rows - upper;
   Shapes shapes;
   for (int i = 0; i < 4; ++i) shapes.set(kSums + i, lower > 0 && i >= 2 ? lower : upper, kLine);
-  shapes.set(kX, upper, inputs);
-  shapes.set(kX + 1, lower > 0 ? lower : upper, inputs);
-  for (int i = 0; i < 2; ++i) shapes.set(kCodes + i, inputs / 4, kLine);
+  shapes.set(kX, upper, kChunk);
+  shapes.set(kX + 1, lower > 0 ? lower : upper, kChunk);
+  for (int i = 0; i < 2; ++i) shapes.set(kCodes + i, kRegisterRows, kLine);
   __asm__ volatile("ldtilecfg %0" ::"m"(shapes));
 }
 
@@ -96,12 +96,11 @@ class Product {
 
   void run() {
     const int64_t inputs = block_.segment_steps * operands(F) * 4;
-    set_shapes(block_.rows, inputs > kChunk / 2 ? kChunk : kChunk / 2);
+    set_shapes(block_.rows);
     for (int i = 0; i < S::kRing / 2; ++i) prepare(nullptr);
     for (int64_t segment = 0; segment < block_.segments; ++segment) {
-      const int64_t begin = segment * inputs;
       int32_t* sums = block_.sums + segment * block_.rows * Width * kTileOutputs;
-      multiply(block_.x_codes + begin / kChunk * kChunk * block_.rows + begin % kChunk, sums);
+      multiply(block_.x_codes + segment * inputs * block_.rows, sums);
       KBN_UNROLL for (int c = 0; c < Width; ++c) prefetch_ahead(block_, segment, c);
     }
   }
@@ -210,19 +209,12 @@ void multiply(const Block& block) {
   }
 }
 
-void pack(const int8_t* codes, int64_t stride, int rows, int64_t count, int8_t* packed) {
-  if (rows <= kFewRows) return interleave(codes, stride, rows, count, packed);
-  for (int64_t k = 0; k < count; k += kChunk) {
-    for (int row = 0; row < rows; ++row, packed += kChunk) memcpy(packed, codes + row * stride + k, kChunk);
-  }
-}
-
 }  // namespace
 
 extern const Kernels kAmx = {
-    "amx", 2 * kRegisterRows, shape, absmax, quantize, split, sum, pack,
+    "amx", 2 * kRegisterRows, shape, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, finish, store, attend, normalize, leave,
+    add_scaled, finish, store, attend, normalize, leave, &kAvx512Vnni,
 };
 
 }  // namespace kbn

@@ -108,7 +108,7 @@ void multiply(const Block& block) {
 extern const Kernels kAvx2 = {
     "avx2", 4, one_column, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, finish, store, attend, normalize, nullptr,
+    add_scaled, finish, store, attend, normalize, nullptr, nullptr,
 };
 
 }  // namespace kbn

@@ -45,7 +45,7 @@ constexpr int kMaxColumns = kMaxTiles * kTileOutputs;
 // Activation codes come packed as int8 [k / chunk][rows][chunk]: where a chunk is the four bytes that
 // a dot product broadcasts, they lie next to those of the other rows. The sums of
 // `sum_k code * x_code` are stored every `segment_steps` tiles: for each group of inputs, or once.
-// Of several segments the first begins with a chunk.
+// A segment begins with a chunk.
 struct Block {
   const uint8_t* tiles;
   int64_t spread;         // columns of tiles from one to the next that is in the block, 1 or more,
@@ -63,7 +63,7 @@ struct Block {
 // What blocks of some number of rows are like.
 struct Shape {
   int columns;  // columns of tiles, at most
-  int chunk;    // inputs of a row side by side in `Block::x_codes`: 4, or twice the smallest group
+  int chunk;    // inputs of a row side by side in `Block::x_codes`, 4 or 64
 };
 
 // How sums become numbers: y += float(factor * sum + shift * x_sum) * scale, where the bracket is
@@ -159,7 +159,8 @@ struct Kernels {
   int32_t (*sum)(const int8_t* codes, int64_t count);
 
   // Packs rows of codes, `stride` apart, as `Block::x_codes`; `count` is a multiple of `chunk`.
-  void (*interleave)(const int8_t* codes, int64_t stride, int rows, int64_t count, int8_t* packed);
+  void (*interleave)(const int8_t* codes, int64_t stride, int rows, int64_t count, int chunk,
+                     int8_t* packed);
 
   // Computes a block. A segment may be 16384 inputs long.
   void (*multiply[kFormats])(const Block& block);
@@ -182,6 +183,9 @@ struct Kernels {
 
   // The thread has computed all its blocks for now; may be null.
   void (*leave)();
+
+  // The table for groups that are not whole chunks of 64 inputs; null where this one takes all.
+  const Kernels* odd_groups;
 };
 
 extern const Kernels kGeneric;

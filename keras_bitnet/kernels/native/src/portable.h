@@ -178,7 +178,14 @@ inline void interleave_words(const int8_t* codes, int64_t stride, int rows, int 
   }
 }
 
-void interleave(const int8_t* codes, int64_t stride, int rows, int64_t count, int8_t* packed) {
+void interleave(const int8_t* codes, int64_t stride, int rows, int64_t count, int chunk,
+                int8_t* packed) {
+  if (chunk != 4) {
+    for (int64_t k = 0; k < count; k += chunk) {
+      for (int row = 0; row < rows; ++row, packed += chunk) memcpy(packed, codes + row * stride + k, chunk);
+    }
+    return;
+  }
   for (int64_t k = 0; k < count; k += 16) {
     const int64_t left = (count - k) / 4;
     interleave_words(codes + k, stride, rows, static_cast<int>(left < 4 ? left : 4), packed + k * rows);
