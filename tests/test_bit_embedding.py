@@ -220,7 +220,7 @@ def test_weights_and_config_round_trip(rng):
 @pytest.mark.parametrize("packed", [False, True])
 def test_token_out_of_range_is_no_silent_garbage(packed):
     if BACKEND == "torch" and ops.zeros(1).is_cuda:
-        pytest.skip("PyTorch ends all work on a GPU")
+        pytest.skip("an index out of range ends all work of PyTorch on that GPU")
     layer = BitEmbedding(37, 8)
     layer.build(None)
     layer = packed_twin(layer, None) if packed else layer

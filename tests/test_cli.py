@@ -155,7 +155,9 @@ def test_pack_as_small_as_can_be(saved, capsys):
 def test_devices(capsys):
     data = run_json(capsys, "devices")
     assert data["backend"] == BACKEND
-    assert data["devices"]
+    assert any(
+        kind in device.lower() for device in data["devices"] for kind in ("cpu", "gpu", "cuda")
+    )
     assert [row["runs"] for row in data["kernels"] if row["kernel"] == "reference"] == ["yes"] * 4
     assert cli.main(["devices"]) == 0
     assert "reference" in capsys.readouterr().out

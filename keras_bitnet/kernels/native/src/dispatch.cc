@@ -126,7 +126,7 @@ constexpr Row kRows[] = {
 const Kernels* find(const char* name) {
   const bool best = name == nullptr || *name == '\0' || std::strcmp(name, "auto") == 0;
   for (const Row& row : kRows) {
-    if (row.supported() && (best || std::strcmp(name, row.kernels->name) == 0)) return row.kernels;
+    if ((best || std::strcmp(name, row.kernels->name) == 0) && row.supported()) return row.kernels;
   }
   return nullptr;
 }

@@ -242,12 +242,10 @@ class Matmul {
       } else {
         kernels_.split(x, p_.dtype, k, step.inverse, planes_, codes, packed_inputs_);
       }
-      x_scales_[row] = step.scale;
+      x_scales_[row] = step.scale * unit_;
+      if (probe_.x_scales) probe_.x_scales[row] = step.scale;
     }
-    if (probe_.quantized) {
-      std::memcpy(probe_.quantized + row * k, codes, k);
-      probe_.x_scales[row] = x_scales_[row];
-    }
+    if (probe_.quantized) std::memcpy(probe_.quantized + row * k, codes, k);
     for (int plane = 0; plane < planes_; ++plane, codes += packed_inputs_) {
       std::memset(codes + k, 0, packed_inputs_ - k);
       sum_codes(codes, x_sums_ + (row * planes_ + plane) * groups_);
@@ -399,7 +397,6 @@ class Matmul {
     const int64_t column = tile * kTileOutputs, size = size_of(p_.dtype);
     Outputs outputs;
     outputs.x_scales = x_scales_ + row;
-    outputs.unit = unit_;
     outputs.bias = p_.bias ? p_.bias + column : nullptr;
     outputs.dtype = p_.dtype;
     outputs.y = static_cast<char*>(p_.y) + (row * p_.out_features + column) * size;
@@ -432,13 +429,12 @@ class Matmul {
         for (int i = 0; i < valid; ++i) to[i] += to[i + width] * (1 / kPlane);
       }
       const int64_t x_row = (row + r) / planes_;
-      const float x_scale = x_scales_[x_row] * unit_;
       for (int i = 0, c = 0; i < valid; i += kTileOutputs, ++c) {
         const int64_t column = tile * kTileOutputs + output(block, c);
         const float* bias = p_.bias ? p_.bias + column : nullptr;
         char* out = static_cast<char*>(p_.y) +
                     (x_row * p_.out_features + column) * size_of(p_.dtype);
-        kernels_.store(y + i, x_scale, bias, p_.dtype, std::min(kTileOutputs, valid - i), out);
+        kernels_.store(y + i, x_scales_[x_row], bias, p_.dtype, std::min(kTileOutputs, valid - i), out);
       }
     }
   }
@@ -469,7 +465,7 @@ class Matmul {
   int64_t tasks_ = 0;       // of `multiply_columns`, which share them
   float tensor_absmax_ = 0.0f;
   int8_t* x_codes_ = nullptr;        // (row blocks, or shares; slot_bytes), as `Block::x_codes`
-  float* x_scales_ = nullptr;        // (rows of x)
+  float* x_scales_ = nullptr;        // (rows of x), of sums without the factor
   int32_t* x_sums_ = nullptr;        // (rows, groups)
   int8_t* codes_in_work_ = nullptr;  // (shares, slot_bytes), row after row
   char* row_in_work_ = nullptr;      // (shares, row_bytes)

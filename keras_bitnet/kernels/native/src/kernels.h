@@ -78,10 +78,9 @@ struct Scaling {
   bool shared;           // one scale for all columns
 };
 
-// Where the outputs of a block go: y * (x_scale * unit) + bias as a `kbn_dtype`.
+// Where the outputs of a block go: y * x_scale + bias as a `kbn_dtype`.
 struct Outputs {
   const float* x_scales;  // of each row
-  float unit;
   const float* bias;      // of each column, or null
   int dtype;
   char* y;
@@ -162,7 +161,7 @@ struct Kernels {
   void (*interleave)(const int8_t* codes, int64_t stride, int rows, int64_t count, int chunk,
                      int8_t* packed);
 
-  // Computes a block. A segment may be 16384 inputs long.
+  // Computes a block. A segment may be 16320 inputs long.
   void (*multiply[kFormats])(const Block& block);
 
   // Adds the sums of every segment of a block, scaled, to y.

@@ -87,7 +87,7 @@ void finish_as(const Block& block, const Scaling& scaling, const Outputs& output
     for (int row = 0; row < block.rows; ++row) {
       const int32_t* sums = block.sums + (row * block.columns + column) * kTileOutputs;
       const int32_t x_sum = scaling.x_sums[row * scaling.x_sums_stride];
-      const float x_scale = outputs.x_scales[row] * outputs.unit;
+      const float x_scale = outputs.x_scales[row];
       auto* to = reinterpret_cast<typename Element::Storage*>(outputs.y + row * outputs.stride) + at;
       const auto put = [&](int i) {
         to[i] = Element::narrow(whole_sum(scaling, sums[i], x_sum) * scale[i] * x_scale + bias[i]);
