@@ -100,6 +100,15 @@ def test_float_activations_convolve_as_patches_do(case, rng):
     np.testing.assert_allclose(to_numpy(layer(x)), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("images", [1, 4])  # 49 and 196 output positions: a product, a convolution
+def test_packed_float_activations_of_few_and_of_many_positions(images, rng):
+    layer, _, x = made(BitConv2D, {"kernel_size": 3}, (9, 9), rng, activation_quantizer=None)
+    packed = packed_twin(layer, x.shape)
+    x = np.resize(x, (images, *x.shape[1:]))
+    assert packed._few_positions(ops.convert_to_tensor(x)) == (images == 1)
+    assert relative_error(to_numpy(packed(x)), to_numpy(layer(x))) < 1e-5
+
+
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0].__name__}-{case[1]}")
 def test_one_scale_convolves_as_patches_do(case, strength, rng):

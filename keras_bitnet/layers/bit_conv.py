@@ -11,6 +11,9 @@ from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.ops.window import Window
 
 
+_FEW_POSITIONS = 128  # decision note 10
+
+
 class BitConv(BitLayer):
     """Base of `BitConv1D`, `BitConv2D` and `BitConv3D`: convolutions with a low-bit kernel.
 
@@ -20,8 +23,9 @@ class BitConv(BitLayer):
     a norm before the product is one of patches; the kernel is the matrix
     `(prod(kernel_size) * channels / groups, filters)`. Training and packed inference multiply the
     same rows. With float activations, and in training with one scale for all of them (`"tensor"`
-    or `"static"`), nothing needs a patch, and the backend convolves: that trains fastest. Padding
-    is zeros. A kernel of size 1 makes no patches. Groups cost as much time as a convolution
+    or `"static"`), nothing needs a patch, and the backend convolves: that trains fastest. (A packed
+    kernel it must unpack, so up to 128 output positions are multiplied all the same.) Padding is
+    zeros. A kernel of size 1 makes no patches. Groups cost as much time as a convolution
     without groups, and a share of its memory.
 
     Args:
@@ -131,7 +135,7 @@ class BitConv(BitLayer):
     def call(self, inputs):
         """Computes the convolution; see the class."""
         x = self.window.channels_last(inputs)
-        if self._convolves:
+        if self._convolves and not (self.packed and self._few_positions(x)):
             y = self._convolution(x)
         elif self.packed and self._plain:
             y = self.product(x, self.bias, self.window)
@@ -154,6 +158,12 @@ class BitConv(BitLayer):
             quantizer.granularity != "token" and quantizer.formula == "absmax" and not self.packed
         )
         return one_scale and self._plain and not self._norm_first
+
+    def _few_positions(self, x):
+        """Whether to unpack the kernel would take longer than the product with the packed one."""
+        sizes = x.shape[:-1]
+        known = all(isinstance(size, int) for size in sizes)
+        return known and math.prod(self.window.positions(x.shape)) <= _FEW_POSITIONS
 
     def _convolution(self, x):
         dtype = x.dtype
