@@ -10,7 +10,6 @@ from keras_bitnet.checks import check_count
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.ops.window import Window
 
-
 _FEW_POSITIONS = 128  # decision note 10
 
 
