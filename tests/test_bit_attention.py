@@ -155,6 +155,18 @@ def test_encoder_trains_packs_and_saves(arguments, rng, tmp_path):
     assert not macs[0].not_counted
 
 
+def test_encoder_gives_its_scores_in_a_functional_model():
+    inputs = keras.Input((4, 8))
+    outputs = BitTransformerEncoder(16, 2)(inputs, return_attention_scores=True)
+    model = keras.Model(inputs, outputs)
+    assert [y.shape for y in model.outputs] == [(None, 4, 8), (None, 2, 4, 4)]
+
+
+def test_positional_arguments_are_those_of_keras():
+    config = BitMultiHeadAttention(2, 4, 5, 0.1).get_config()
+    assert (config["value_dim"], config["dropout"]) == (5, 0.1)
+
+
 def test_gradient_flows_through_the_block(rng):
     (x,) = inputs_of(rng, (1, 3, 8))
     layer = BitTransformerEncoder(16, 2, normalize_first=True)

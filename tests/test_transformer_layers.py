@@ -28,6 +28,7 @@ def attention_twins(**arguments):
 
 
 MASK = np.tril(np.ones((2, 5, 5), bool))
+X = np.ones((1, 3, 24), "float32")
 PADDING = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], bool)
 
 
@@ -182,6 +183,13 @@ def test_lora_inside_a_block_survives_packing(rng):
         (lambda: BitGroupedQueryAttention(8, 4, 2, dropout=0.1, flash_attention=True), "dropout"),
         (lambda: BitFeedForward(0), "intermediate_dim=0"),
         (lambda: BitFeedForward(8, sub_norm="batch"), "sub_norm"),
+        (lambda: BitFeedForward(8, dtype="int8_from_float32"), "dtype=int8_from_float32"),
+        (
+            lambda: BitGroupedQueryAttention(8, 4, 2)(
+                X, X, return_attention_scores=True, cache=make_cache(1, 4, 2, 8), cache_index=0
+            ),
+            "does not go with a `cache`",
+        ),
         (lambda: BitTransformerDecoder(8, 3).build((None, None, 16)), "features=16"),
         (lambda: BitTransformerDecoder(8, 3, norm=None), "norm=None"),
         (lambda: BitTransformerDecoder(8, 0), "num_query_heads=0"),
@@ -190,6 +198,22 @@ def test_lora_inside_a_block_survives_packing(rng):
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_scores_and_caches_in_a_functional_model():
+    x = keras.Input((3, 24), batch_size=1)
+    attention = BitGroupedQueryAttention(8, 4, 2)
+    cache = make_cache(1, 8, 4, 6)
+    given = {name: keras.Input(batch_shape=buffer.shape) for name, buffer in cache.items()}
+    outputs = {
+        "scores": attention(x, x, return_attention_scores=True),
+        "decoded": BitTransformerDecoder(8, 4)(x, cache=given, cache_index=2),
+    }
+    model = keras.Model([x, given], outputs)
+    shapes = keras.tree.map_structure(lambda y: tuple(y.shape), model([ops.convert_to_tensor(X), cache]))
+    assert shapes == keras.tree.map_structure(lambda y: tuple(y.shape), outputs)
+    assert [*map(tuple, shapes["scores"])] == [(1, 3, 24), (1, 4, 3, 3)]
+    assert shapes["decoded"][1]["key"] == (1, 4, 8, 6)
 
 
 def test_jit_and_dynamic_length(rng):

@@ -6,23 +6,23 @@ back. A layer that is such a product knows nothing of "packed": this and its mix
 and depthwise convolutions, which are none, ask for it themselves.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import keras
-from keras import activations, constraints, initializers, ops, regularizers
+from keras import activations, ops
 
-from keras_bitnet import quantizers
-from keras_bitnet.checks import check_choice, check_count, check_number, check_own_names
+from keras_bitnet.checks import check_choice, check_count, check_own_names
 from keras_bitnet.layers.inputs import InputTreatment
-from keras_bitnet.layers.kernel_weights import MEMORY, KernelWeights, layout_for
+from keras_bitnet.layers.kernel_weights import KernelWeights
 from keras_bitnet.layers.lora import LowRankAdaptation
 from keras_bitnet.layers.rms_normalization import RMSNormalization
+from keras_bitnet.layers.shared_arguments import SharedArguments, under_own_names
 from keras_bitnet.ops.bit_matmul import bit_matmul
 
 NORMS = {"rms": RMSNormalization, "layer": keras.layers.LayerNormalization}
 
 
-class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):
+class BitLayer(SharedArguments, InputTreatment, LowRankAdaptation, KernelWeights):
     """Base of the quantized layers. Arguments are those that every one of them takes.
 
     Args:
@@ -49,74 +49,32 @@ class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):
         kernel_initializer, kernel_regularizer, kernel_constraint: As in Keras, on the float
             kernel.
         bias_initializer, bias_regularizer, bias_constraint: As in Keras.
-    """
 
-    # Arguments of this class that a subclass has under another name, or not at all (`None`).
-    own_names: ClassVar[dict[str, str | None]] = {}
-    # Arguments that `quantize_model` leaves at their default in this layer.
-    not_in_spec: ClassVar[frozenset[str]] = frozenset()
+    Raises:
+        ValueError: An argument is none of these.
+    """
 
     def __init__(
         self,
         *,
-        weight_quantizer="ternary",
-        activation_quantizer="int8",
         norm=None,
         norm_position="pre",
-        norm_epsilon=1e-5,
-        quantization_strength=1.0,
-        packed=False,
-        packed_layout="tiles",
         lora_rank=None,
         lora_alpha=None,
         activation=None,
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
         **kwargs,
     ):
-        if kwargs.pop("quantization_config", None) is not None:
-            raise ValueError(
-                f"{type(self).__name__} takes `weight_quantizer` and `activation_quantizer` in "
-                "place of Keras's `quantization_config`."
-            )
         super().__init__(**kwargs)
         check_own_names(self, norm=norm, activation=activation, lora_rank=lora_rank)
         check_choice("norm", norm, (None, *NORMS))
         check_choice("norm_position", norm_position, ("pre", "post"))
-        check_number("norm_epsilon", norm_epsilon, "[0, inf)")
-        check_number("quantization_strength", quantization_strength, "[0, 1]")
         if lora_rank is not None:
             check_count("lora_rank", lora_rank)
-        if self.quantization_mode is not None:
-            raise ValueError(
-                f"{type(self).__name__} quantizes by itself: its dtype policy must be a plain one "
-                f"such as 'float32' or 'mixed_bfloat16'. Received: dtype={self.dtype_policy.name}"
-            )
-        self.weight_quantizer = quantizers.get(weight_quantizer)
-        if self.weight_quantizer is None:
-            raise ValueError("`weight_quantizer` is required; for a float layer use Keras's own.")
-        self.activation_quantizer = quantizers.get_activation(activation_quantizer)
         self.norm = norm
         self.norm_position = norm_position
-        self.norm_epsilon = float(norm_epsilon)
-        self._initial_strength = float(quantization_strength)
-        self.packed = bool(packed)
-        self.packed_layout = packed_layout
-        layouts = (layout_for(memory, self.weight_quantizer) for memory in MEMORY)
-        check_choice("packed_layout", packed_layout, tuple(dict.fromkeys(layouts)))
         self.lora_rank = lora_rank
         self.lora_alpha = lora_alpha if lora_alpha is not None else lora_rank
         self.activation = activations.get(activation)
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.kernel_regularizer = regularizers.get(kernel_regularizer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
-        self.kernel_constraint = constraints.get(kernel_constraint)
-        self.bias_constraint = constraints.get(bias_constraint)
         self.normalization: Any = None
         if norm is not None:
             self.normalization = make_norm(
@@ -181,7 +139,6 @@ class BitLayer(InputTreatment, LowRankAdaptation, KernelWeights):
     def get_config(self):
         """The arguments of the constructor."""
         config = {
-            **arguments_of(self),
             "norm": self.norm,
             "norm_position": self.norm_position,
             "activation": activations.serialize(self.activation),
@@ -197,27 +154,3 @@ def make_norm(kind, **arguments):
     norm = NORMS[kind](**arguments)
     norm.supports_masking = True
     return norm
-
-
-def arguments_of(layer):
-    """Those that layers and blocks of them have in common, as a config holds them."""
-    return {
-        "weight_quantizer": quantizers.serialize(layer.weight_quantizer),
-        "activation_quantizer": quantizers.serialize(layer.activation_quantizer),
-        "norm_epsilon": layer.norm_epsilon,
-        "quantization_strength": layer._initial_strength,
-        "packed": layer.packed,
-        "packed_layout": layer.packed_layout,
-        "kernel_initializer": initializers.serialize(layer.kernel_initializer),
-        "bias_initializer": initializers.serialize(layer.bias_initializer),
-        "kernel_regularizer": regularizers.serialize(layer.kernel_regularizer),
-        "bias_regularizer": regularizers.serialize(layer.bias_regularizer),
-        "kernel_constraint": constraints.serialize(layer.kernel_constraint),
-        "bias_constraint": constraints.serialize(layer.bias_constraint),
-    }
-
-
-def under_own_names(layer, config):
-    """Arguments of `BitLayer` under the names that a layer or class has for them."""
-    own = {layer.own_names.get(name, name): value for name, value in config.items()}
-    return {name: value for name, value in own.items() if name is not None}

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import keras
-from keras import ops, regularizers
+from keras import ops
 
 from keras_bitnet.checks import check_count
 from keras_bitnet.layers.base import BitLayer
@@ -226,7 +226,6 @@ class BitConv(BitLayer):
             **self.window.get_config(),
             "groups": self.groups,
             "use_bias": self.use_bias,
-            "activity_regularizer": regularizers.serialize(self.activity_regularizer),
         }
 
 

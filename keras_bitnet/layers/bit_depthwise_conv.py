@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 import keras
-from keras import ops, regularizers
+from keras import ops
 
 from keras_bitnet.checks import check_count
 from keras_bitnet.layers.base import BitLayer
@@ -157,7 +157,6 @@ class BitDepthwiseConv(BitLayer):
             **self.window.get_config(),
             "depth_multiplier": self.depth_multiplier,
             "use_bias": self.use_bias,
-            "activity_regularizer": regularizers.serialize(self.activity_regularizer),
         }
 
 

@@ -3,14 +3,15 @@
 from typing import ClassVar
 
 import keras
-from keras import ops, regularizers
+from keras import ops
 
 from keras_bitnet.checks import check_count
-from keras_bitnet.layers.base import BitLayer, under_own_names
+from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.bit_linear import BitLinear
 from keras_bitnet.layers.block import BitBlock
 from keras_bitnet.layers.inputs import UNTREATED
 from keras_bitnet.layers.kernel_weights import assign_copy
+from keras_bitnet.layers.shared_arguments import under_own_names
 
 
 class _ComputesTable:
@@ -156,10 +157,6 @@ class BitEmbedding(_ComputesTable, BitLayer):
         """`(batch, ..., output_dim)`."""
         return (*input_shape, self.output_dim)
 
-    def compute_output_spec(self, inputs):
-        """`(batch, ..., output_dim)` in the compute dtype."""
-        return keras.KerasTensor(self.compute_output_shape(inputs.shape), dtype=self.compute_dtype)
-
     def take_weights(self, layer):
         """Copies the table of a `keras.layers.Embedding`, LoRA merged."""
         assign_copy(self.kernel, layer.embeddings)
@@ -173,7 +170,6 @@ class BitEmbedding(_ComputesTable, BitLayer):
             "input_dim": self.input_dim,
             "output_dim": self.output_dim,
             "mask_zero": self.mask_zero,
-            "activity_regularizer": regularizers.serialize(self.activity_regularizer),
         }
 
 

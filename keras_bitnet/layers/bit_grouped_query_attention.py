@@ -46,7 +46,7 @@ class BitGroupedQueryAttention(BitBlock):
         key: As `value`, which it is by default.
         query_mask, value_mask, key_mask: Boolean `(batch, length)`: tokens that are no padding.
         attention_mask: Boolean `(batch, target_length, source_length)`: what each query may see.
-        return_attention_scores: Whether to return `(output, scores)`.
+        return_attention_scores: Whether to return `(output, scores)`; without a cache only.
         use_causal_mask: Whether queries may not see later tokens.
         positions: Integers `(batch or 1, target_length)` for the rotary embedding; 0, 1, 2, ...
             by default.
@@ -159,6 +159,11 @@ class BitGroupedQueryAttention(BitBlock):
         cache_index=None,
     ):
         """Computes the attention; see the class."""
+        if return_attention_scores and cache is not None:
+            raise ValueError(
+                "`return_attention_scores` does not go with a `cache`. "
+                "Received: return_attention_scores=True and a cache"
+            )
         gate = None if self.gate_dense is None else self.gate_dense(query)
         rotary = self._rotary(query.shape[1] or ops.shape(query)[1], positions, rotary, cache_index)
         query, key, value = self._project(query, value, key)

@@ -1,7 +1,6 @@
 """BitLinear: the dense layer of low-bit networks."""
 
 import keras
-from keras import regularizers
 
 from keras_bitnet.checks import check_count
 from keras_bitnet.layers.base import BitLayer
@@ -115,5 +114,4 @@ class BitLinear(BitLayer):
             **super().get_config(),
             "units": self.units,
             "use_bias": self.use_bias,
-            "activity_regularizer": regularizers.serialize(self.activity_regularizer),
         }

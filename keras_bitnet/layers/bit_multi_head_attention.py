@@ -36,8 +36,9 @@ class BitMultiHeadAttention(BitBlock, keras.layers.MultiHeadAttention):
         b1.58 2B4T (https://arxiv.org/abs/2504.12285).
     """
 
-    def __init__(self, num_heads, key_dim, value_dim=None, sub_norm=None, **kwargs):
-        super().__init__(num_heads=num_heads, key_dim=key_dim, value_dim=value_dim, **kwargs)
+    def __init__(self, num_heads, key_dim, value_dim=None, dropout=0.0, *, sub_norm=None, **kwargs):
+        sizes = {"num_heads": num_heads, "key_dim": key_dim, "value_dim": value_dim}
+        super().__init__(**sizes, dropout=dropout, **kwargs)
         check_choice("sub_norm", sub_norm, (None, *NORMS))
         self.sub_norm = sub_norm
         if self.value_dim != self.key_dim and not self._flash_attention:

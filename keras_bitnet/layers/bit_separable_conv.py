@@ -3,13 +3,13 @@
 from typing import Any, ClassVar
 
 import keras
-from keras import activations, regularizers
+from keras import activations
 
-from keras_bitnet.layers.base import under_own_names
 from keras_bitnet.layers.bit_conv import BitConv, BitConv1D, BitConv2D
 from keras_bitnet.layers.bit_depthwise_conv import BitDepthwiseConv1D, BitDepthwiseConv2D
 from keras_bitnet.layers.block import BitBlock
 from keras_bitnet.layers.kernel_weights import assign_copy
+from keras_bitnet.layers.shared_arguments import under_own_names
 
 
 class BitSeparableConv(BitBlock):
@@ -142,7 +142,6 @@ class BitSeparableConv(BitBlock):
             "depth_multiplier": first.depth_multiplier,
             "activation": activations.serialize(self.pointwise.activation),
             "use_bias": self.pointwise.use_bias,
-            "activity_regularizer": regularizers.serialize(self.activity_regularizer),
         }
 
 

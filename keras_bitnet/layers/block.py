@@ -3,13 +3,12 @@
 from typing import Any, ClassVar
 
 import keras
-from keras import constraints, initializers, regularizers
 
-from keras_bitnet import quantizers
-from keras_bitnet.checks import check_choice, check_number, check_own_names
-from keras_bitnet.layers.base import NORMS, arguments_of, make_norm, under_own_names
+from keras_bitnet.checks import check_choice, check_own_names
+from keras_bitnet.layers.base import NORMS, make_norm
 from keras_bitnet.layers.changing_precision import ChangingPrecision
 from keras_bitnet.layers.inputs import UNTREATED
+from keras_bitnet.layers.shared_arguments import SharedArguments, under_own_names
 
 
 class PacksAsWhole(keras.Layer):
@@ -27,63 +26,35 @@ class PacksAsWhole(keras.Layer):
         return type(self).from_config({**self.get_config(), **changes})
 
 
-class BitBlock(ChangingPrecision, PacksAsWhole):
+class BitBlock(SharedArguments, PacksAsWhole):
     """Base of the blocks made of quantized layers: takes their arguments and hands them on.
 
     Args:
-        weight_quantizer, activation_quantizer, quantization_strength, packed, packed_layout: Of
-            every quantized layer inside, see `keras_bitnet.layers.BitLayer`.
         projection_norm: `None`, `"rms"` or `"layer"`: a norm of the inputs of each quantized
             layer inside.
         norm_epsilon: Added to the variance in every norm inside.
-        kernel_initializer, kernel_regularizer, kernel_constraint: Of every kernel inside.
-        bias_initializer, bias_regularizer, bias_constraint: Of every bias inside.
+        weight_quantizer, activation_quantizer, quantization_strength, packed, packed_layout,
+            initializers, regularizers, constraints: Of every quantized layer inside, see
+            `keras_bitnet.layers.BitLayer`.
     """
 
-    # As in `BitLayer`: what an argument is called here, `None` where there is none.
     own_names: ClassVar[dict[str, str | None]] = {
         "norm": "projection_norm",
         "norm_position": None,
         **UNTREATED,
     }
-    not_in_spec: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(
-        self,
-        *,
-        weight_quantizer="ternary",
-        activation_quantizer="int8",
-        projection_norm=None,
-        norm_epsilon=1e-5,
-        quantization_strength=1.0,
-        packed=False,
-        packed_layout="tiles",
-        kernel_initializer="glorot_uniform",
-        bias_initializer="zeros",
-        kernel_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        bias_constraint=None,
-        **kwargs,
-    ):
+    def __init__(self, *, projection_norm=None, **kwargs):
         super().__init__(**kwargs)
         check_own_names(self, projection_norm=projection_norm)
         check_choice("projection_norm", projection_norm, (None, *NORMS))
-        check_number("norm_epsilon", norm_epsilon, "[0, inf)")
-        check_number("quantization_strength", quantization_strength, "[0, 1]")
-        self.weight_quantizer = quantizers.get(weight_quantizer)
-        self.activation_quantizer = quantizers.get_activation(activation_quantizer)
         self.projection_norm = projection_norm
-        self.norm_epsilon = float(norm_epsilon)
-        self._initial_strength = float(quantization_strength)
-        self.packed = bool(packed)
-        self.packed_layout = packed_layout
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
-        self.kernel_regularizer = regularizers.get(kernel_regularizer)
-        self.bias_regularizer = regularizers.get(bias_regularizer)
-        self.kernel_constraint = constraints.get(kernel_constraint)
-        self.bias_constraint = constraints.get(bias_constraint)
+
+    def compute_output_spec(self, *args, **kwargs):
+        """The tensor of `compute_output_shape`; scores and caches are found by a symbolic run."""
+        if kwargs.get("return_attention_scores") or kwargs.get("cache") is not None:
+            return keras.Operation.compute_output_spec(self, *args, **kwargs)
+        return super().compute_output_spec(*args, **kwargs)
 
     def layers_of_one_precision(self):
         """All quantized layers and blocks inside."""
@@ -132,8 +103,8 @@ class BitBlock(ChangingPrecision, PacksAsWhole):
 
     def get_config(self):
         """The arguments of the constructor."""
-        config = {**arguments_of(self), "projection_norm": self.projection_norm}
-        return {**super().get_config(), **under_own_names(self, config)}
+        norm = {"projection_norm": self.projection_norm}
+        return {**super().get_config(), **under_own_names(self, norm)}
 
 
 def _clone(initializer) -> Any:

@@ -8,7 +8,8 @@ import keras
 from keras_bitnet import layers as bit_layers
 from keras_bitnet import quantizers
 from keras_bitnet.filters import layer_filter
-from keras_bitnet.layers.base import BitLayer, under_own_names
+from keras_bitnet.layers.base import BitLayer
+from keras_bitnet.layers.shared_arguments import under_own_names
 from keras_bitnet.transforms.pack import copy_the_rest
 from keras_bitnet.transforms.precision_plan import PrecisionPlan, layer_arguments
 from keras_bitnet.transforms.rewrite import Rule, rewrite
@@ -67,12 +68,9 @@ def quantize_model(
     matches = layer_filter(filters)
 
     def replace(layer, path):
-        again = requantize and isinstance(layer, BitLayer)
-        refusal = _requantization_refusal(layer) if again else None
+        refusal = _refusal(layer, requantize)
         if refusal:
             return refusal
-        if not again and _twin(type(layer)) is None:
-            return f"{type(layer).__name__} has no quantized twin"
         if not matches(layer, path):
             return "left out by `filters`"
         if layer.quantization_mode is not None:
@@ -81,7 +79,8 @@ def quantize_model(
         arguments = _arguments_for(spec, layer, path)
         if arguments is None:
             return "left out by `spec`"
-        return requantized(layer, arguments) if again else twin_of(layer, arguments)
+        make = requantized if isinstance(layer, BitLayer) else twin_of
+        return make(layer, arguments)
 
     paths: list[str] = []
     _check_spec(spec)
@@ -89,7 +88,8 @@ def quantize_model(
     if not any(change.replaced_by for change in changes):
         warnings.warn(
             "`quantize_model` found no layer to quantize. It looks for "
-            f"{', '.join(sorted(cls.__name__ for cls in TWINS))} that `filters` lets through.",
+            f"{', '.join(sorted(cls.__name__ for cls in TWINS))} that `filters` lets through, and "
+            "with `requantize=True` for layers that are quantized already.",
             stacklevel=2,
         )
     _warn_of_unused_rules(spec, paths)
@@ -106,7 +106,13 @@ def twin_of(layer, arguments=None):
     return _made(twin, {**config, **under_own_names(twin, arguments)})
 
 
-def _requantization_refusal(layer):
+def _refusal(layer, requantize):
+    """Why a layer cannot be replaced, or `None`."""
+    if not isinstance(layer, BitLayer):
+        known = _twin(type(layer)) is not None
+        return None if known else f"{type(layer).__name__} has no quantized twin"
+    if not requantize:
+        return "quantized already"
     if layer.packed:
         return "packed already"
     if layer.smoothing is not None or layer.rotation or layer.kept_channels:
