@@ -26,7 +26,7 @@ from keras_bitnet.quantizers import Binary, Int2, Int4, Int8, Ternary
 
 SIZE = 14  # pixels a side
 # All with a scale for each channel, so that the precisions differ in nothing else.
-CANDIDATES = (
+PRECISIONS = (
     Binary(granularity="channel"),
     Ternary(granularity="channel"),
     Int2(),
@@ -35,8 +35,8 @@ CANDIDATES = (
 )
 # `memory` of `pack_model` and the uniform networks of a size, by name; the plan gets their bytes.
 SIZES = {
-    "1.6 bits": ("smallest", {"W1.58A8": CANDIDATES[1]}),
-    "2 bits": ("fastest", {"W2A8": CANDIDATES[2]}),
+    "1.6 bits": ("smallest", {"W1.58A8": PRECISIONS[1]}),
+    "2 bits": ("fastest", {"W2A8": PRECISIONS[2]}),
 }
 MIXED = "suggest_precision"
 
@@ -99,7 +99,7 @@ def run_seed(seed, data, settings):
         allowed = min(row["bytes"] for row in found)
         examples = tuple(part[: settings["samples"]] for part in training)
         plan = suggest_precision(
-            model, examples, f"{allowed} B", candidates=CANDIDATES, verbose=0,
+            model, examples, f"{allowed} B", precisions=PRECISIONS, verbose=0,
             samples=settings["samples"], batch_size=512, objective=settings["objective"],
             memory=memory,
         )  # fmt: skip

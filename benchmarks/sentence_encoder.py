@@ -119,7 +119,7 @@ def kinds(model, calibration, budget):
     """Name -> what the layers become, and how the activations of 8 bits get their scale."""
     few = {name: array[:32] for name, array in calibration.items()}
     found = keras_bitnet.suggest_precision(
-        model, few, budget, candidates=(groups(Int4), groups(Int8)), filters="^transformer_",
+        model, few, budget, precisions=(groups(Int4), groups(Int8)), filters="^transformer_",
         verbose=0,
     )  # fmt: skip
     tables = [(EMBEDDINGS, groups(Int4))]

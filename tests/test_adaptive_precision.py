@@ -80,7 +80,7 @@ def test_the_compiled_step_follows(jit_compile, eagerly):
     if eagerly and jit_compile:
         pytest.skip("eager is not compiled")
     model, watch = make_model(jit_compile=jit_compile, eagerly=eagerly), Watch()
-    callback = AdaptivePrecision(target=30, ladder=("ternary", "int4", "int8"), start=1)
+    callback = AdaptivePrecision(target=30, precisions=("ternary", "int4", "int8"), start=1)
     history = fit(model, callback, watch, epochs=4, validation_data=(X, Y))
     assert watch.bits == [[1.58, 1.58], [4, 4], [8, 8], [8, 8]]
     np.testing.assert_allclose(history["average_bits"], [np.log2(3), 4, 8, 8])
@@ -112,7 +112,7 @@ def test_predict_made_before_follows():
 
 def test_lowers_what_is_better_than_needed_and_stays():
     model, watch = make_model("int8"), Watch()
-    callback = AdaptivePrecision(target=12, hysteresis=3, ladder=("ternary", "int4", "int8"))
+    callback = AdaptivePrecision(target=12, hysteresis=3, precisions=("ternary", "int4", "int8"))
     fit(model, callback, watch, epochs=5)
     assert watch.bits == [[8, 8]] + [[4, 4]] * 4  # int4 has about 18 dB, ternary 6
     assert [(c["epoch"], c["before"], c["after"]) for c in callback.changes] == [(1, 8, 4)] * 2
@@ -122,13 +122,13 @@ def test_lowers_what_is_better_than_needed_and_stays():
 def test_hysteresis_keeps_a_layer_from_going_up_and_down():
     """int4 reaches the target, but not by the margin: it is neither raised nor gone down to."""
     model = make_model("int4")
-    probe = AdaptivePrecision(target=0, ladder=("int4", "int8"), log_layers=True)
+    probe = AdaptivePrecision(target=0, precisions=("int4", "int8"), log_layers=True)
     history = fit(model, probe, epochs=2)
-    reached = min(history[f"{layer.path}/sqnr"][-1] for layer in model.layers)
+    reached = min(history[f"{layer.name}/sqnr"][-1] for layer in model.layers)
     assert 12 < reached < 30
     for start, expected in (("int4", [4, 4]), ("int8", [8, 8])):
         model = make_model(start)
-        callback = AdaptivePrecision(target=reached - 6, hysteresis=20, ladder=("int4", "int8"))
+        callback = AdaptivePrecision(target=reached - 6, hysteresis=20, precisions=("int4", "int8"))
         fit(model, callback, epochs=4)
         assert bits(model) == expected
         assert callback.changes == []
@@ -141,14 +141,13 @@ def test_bounds_schedule_and_filters():
     )
     history = fit(model, callback, watch, epochs=5)
     assert watch.bits == [[1.58, 1.58]] * 2 + [[4, 1.58]] * 3
-    one = model.get_layer("one").path
-    np.testing.assert_allclose(history[f"{one}/bits"], [np.log2(3)] * 2 + [4] * 3)
+    np.testing.assert_allclose(history["one/bits"], [np.log2(3)] * 2 + [4] * 3)
 
 
 @pytest.mark.parametrize("budget", ["5 bits", "260 B"])
 def test_a_budget_is_kept(budget):
     model, watch = make_model("ternary"), Watch()
-    callback = AdaptivePrecision(target=30, budget=budget, ladder=("ternary", "int4", "int8"))
+    callback = AdaptivePrecision(target=30, budget=budget, precisions=("ternary", "int4", "int8"))
     history = fit(model, callback, watch, epochs=5)
     final = watch.bits[-1]
     assert sorted(final) != [8, 8]
@@ -163,7 +162,7 @@ def test_a_budget_is_kept(budget):
 
 def test_a_model_over_its_budget_is_lowered():
     model = make_model("int8")
-    callback = AdaptivePrecision(target=90, budget="4.5 bits", start=0, ladder=("int4", "int8"))
+    callback = AdaptivePrecision(target=90, budget="4.5 bits", start=0, precisions=("int4", "int8"))
     history = fit(model, callback, epochs=2)
     assert max(history["average_bits"]) <= 4.5
     assert callback.changes
@@ -182,9 +181,9 @@ def test_products_are_measured_on_data():
         kernel[0] *= 50
         layer.kernel.assign(kernel)
         callback = AdaptivePrecision(
-            target=0, start=0, ladder=("int4", "int8"), data=data, log_layers=True
+            target=0, start=0, precisions=("int4", "int8"), data=data, log_layers=True
         )
-        results.append(fit(model, callback, epochs=1)[f"{layer.path}/sqnr"][0])
+        results.append(fit(model, callback, epochs=1)[f"{layer.name}/sqnr"][0])
     assert results[1] < results[0] - 10
 
 
@@ -197,7 +196,7 @@ def test_resumes_after_backup(tmp_path, first):
 
     def callbacks():
         backup = keras.callbacks.BackupAndRestore(tmp_path / "backup")
-        adaptive = AdaptivePrecision(target=30, start=2, ladder=("ternary", "int4", "int8"))
+        adaptive = AdaptivePrecision(target=30, start=2, precisions=("ternary", "int4", "int8"))
         return [adaptive, backup] if first else [backup, adaptive]
 
     whole, rest = Watch(), Watch()
@@ -217,7 +216,7 @@ def test_resumes_after_backup(tmp_path, first):
 
 def test_files_hold_the_precisions(tmp_path):
     model = make_model()
-    callback = AdaptivePrecision(target=30, ladder=("ternary", "int4"))
+    callback = AdaptivePrecision(target=30, precisions=("ternary", "int4"))
     fit(model, callback, epochs=2)
     assert bits(model) == [4, 4]
     model.save(tmp_path / "model.keras")
@@ -233,7 +232,7 @@ def test_files_hold_the_precisions(tmp_path):
 
 def test_learned_scales_start_again_from_the_kernel():
     model = make_model(Int4(scale="learned"))
-    callback = AdaptivePrecision(target=30, ladder=("ternary", "int4", "int8"))
+    callback = AdaptivePrecision(target=30, precisions=("ternary", "int4", "int8"))
     fit(model, callback, epochs=2)
     assert bits(model) == [8, 8]
     assert model.get_layer("one").weight_quantizer == Int8(scale="learned")
@@ -248,7 +247,7 @@ def test_blocks_change_as_a_whole(tmp_path):
     model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(x))
     model.compile("sgd", "mse", jit_compile=False)
     x, y = RANDOM.normal(size=(4, 7, 7, 2)).astype("float32"), np.zeros((4, 3), "float32")
-    callback = AdaptivePrecision(target=30, start=0, ladder=("ternary", "int4"))
+    callback = AdaptivePrecision(target=30, start=0, precisions=("ternary", "int4"))
     model.fit(x, y, epochs=1, callbacks=[callback], verbose=0)
     block = model.get_layer("block")
     assert [one.weight_quantizer for one in (block, block.depthwise, block.pointwise)] == [
@@ -272,7 +271,7 @@ def test_embeddings_and_attention():
     model = quantize_model(keras.Model(tokens, x), "ternary", verbose=0)
     model.compile("sgd", "mse", jit_compile=False)
     x, y = RANDOM.integers(0, 9, (4, 5)).astype("int32"), np.zeros((4, 5, 8), "float32")
-    callback = AdaptivePrecision(target=30, start=0, data=x, ladder=("ternary", "int8"))
+    callback = AdaptivePrecision(target=30, start=0, data=x, precisions=("ternary", "int8"))
     model.fit(x, y, epochs=1, callbacks=[callback], verbose=0)
     assert len(callback.changes) == 5
     table = model.get_layer("table")
@@ -287,7 +286,7 @@ def test_embeddings_and_attention():
         ({"hysteresis": -1}, "hysteresis=-1"),
         ({"start": -1}, "start=-1"),
         ({"every": 0}, "every=0"),
-        ({"ladder": ("int3",)}, "Received: 'int3'"),
+        ({"precisions": ("int3",)}, "Received: 'int3'"),
         ({"min_bits": 5, "max_bits": 6}, "min_bits=5, max_bits=6"),
         ({"budget": "3ms"}, "budget='3ms'"),
         ({"budget": 3}, "budget=3"),
@@ -300,10 +299,10 @@ def test_refuses(arguments, message):
 
 
 def test_refuses_when_training_begins():
-    with pytest.raises(ValueError, match=r"lowest precisions of the ladder take 4.00 bits"):
+    with pytest.raises(ValueError, match=r"lowest of `precisions` take 4.00 bits"):
         fit(make_model(), AdaptivePrecision(budget="2 bits", min_bits=4), epochs=1)
     with pytest.raises(ValueError, match=r"cannot change from Ternary.*to Int2"):
-        fit(make_model(), AdaptivePrecision(ladder=("ternary", Int2())), epochs=1)
+        fit(make_model(), AdaptivePrecision(precisions=("ternary", Int2())), epochs=1)
     with pytest.raises(ValueError, match="at least one layer"):
         fit(make_model(), AdaptivePrecision(filters="three"), epochs=1)
     packed = pack_model(make_model("int8"), verbose=0)
@@ -323,7 +322,7 @@ def test_changes_under_torch_compile(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     model, watch = make_model(jit_compile=True), Watch()
     trace_once(model)
-    fit(model, AdaptivePrecision(target=30, ladder=("ternary", "int8")), watch, epochs=2)
+    fit(model, AdaptivePrecision(target=30, precisions=("ternary", "int8")), watch, epochs=2)
     _, losses = by_hand(2, {1: {"one": "int8", "two": "int8"}}, jit_compile=False)
     assert watch.bits == [[1.58, 1.58], [8, 8]]
     np.testing.assert_allclose([logs["loss"] for logs in watch.logs], losses, rtol=2e-3)

@@ -164,6 +164,19 @@ def test_filters_and_shared_layers():
         fit_one(model, QuantizationScheduler(end=2, filters="nothing"))
 
 
+def test_filters_see_the_paths_of_quantize_model():
+    inner = keras.Sequential([keras.Input((1,)), bit_layer("layer")], name="inner")
+    model = keras.Sequential([keras.Input((1,)), inner, bit_layer("layer")], name="outer")
+    model.compile("sgd", "mse")
+    for filters, expected in (("^layer$", [1, 0]), ("^inner/", [0, 1])):
+        scheduler = QuantizationScheduler(end=2, filters=filters)
+        fit_one(model, scheduler)
+        strengths = [layer.quantization_strength for layer in (inner.layers[0], model.layers[1])]
+        assert [float(ops.convert_to_numpy(strength)) for strength in strengths] == expected
+        for strength in strengths:
+            strength.assign(1.0)
+
+
 def fit_one(model, callback):
     return model.fit(np.ones((2, 1)), np.ones((2, 1)), verbose=0, callbacks=[callback])
 

@@ -94,7 +94,7 @@ def test_plan_quantize_calibrate_pack_report(saved, data, capsys):
     pytest.importorskip("scipy")
     folder = saved.parent
     plan = run_json(capsys, "plan", saved, "--data", data, "--budget", "6 bits",
-                    "--candidates", "int4,int8", "--loss", "mse",
+                    "--precisions", "int4,int8", "--loss", "mse",
                     "--report", folder / "plan.html")  # fmt: skip
     assert plan["file"] == str(folder / "model.plan.json")
     assert plan["objective"] == "loss"

@@ -126,7 +126,7 @@ def pack_quietly(model, memory):
 def test_bits_count_codes_and_more_room_is_used():
     model = make_mlp()
     plans = [
-        suggest(model, X, f"{bits} bits", candidates=["ternary", "int4", "int8", None],
+        suggest(model, X, f"{bits} bits", precisions=["ternary", "int4", "int8", None],
                 objective="output", verbose=0)
         for bits in (1.6, 5, 40)
     ]  # fmt: skip
@@ -147,7 +147,7 @@ def test_bits_count_codes_and_more_room_is_used():
 
 def test_errors_are_those_of_one_layer_alone():
     model = make_mlp()
-    search = suggest(model, (X, Y), "40 bits", candidates=["ternary", "int8"], verbose=0).search
+    search = suggest(model, (X, Y), "40 bits", precisions=["ternary", "int8"], verbose=0).search
     expected = ops.convert_to_numpy(model(X)).astype("float64")
     for choice in search.choices:
         alone = quantize_model(model, PrecisionPlan({f"^{choice.path}$": "ternary"}), verbose=0)
@@ -178,7 +178,7 @@ def test_layers_that_treat_their_inputs_are_calibrated_first():
     x[:, 5] *= 60
     plain = {"weight_quantizer": "int8", "activation_quantizer": "int4"}
     kinds = [plain, {**plain, "kept_channels": 1}, {**plain, "smoothing": 0.5}]
-    plan = suggest(make_mlp(), x, "20 bits", candidates=kinds, filters="^a$", objective="output",
+    plan = suggest(make_mlp(), x, "20 bits", precisions=kinds, filters="^a$", objective="output",
                    verbose=0)  # fmt: skip
     (choice,) = plan.search.choices
     bare, kept, smoothed = choice.sqnr
@@ -187,7 +187,7 @@ def test_layers_that_treat_their_inputs_are_calibrated_first():
     assert choice.costs[1] == pytest.approx(8 + 16 / 20)
 
 
-def test_candidates_that_kernels_refuse_are_passed_over(monkeypatch):
+def test_precisions_that_kernels_refuse_are_passed_over(monkeypatch):
     def refuse(problem):
         return "no kernel of 4 bits" if problem.bits == 4 else None
 
@@ -200,7 +200,7 @@ def test_candidates_that_kernels_refuse_are_passed_over(monkeypatch):
 
 
 def test_the_report_is_a_table_json_and_a_picture(tmp_path):
-    search = suggest(make_mlp(), X, "4 bits", candidates=["ternary", "int8", None],
+    search = suggest(make_mlp(), X, "4 bits", precisions=["ternary", "int8", None],
                      objective="output", verbose=0).search  # fmt: skip
     content = json.loads(search.to_json())
     assert [choice["path"] for choice in content["choices"]] == ["a", "b", "c"]
@@ -220,7 +220,7 @@ def test_the_plan_is_never_worse_than_one_candidate_everywhere():
         keras.utils.set_random_seed(seed)
         for layer in model.layers:
             layer.kernel.assign(keras.random.normal(layer.kernel.shape))
-        search = suggest(model, X, "2 bits", candidates=["binary", "ternary", Int2(), "int8"],
+        search = suggest(model, X, "2 bits", precisions=["binary", "ternary", Int2(), "int8"],
                          objective="output", verbose=0).search  # fmt: skip
         for quantizer in ("binary", "ternary", Int2()):
             outputs = quantize_model(model, quantizer, verbose=0)(X)
@@ -234,7 +234,7 @@ def test_the_plan_is_never_worse_than_one_candidate_everywhere():
 NOT_A_NUMBER = X.copy()
 NOT_A_NUMBER[3, 4] = np.nan
 BAD = {
-    "infeasible": (X, "1 bits", {}, r"smallest that these candidates reach is 1.58 bits"),
+    "infeasible": (X, "1 bits", {}, r"smallest that these precisions reach is 1.58 bits"),
     "infeasible bytes": (X, "9 B", {}, r"cannot be met.*Received: budget=9 B"),
     "no unit": (X, 4.5, {}, "Received: budget=4.5"),
     "no number": (X, "-3 bits", {}, "Received: budget='-3 bits'"),
@@ -249,8 +249,8 @@ BAD = {
     "no targets": (X, "4 bits", {"objective": "loss"}, "needs targets"),
     "objective": (X, "4 bits", {"objective": "speed"}, "objective='speed'"),
     "memory": (X, "4 bits", {"memory": "small"}, "memory='small'"),
-    "candidates": (X, "4 bits", {"candidates": [None]}, "must be a list of specs"),
-    "filters": (X, "4 bits", {"filters": "nowhere"}, r"candidates=\['a', 'b', 'c'\]"),
+    "precisions": (X, "4 bits", {"precisions": [None]}, "must be a list of specs"),
+    "filters": (X, "4 bits", {"filters": "nowhere"}, r"layers=\['a', 'b', 'c'\]"),
 }  # fmt: skip
 
 

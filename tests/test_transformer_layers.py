@@ -210,7 +210,9 @@ def test_scores_and_caches_in_a_functional_model():
         "decoded": BitTransformerDecoder(8, 4)(x, cache=given, cache_index=2),
     }
     model = keras.Model([x, given], outputs)
-    shapes = keras.tree.map_structure(lambda y: tuple(y.shape), model([ops.convert_to_tensor(X), cache]))
+    shapes = keras.tree.map_structure(
+        lambda y: tuple(y.shape), model([ops.convert_to_tensor(X), cache])
+    )
     assert shapes == keras.tree.map_structure(lambda y: tuple(y.shape), outputs)
     assert [*map(tuple, shapes["scores"])] == [(1, 3, 24), (1, 4, 3, 3)]
     assert shapes["decoded"][1]["key"] == (1, 4, 8, 6)

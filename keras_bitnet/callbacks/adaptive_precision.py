@@ -8,16 +8,15 @@ import numpy as np
 from keras import ops
 
 from keras_bitnet import quantizers
-from keras_bitnet.callbacks.common import find_bit_layers, rebuild_functions
+from keras_bitnet.callbacks.common import find_bit_layers, rebuild_functions, student_of
 from keras_bitnet.callbacks.statistics import Probe, signal_to_noise
 from keras_bitnet.checks import check_count, check_number
 from keras_bitnet.filters import layer_filter
-from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.block import BitBlock
 from keras_bitnet.precision.budget import Budget
 from keras_bitnet.precision.costs import packed_bytes, weight_bits, weight_count
-from keras_bitnet.report.pairs import inner_layers
-from keras_bitnet.transforms.precision_plan import HIERARCHY
+from keras_bitnet.report.pairs import inner_layers, outermost_units
+from keras_bitnet.transforms.precision_plan import PRECISIONS
 
 _ROWS = 1024  # of inputs of a layer that are kept to measure on
 
@@ -52,7 +51,7 @@ class AdaptivePrecision(keras.callbacks.Callback):
             and 1.58 bits, 8 at 2, 18 at 4 and 43 at 8.
         hysteresis: dB above `target` that a lower precision must still reach, so that layers do
             not go up and down.
-        ladder: The precisions: names of weight quantizers, with a learned scale where the layer
+        precisions: Names of weight quantizers, with a learned scale where the layer
             has one and with a computed scale otherwise, or `WeightQuantizer`s.
         min_bits: Least bits of a weight (1.58 for ternary).
         max_bits: Most bits of a weight.
@@ -71,7 +70,7 @@ class AdaptivePrecision(keras.callbacks.Callback):
 
     Raises:
         ValueError: An argument is out of range; or, when training begins, the model has no layer
-            to adapt, a quantizer of the ladder does not suit one, or the budget cannot be met.
+            to adapt, a quantizer of `precisions` does not suit one, or the budget cannot be met.
 
     Source:
         Ours; the error per layer is that of HAWQ-like searches, see `suggest_precision`, which
@@ -83,7 +82,7 @@ class AdaptivePrecision(keras.callbacks.Callback):
         target=10.0,
         hysteresis=3.0,
         *,
-        ladder=HIERARCHY,
+        precisions=PRECISIONS,
         min_bits=1,
         max_bits=8,
         budget=None,
@@ -101,7 +100,7 @@ class AdaptivePrecision(keras.callbacks.Callback):
         check_count("start", start, least=0)
         check_count("every", every)
         layer_filter(filters)  # says now what is wrong with it
-        self.ladder = _ladder(ladder, min_bits, max_bits)
+        self.precisions = _within(precisions, min_bits, max_bits)
         self.budget: Any = None if budget is None else Budget.of(budget)
         if self.budget is not None and self.budget.kind == "seconds":
             raise ValueError(
@@ -120,16 +119,16 @@ class AdaptivePrecision(keras.callbacks.Callback):
         self._changed = 0
 
     def on_train_begin(self, logs=None):
-        """Finds the layers and checks that the ladder suits them and the budget can be met."""
+        """Finds the layers and checks that the precisions suit them and the budget can be met."""
         model = self.model
-        self.units = [_Unit(layer, self.ladder) for layer in _units(model, self.filters)]
+        self.units = [_Unit(*found, self.precisions) for found in _units(model, self.filters)]
         self._total = sum(unit.weights for unit in self.units)
         self._fixed = packed_bytes(model) - sum(packed_bytes(unit.layer) for unit in self.units)
         if self.budget is not None:
-            smallest = self._cost({unit: unit.ladder[0] for unit in self.units})
+            smallest = self._cost({unit: unit.precisions[0] for unit in self.units})
             if smallest > self.budget.limit * (1 + 1e-9):
                 raise ValueError(
-                    f"The budget cannot be met: the lowest precisions of the ladder take "
+                    f"The budget cannot be met: the lowest of `precisions` take "
                     f"{self.budget.format(smallest)}. Received: budget={self.budget}"
                 )
 
@@ -152,7 +151,7 @@ class AdaptivePrecision(keras.callbacks.Callback):
                 continue
             self.changes.append(
                 {
-                    "epoch": epoch, "layer": unit.layer.path, "before": before.bits_per_weight,
+                    "epoch": epoch, "layer": unit.path, "before": before.bits_per_weight,
                     "after": quantizer.bits_per_weight, "sqnr": measure(unit, before),
                 }
             )  # fmt: skip
@@ -206,48 +205,41 @@ class AdaptivePrecision(keras.callbacks.Callback):
         logs["precision_changes"] = self._changed
         if self.log_layers:
             for unit in self.units:
-                logs[f"{unit.layer.path}/bits"] = unit.quantizer.bits_per_weight
+                logs[f"{unit.path}/bits"] = unit.quantizer.bits_per_weight
                 if unit.sqnr is not None:
-                    logs[f"{unit.layer.path}/sqnr"] = unit.sqnr
+                    logs[f"{unit.path}/sqnr"] = unit.sqnr
 
 
-def _ladder(ladder, min_bits, max_bits):
-    """The quantizers of the ladder within the bounds, as `(name or quantizer, bits)`."""
-    known = [ladder] if isinstance(ladder, str) else list(ladder)
+def _within(precisions, min_bits, max_bits):
+    """The precisions within the bounds, names or quantizers, narrow to wide."""
+    known = [precisions] if isinstance(precisions, str) else list(precisions)
     found = sorted(
         ((spec, quantizers.get(spec).bits_per_weight) for spec in known), key=lambda pair: pair[1]
     )
     inside = [(spec, bits) for spec, bits in found if min_bits - 0.01 <= bits <= max_bits + 0.01]
     if not inside:
         raise ValueError(
-            "No precision of `ladder` lies between `min_bits` and `max_bits`. Received: "
-            f"ladder={ladder!r}, min_bits={min_bits}, max_bits={max_bits}"
+            "None of `precisions` lies between `min_bits` and `max_bits`. Received: "
+            f"precisions={precisions!r}, min_bits={min_bits}, max_bits={max_bits}"
         )
     return [spec for spec, _ in inside]
 
 
 def _units(model, filters):
-    """The layers that have a precision of their own: the outermost blocks and other layers."""
-    wanted = {id(layer) for layer in find_bit_layers(model, filters)}
-
-    def walk(layer):
-        for child in layer._flatten_layers(include_self=False, recursive=False):
-            inner = inner_layers(child)
-            if isinstance(child, BitBlock) and isinstance(child, keras.Model):
-                raise ValueError(
-                    f"{type(child).__name__} '{child.name}' has one precision for all of its "
-                    "layers in its config: they cannot differ. Adapt a model of other blocks."
-                )
-            if not isinstance(child, (BitLayer, BitBlock)):
-                yield from walk(child)
-            elif inner and all(id(one) in wanted for one in inner):
-                yield child
-
-    if isinstance(model, BitBlock):
-        raise ValueError(
-            f"{type(model).__name__} '{model.name}' has one precision for all of its layers."
-        )
-    found = list({id(layer): layer for layer in walk(model)}.values())
+    """`(path, layer)` of what has a precision of its own: the outermost blocks, other layers."""
+    wanted, model = find_bit_layers(model, filters), student_of(model)
+    units = list(outermost_units(model, BitBlock))
+    for layer in (model, *(layer for _, layer in units)):
+        if isinstance(layer, BitBlock) and isinstance(layer, keras.Model):
+            raise ValueError(
+                f"{type(layer).__name__} '{layer.name}' has one precision for all of its layers "
+                "in its config: they cannot differ. Adapt a model of other blocks."
+            )
+    found = [
+        (path, layer)
+        for path, layer in units
+        if (inner := inner_layers(layer)) and all(one in wanted for one in inner)
+    ]
     if not found:
         raise ValueError(
             "`filters` must let through every layer of a block, or none. "
@@ -257,14 +249,15 @@ def _units(model, filters):
 
 
 class _Unit:
-    """A layer or block that changes as a whole, with the ladder of its precisions."""
+    """A layer or block that changes as a whole, with the precisions that it can have."""
 
-    def __init__(self, layer, ladder):
+    def __init__(self, path, layer, precisions):
+        self.path = path
         self.layer = layer
         self.inner = inner_layers(layer)
         self.weights = weight_count(layer)
         self.quantizer = layer.weight_quantizer
-        self.ladder = [self._suited(spec) for spec in ladder]
+        self.precisions = [self._suited(spec) for spec in precisions]
         self.sqnr = None
 
     def _suited(self, spec):
@@ -283,16 +276,16 @@ class _Unit:
     def lower(self, present):
         """The next lower precision, or `None`."""
         bits = present.bits_per_weight
-        return next((q for q in reversed(self.ladder) if q.bits_per_weight < bits), None)
+        return next((q for q in reversed(self.precisions) if q.bits_per_weight < bits), None)
 
     def higher(self, present):
         """The next higher precision, or `None`."""
         bits = present.bits_per_weight
-        return next((q for q in self.ladder if q.bits_per_weight > bits), None)
+        return next((q for q in self.precisions if q.bits_per_weight > bits), None)
 
     def inside(self, present):
-        """The precision itself, or the nearest one of the ladder where it lies outside."""
-        low, high = self.ladder[0], self.ladder[-1]
+        """The precision itself, or the nearest possible one where it lies outside."""
+        low, high = self.precisions[0], self.precisions[-1]
         if present.bits_per_weight < low.bits_per_weight:
             return low
         return high if present.bits_per_weight > high.bits_per_weight else present

@@ -8,23 +8,32 @@ from keras import ops
 
 from keras_bitnet.filters import layer_filter
 from keras_bitnet.layers.base import BitLayer
+from keras_bitnet.transforms.rewrite import named_layers
+
+
+def student_of(model):
+    """The model whose layers count: of a distiller (`student` and `teacher`) the student."""
+    return model.student if hasattr(model, "student") and hasattr(model, "teacher") else model
 
 
 def find_bit_layers(model, filters=None):
     """The trainable `BitLayer`s of a model, nested ones too, each once, in order.
 
     Args:
-        model: Built `keras.Model`. Of a distiller (`student` and `teacher`), the student counts.
+        model: Built `keras.Model`, see `student_of`.
         filters: Which ones, see `keras_bitnet.filters.layer_filter`.
 
     Returns:
-        Non-empty list of layers. Packed layers are left out.
+        Dictionary of their paths by layer, not empty. Packed layers are left out.
 
     Raises:
         ValueError: There is none, or the model is not built.
     """
-    student = getattr(model, "student", None) if hasattr(model, "teacher") else None
-    layers = [layer for layer in _walk(student or model, set()) if not layer.packed]
+    layers = {
+        layer: path
+        for path, layer in named_layers(student_of(model))
+        if isinstance(layer, BitLayer) and not layer.packed
+    }
     unbuilt = [layer.name for layer in layers if layer.quantization_strength is None]
     if unbuilt:
         raise ValueError(
@@ -32,25 +41,14 @@ def find_bit_layers(model, filters=None):
             f"batch. Received: unbuilt layers {unbuilt}"
         )
     matches = layer_filter(filters)
-    chosen = [layer for layer in layers if matches(layer, layer.path)]
+    chosen = {layer: path for layer, path in layers.items() if matches(layer, path)}
     if not chosen:
         raise ValueError(
             "The model needs at least one layer of `keras_bitnet.layers`, not packed and matched "
             f"by `filters`. Received: filters={filters!r}, "
-            f"candidates={[layer.path for layer in layers]}"
+            f"layers={list(layers.values())}"
         )
     return chosen
-
-
-def _walk(layer, seen):
-    for child in layer._flatten_layers(include_self=False, recursive=False):
-        if id(child) in seen:
-            continue
-        seen.add(id(child))
-        if isinstance(child, BitLayer):
-            yield child
-        else:
-            yield from _walk(child, seen)
 
 
 def inner_optimizer(optimizer):

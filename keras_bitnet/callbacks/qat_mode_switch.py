@@ -96,7 +96,7 @@ class QATModeSwitch(StepCallback):
 
     def on_train_begin(self, logs=None):
         """Finds the layers."""
-        self.layers = find_bit_layers(self.model)
+        self.layers = list(find_bit_layers(self.model))
         self.frozen = False
         optimizer = inner_optimizer(self.model.optimizer)
         if self.freeze_epoch is not None and getattr(optimizer, "use_ema", False):

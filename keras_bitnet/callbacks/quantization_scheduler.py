@@ -84,7 +84,7 @@ class QuantizationScheduler(StepCallback):
 
     def on_train_begin(self, logs=None):
         """Finds the layers."""
-        self.layers = find_bit_layers(self.model, self.filters)
+        self.layers = list(find_bit_layers(self.model, self.filters))
 
     def on_epoch_begin(self, epoch, logs=None):
         """Sets the strength of the epoch."""

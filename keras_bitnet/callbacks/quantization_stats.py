@@ -1,7 +1,5 @@
 """Watching what quantization does while a model trains."""
 
-from collections import Counter
-
 import keras
 import numpy as np
 
@@ -15,6 +13,7 @@ from keras_bitnet.callbacks.statistics import (
 )
 from keras_bitnet.callbacks.writers import CSVWriter, check_tensorboard, open_tensorboard
 from keras_bitnet.filters import layer_filter
+from keras_bitnet.report.latency import unique_labels
 
 STATISTICS = WEIGHT_STATISTICS + ACTIVATION_STATISTICS
 
@@ -28,7 +27,7 @@ class QuantizationStats(keras.callbacks.Callback):
     is too low for them to move. To compare codes, one byte a weight of host memory is kept.
 
     Effects: adds to the logs, and so to the history, the mean over the layers under the name of
-    the statistic, and with `log_layers` also each layer's as `layer/statistic`. Files get all
+    the statistic, and with `log_layers` also each layer's as `path/statistic`. Files get all
     statistics of all layers, whatever goes to the logs. Reads the model only.
 
     Args:
@@ -85,7 +84,8 @@ class QuantizationStats(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Finds the layers and opens the files."""
-        self._layers = _labelled(find_bit_layers(self.model, self.filters))
+        found = find_bit_layers(self.model, self.filters)
+        self._layers = dict(zip(unique_labels(found.values()), found, strict=True))
         self._codes = {}
         if self.csv_path is not None:
             self._csv = CSVWriter(self.csv_path, ["epoch", "layer", *self.columns])
@@ -140,17 +140,3 @@ class QuantizationStats(keras.callbacks.Callback):
             if self.log_layers:
                 values.update({f"{row['layer']}/{name}": row[name] for row in known})
         return values
-
-
-def _labelled(layers):
-    """Layers by their name, or by their path where names repeat, numbered if need be."""
-    labels = [layer.name for layer in layers]
-    if len(set(labels)) < len(labels):
-        labels = [layer.path for layer in layers]
-    totals = Counter(labels)
-    seen: Counter[str] = Counter()
-    for index, label in enumerate(labels):
-        if totals[label] > 1:
-            labels[index] = f"{label}_{seen[label]}"
-            seen[label] += 1
-    return dict(zip(labels, layers, strict=True))

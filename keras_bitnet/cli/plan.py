@@ -7,7 +7,7 @@ HELP = "Find the precision of every layer of a float model within a budget; writ
 SUFFIX = ".plan.json"
 EXAMPLES = (
     "model.keras --data train.npz --budget '4.5 bits'",
-    "model.keras --data train.npz --budget 300KiB --candidates ternary,int8,float -o plan.json",
+    "model.keras --data train.npz --budget 300KiB --precisions ternary,int8,float -o plan.json",
     "model.keras --data train.npz --budget 3ms --report plan.html",
 )
 
@@ -23,7 +23,7 @@ def add_arguments(parser):
         help="'4.5 bits' a weight, '1.2MB' of memory, or '3ms' for one example",
     )
     parser.add_argument(
-        "--candidates",
+        "--precisions",
         type=common.words,
         default=["ternary", "int4", "int8"],
         metavar="A,B,...",
@@ -55,7 +55,7 @@ def run(arguments):
         model,
         data,
         arguments.budget,
-        candidates=[None if name == "float" else name for name in arguments.candidates],
+        precisions=[None if name == "float" else name for name in arguments.precisions],
         filters=arguments.filters,
         objective=arguments.objective,
         loss=arguments.loss,

@@ -12,7 +12,7 @@ from keras_bitnet.layers.kernel_weights import layout_for
 from keras_bitnet.ops.packed_tensor import PackedTensor
 from keras_bitnet.report.latency import multiplies
 from keras_bitnet.report.pairs import inner_layers
-from keras_bitnet.transforms.precision_plan import HIERARCHY, PrecisionPlan
+from keras_bitnet.transforms.precision_plan import PRECISIONS, PrecisionPlan
 from keras_bitnet.transforms.quantize import twin_of
 from keras_bitnet.transforms.rewrite import named_layers
 
@@ -68,17 +68,17 @@ def _refusals(layer, rows, memory):
     return [] if any(reason is None for _, reason in fast) else fast
 
 
-def runnable_plan(model, plan, hierarchy=HIERARCHY, rows=1, memory="fastest"):
+def runnable_plan(model, plan, precisions=PRECISIONS, rows=1, memory="fastest"):
     """Replaces the widths of a plan that no fast kernel of this machine and backend runs.
 
-    Such a layer falls to the next wider quantizer of the hierarchy that one runs, all other
+    Such a layer falls to the next wider of `precisions` that one runs, all other
     arguments kept. Where none runs at any width, it keeps what the plan wanted: the
     reference runs everything.
 
     Args:
         model: The float model, built.
         plan: `PrecisionPlan` for it.
-        hierarchy: Names of weight quantizers, narrow to wide.
+        precisions: Names of weight quantizers, narrow to wide.
         rows: Rows of activations that the kernels are asked about.
         memory: As in `pack_model`.
 
@@ -91,15 +91,15 @@ def runnable_plan(model, plan, hierarchy=HIERARCHY, rows=1, memory="fastest"):
             continue
         spec = plan.spec_for(path)
         if spec is not None:
-            spec, fall = _next_runnable(path, layer, spec, hierarchy, rows, memory)
+            spec, fall = _next_runnable(path, layer, spec, precisions, rows, memory)
             falls += [fall] if fall else []
         rules[f"^{re.escape(path)}$"] = spec
     return PrecisionPlan(rules), falls
 
 
-def _next_runnable(path, layer, spec, hierarchy, rows, memory):
+def _next_runnable(path, layer, spec, precisions, rows, memory):
     wanted = quantizers.get(spec["weight_quantizer"]).name
-    wider = hierarchy[hierarchy.index(wanted) + 1 :] if wanted in hierarchy else ()
+    wider = precisions[precisions.index(wanted) + 1 :] if wanted in precisions else ()
     reasons: list[tuple[str, str]] = []
     for name in (None, *wider):
         tried = spec if name is None else {**spec, "weight_quantizer": name}

@@ -1,4 +1,4 @@
-"""One candidate for each layer, least error within a limit: a multiple-choice knapsack."""
+"""One precision for each layer, least error within a limit: a multiple-choice knapsack."""
 
 import importlib.util
 
@@ -17,28 +17,28 @@ def check_scipy():
 
 
 def solve(errors, costs, limit, allowed=None):
-    """The multiple-choice knapsack: one candidate a layer, least error within a limit.
+    """The multiple-choice knapsack: one precision a layer, least error within a limit.
 
     Args:
-        errors: Array `(layers, candidates)`.
+        errors: Array `(layers, precisions)`.
         costs: Array likewise.
         limit: The sum of the costs must not exceed it; it can be met.
         allowed: Array of booleans likewise, all by default.
 
     Returns:
-        Array of integers `(layers,)`: the candidates.
+        Array of integers `(layers,)`: the precisions.
 
     Raises:
         ValueError: The limit cannot be met.
     """
     import scipy.optimize
 
-    layers, candidates = errors.shape
+    layers, precisions = errors.shape
     allowed = np.ones(errors.shape, bool) if allowed is None else allowed
     scale = _LARGEST / max(errors.max(), 1e-30)
     weights = errors * scale + _CHEAPER * costs / max(costs.max(), 1e-30)
     unit = max(limit, 1e-30)
-    one_each = np.kron(np.eye(layers), np.ones(candidates))
+    one_each = np.kron(np.eye(layers), np.ones(precisions))
     result = scipy.optimize.milp(
         weights.ravel(),
         constraints=[
@@ -51,4 +51,4 @@ def solve(errors, costs, limit, allowed=None):
     )
     if result.x is None:
         raise ValueError(f"The precisions could not be chosen: {result.message}")
-    return result.x.reshape(layers, candidates).argmax(1)
+    return result.x.reshape(layers, precisions).argmax(1)

@@ -12,18 +12,18 @@ from keras_bitnet.report.table import print_table, text_table
 
 @dataclasses.dataclass
 class Choice:
-    """One layer and its candidates.
+    """One layer and the precisions it can have.
 
     Attributes:
         path: The layer.
         weights: Numbers in its kernel.
-        labels: Precisions of the candidates: `"W1.58A8"`, `"float32"`.
-        errors: What each candidate does to the outputs or the loss of the model.
+        labels: The precisions: `"W1.58A8"`, `"float32"`.
+        errors: What each precision does to the outputs or the loss of the model.
         costs: What each costs, in the unit of the budget.
         sqnr: Of the outputs of the model, in dB, with only this layer quantized; infinite
             without noise.
         loss_changes: Growth of the loss then; `None` without targets.
-        refused: Why the fast kernels refuse a candidate, by label.
+        refused: Why the fast kernels refuse a precision, by label.
         chosen: The label of the one that was chosen.
     """
 
@@ -38,7 +38,7 @@ class Choice:
     chosen: str = ""
 
     def add(self, error, sqnr, loss_change):
-        """Appends what the next candidate does."""
+        """Appends what the next precision does."""
         self.errors.append(error)
         self.sqnr.append(sqnr)
         self.loss_changes.append(loss_change)
@@ -154,7 +154,7 @@ class PrecisionSearch:
     def _footer(self):
         lines = [
             f"Cost: {format_cost(self.cost, self.kind)} of "
-            f"{format_cost(self.limit, self.kind)} allowed; these candidates reach "
+            f"{format_cost(self.limit, self.kind)} allowed; these precisions reach "
             f"{format_cost(self.smallest, self.kind)} to {format_cost(self.largest, self.kind)}"
         ]
         if self.measured:

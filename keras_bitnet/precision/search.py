@@ -23,7 +23,7 @@ def suggest_precision(
     data,
     budget,
     *,
-    candidates=("ternary", "int4", "int8"),
+    precisions=("ternary", "int4", "int8"),
     filters=None,
     objective=None,
     loss=None,
@@ -34,17 +34,17 @@ def suggest_precision(
 ):
     """Finds the precision of every layer that hurts the model least within a budget.
 
-    Each layer alone is quantized to each candidate, and what this does to the outputs of the
+    Each layer alone is quantized to each precision, and what this does to the outputs of the
     float model is measured on data. The errors of layers are taken to add up (small errors
-    do, to first order), and the candidates are chosen that minimize their sum:
+    do, to first order), and the precisions are chosen that minimize their sum:
 
         min  sum_l error[l, c_l]   with   sum_l cost[l, c_l] <= budget
 
     solved to the optimum as an integer program. The plan is then measured as a whole, and if one
-    candidate everywhere fits the budget as well and is better, it is taken instead.
+    precision everywhere fits the budget as well and is better, it is taken instead.
 
-    Where the fast kernels of this machine refuse a candidate and run another, it is not chosen,
-    and the reason is kept. Candidates that treat their inputs (smoothing, kept channels, static
+    Where the fast kernels of this machine refuse a precision and run another, it is not chosen,
+    and the reason is kept. Precisions that treat their inputs (smoothing, kept channels, static
     scales) are calibrated on the data first; calibrate the model made from the plan as well.
 
     Args:
@@ -54,7 +54,7 @@ def suggest_precision(
             included. `"4.5 bits"`: average of the codes of a weight, over the layers that can
             be quantized. `"3ms"`: the sum of the latencies of those layers for a batch of one,
             measured here. Or a `Budget`.
-        candidates: Specs as in `quantize_model`; `None` stands for the float layer.
+        precisions: Specs as in `quantize_model`; `None` stands for the float layer.
         filters: Which layers may be quantized, see `quantize_model`; others stay float.
         objective: `"output"`: squared error of the outputs over their square. `"loss"`: growth
             of the loss, for which `data` needs targets, but at least a hundredth of that error.
@@ -94,7 +94,7 @@ def suggest_precision(
             "`objective='loss'` needs targets in `data`, and a compiled model or `loss`. "
             f"Received: loss={loss!r}"
         )
-    table = Table(model, candidates, filters, memory)
+    table = Table(model, precisions, filters, memory)
     table.find_costs(budget.kind)
     table.check(budget)
     table.find_errors(examples, measure_loss, objective, verbose)

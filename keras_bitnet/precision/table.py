@@ -1,4 +1,4 @@
-"""What every candidate does to every layer, and what it costs: the table of a search."""
+"""What every precision does to every layer, and what it costs: the table of a search."""
 
 import math
 import re
@@ -23,13 +23,13 @@ _CHANCE = 1e-2  # of the relative error of the outputs
 
 
 class Table:
-    """Layers x candidates: the models in which a candidate is everywhere, costs and errors."""
+    """Layers x precisions: the models in which one is everywhere, costs and errors."""
 
-    def __init__(self, model, candidates, filters, memory):
+    def __init__(self, model, precisions, filters, memory):
         self.model, self.filters, self.memory = model, filters, memory
-        self.specs = [layer_arguments(spec) for spec in candidates]
+        self.specs = [layer_arguments(spec) for spec in precisions]
         if not any(self.specs):
-            raise ValueError(f"`candidates` must be a list of specs. Received: {candidates!r}")
+            raise ValueError(f"`precisions` must be a list of specs. Received: {precisions!r}")
         _check_targets(model, filters)
         self.twins = [
             quantize_model(model, spec, filters, verbose=0) for spec in self.specs if spec
@@ -38,7 +38,7 @@ class Table:
         self.choices = [self._choice(path) for path in self.layers]
 
     def _find_layers(self):
-        """`pairs` of each twin and `layers`: those of every candidate by path."""
+        """`pairs` of each twin and `layers`: those of every precision by path."""
         self.pairs = [
             {
                 path: pair
@@ -99,13 +99,13 @@ class Table:
         self.largest = self.fixed + np.where(self.allowed, costs, -np.inf).max(1).sum()
         if self.smallest > budget.limit * (1 + 1e-9):
             raise ValueError(
-                f"The budget cannot be met: the smallest that these candidates reach is "
-                f"{budget.format(self.smallest)}. Allow more, or narrower candidates. "
+                f"The budget cannot be met: the smallest that these precisions reach is "
+                f"{budget.format(self.smallest)}. Allow more, or narrower precisions. "
                 f"Received: budget={budget}"
             )
 
     def find_errors(self, examples, loss, objective, verbose):
-        """Fills in what each candidate does to each layer."""
+        """Fills in what each precision does to each layer."""
         twins = [calibrated(twin, examples) for twin in self.twins]
         pairs = [unit_pairs(self.model, twin) for twin in twins]
         pairs = [{path: found[path] for path in self.layers} for found in pairs]
@@ -129,7 +129,7 @@ class Table:
                 choice.add(error, effect.outputs.sqnr, grown)
 
     def take_better_uniform(self, result):
-        """Puts one candidate everywhere where that fits and, as a whole, is better than the plan.
+        """Puts one precision everywhere where that fits and, as a whole, is better than the plan.
 
         Errors only add up roughly, so that this can be. Returns whether it was.
         """
@@ -152,7 +152,7 @@ class Table:
         return True
 
     def plan(self, result):
-        """The plan of the chosen candidates."""
+        """The plan of the chosen precisions."""
         return PrecisionPlan(
             {
                 f"^{re.escape(choice.path)}$": self.specs[choice.labels.index(choice.chosen)]
@@ -171,7 +171,7 @@ def _check_targets(model, filters):
         raise ValueError(
             f"Model '{model.name}' has no float layer that `quantize_model` would quantize and "
             f"`filters` lets through. Received: filters={filters!r}, "
-            f"candidates={[path for path, _ in layers]}"
+            f"layers={[path for path, _ in layers]}"
         )
 
 
@@ -198,7 +198,7 @@ class _Inputs(keras.utils.PyDataset):
 
 
 def _allowed(choice):
-    """Which candidates a fast kernel runs; all, where none runs any."""
+    """Which precisions a fast kernel runs; all, where none runs any."""
     runs = [label not in choice.refused for label in choice.labels]
     return runs if any(runs) else [True] * len(runs)
 

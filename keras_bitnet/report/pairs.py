@@ -15,17 +15,20 @@ _FLOAT = {"packed": False, "packed_layout": "tiles", "lora_rank": None}
 
 def quantized_units(model):
     """The quantized layers of a model by path; a twin of one Keras layer is one of them."""
-    found: dict = {}
+    return dict(outermost_units(model, BLOCKS))
+
+
+def outermost_units(model, blocks):
+    """Yields `(path, layer)` of the blocks of these classes, and of `BitLayer`s in none of them."""
     inside = ""
     for path, layer in named_layers(model):
         if inside and path.startswith(inside):
             continue
-        if isinstance(layer, BitLayer):
-            found[path] = layer
-        elif isinstance(layer, BLOCKS):
-            found[path] = layer
+        is_block = isinstance(layer, blocks)
+        if is_block or isinstance(layer, BitLayer):
+            yield path, layer
+        if is_block:
             inside = f"{path}/"
-    return found
 
 
 def inner_layers(layer):

@@ -13,7 +13,7 @@ from keras_bitnet import quantizers
 from keras_bitnet.files import replacing
 from keras_bitnet.layers.base import BitLayer
 
-HIERARCHY = ("binary", "ternary", "int2", "int4", "int8")  # narrow to wide
+PRECISIONS = ("binary", "ternary", "int2", "int4", "int8")  # narrow to wide
 _FORMAT = "keras_bitnet.PrecisionPlan"
 _VERSION = 1
 _OF_EVERY_LAYER = {"dtype", "trainable"}
