@@ -14,13 +14,7 @@ EXAMPLES = (
 def add_arguments(parser):
     """Adds the arguments."""
     common.add_model(parser)
-    parser.add_argument(
-        "--precisions",
-        type=common.words,
-        default=["ternary", "int4", "int8"],
-        metavar="A,B,...",
-        help="names of weight quantizers (ternary,int4,int8)",
-    )
+    common.add_precisions(parser, "names of weight quantizers")
     parser.add_argument(
         "--batch-size", type=int, default=1, metavar="N", help="examples a batch (%(default)s)"
     )

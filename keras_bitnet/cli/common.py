@@ -46,6 +46,17 @@ def add_filters(parser):
     )
 
 
+def add_precisions(parser, what):
+    """Adds `--precisions`."""
+    parser.add_argument(
+        "--precisions",
+        type=words,
+        default=["ternary", "int4", "int8"],
+        metavar="A,B,...",
+        help=f"{what} (ternary,int4,int8)",
+    )
+
+
 def add_loss(parser):
     """Adds `--loss`."""
     parser.add_argument(

@@ -22,13 +22,7 @@ def add_arguments(parser):
         metavar="SIZE",
         help="'4.5 bits' a weight, '1.2MB' of memory, or '3ms' for one example",
     )
-    parser.add_argument(
-        "--precisions",
-        type=common.words,
-        default=["ternary", "int4", "int8"],
-        metavar="A,B,...",
-        help="names of weight quantizers, and float (ternary,int4,int8)",
-    )
+    common.add_precisions(parser, "names of weight quantizers, and float")
     parser.add_argument(
         "--objective", choices=("output", "loss"), help="what is to change least; loss with targets"
     )

@@ -31,7 +31,7 @@ def run(arguments):
 
 def show(result):
     """Prints the table of `keras_bitnet.summary`."""
-    from keras_bitnet.report import ModelSummary, Row, Totals, table
+    from keras_bitnet.report import ModelSummary, Row, Totals
 
     rows = [Row(**row) for row in result["rows"]]
-    table.show(ModelSummary(result["name"], rows, Totals(**result["totals"])))
+    ModelSummary(result["name"], rows, Totals(**result["totals"])).show()

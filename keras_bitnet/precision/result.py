@@ -3,11 +3,10 @@
 import dataclasses
 import math
 
-from keras_bitnet import valid_json
 from keras_bitnet.files import replacing
 from keras_bitnet.precision.budget import format_cost
 from keras_bitnet.report import svg
-from keras_bitnet.report.table import print_table, text_table
+from keras_bitnet.report.content import Content
 
 
 @dataclasses.dataclass
@@ -54,7 +53,7 @@ class Point:
 
 
 @dataclasses.dataclass
-class PrecisionSearch:
+class PrecisionSearch(Content):
     """What `suggest_precision` measured and found.
 
     Attributes:
@@ -80,21 +79,6 @@ class PrecisionSearch:
     choices: list[Choice]
     curve: list[Point]
     measured: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def to_dict(self):
-        """The content as dictionaries and lists."""
-        return dataclasses.asdict(self)
-
-    def to_json(self, **kwargs):
-        """The content as JSON, `null` for infinities; arguments go to `json.dumps`."""
-        return valid_json.dumps(self.to_dict(), **kwargs)
-
-    def show(self):
-        """Prints the table, by `rich` where that is installed."""
-        print_table(**self._table())
-
-    def __str__(self):
-        return text_table(**self._table())
 
     def to_svg(self):
         """The Pareto curve as a self-contained SVG picture, a text."""
@@ -134,7 +118,8 @@ class PrecisionSearch:
         factor, unit = (1e-3, "ms") if self.largest >= 1e-3 else (1e-6, "µs")
         return factor, f"latency of the layers, {unit}"
 
-    def _table(self):
+    def tables(self):
+        """One: the layers, their errors at each precision, and the choice."""
         labels = list(dict.fromkeys(label for choice in self.choices for label in choice.labels))
         lines = []
         for choice in self.choices:
@@ -149,7 +134,7 @@ class PrecisionSearch:
         title = f"Precision of each layer; {name[self.objective]} when only it is quantized"
         headers = ["Layer", "Chosen", "Weights", *labels, "Cost"]
         footer = self._footer()
-        return {"headers": headers, "lines": lines, "title": title, "left": 2, "footer": footer}
+        return [{"headers": headers, "lines": lines, "title": title, "left": 2, "footer": footer}]
 
     def _footer(self):
         lines = [

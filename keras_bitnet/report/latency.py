@@ -6,7 +6,7 @@ import dataclasses
 import keras
 import numpy as np
 
-from keras_bitnet import quantizers, valid_json
+from keras_bitnet import quantizers
 from keras_bitnet.checks import check_built, check_choice, check_count
 from keras_bitnet.filters import layer_filter
 from keras_bitnet.kernels.select import explain
@@ -15,9 +15,10 @@ from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.bit_depthwise_conv import BitDepthwiseConv
 from keras_bitnet.layers.kernel_weights import MEMORY, layout_for
 from keras_bitnet.report.calls import CannotRunError, record_calls
+from keras_bitnet.report.content import Content
 from keras_bitnet.report.macs import precision
 from keras_bitnet.report.pairs import BLOCKS, inner_layers, quantized_units
-from keras_bitnet.report.table import format_seconds, print_table, text_table
+from keras_bitnet.report.table import format_seconds
 from keras_bitnet.report.timing import compiled_call, interleaved_times, spread
 from keras_bitnet.transforms.precision_plan import layer_arguments
 from keras_bitnet.transforms.quantize import requantized, twin_of
@@ -48,7 +49,7 @@ class LayerLatency:
 
 
 @dataclasses.dataclass
-class LatencyReport:
+class LatencyReport(Content):
     """The content of `benchmark_layers`: rows, backend, device and settings."""
 
     name: str
@@ -58,22 +59,8 @@ class LatencyReport:
     repeats: int
     rows: list[LayerLatency]
 
-    def to_dict(self):
-        """The content as dictionaries and lists."""
-        return dataclasses.asdict(self)
-
-    def to_json(self, **kwargs):
-        """The content as JSON, `null` for infinities; arguments go to `json.dumps`."""
-        return valid_json.dumps(self.to_dict(), **kwargs)
-
-    def show(self):
-        """Prints the table."""
-        print_table(**self._table())
-
-    def __str__(self):
-        return text_table(**self._table())
-
-    def _table(self):
+    def tables(self):
+        """One: the layers and their latency at each precision."""
         labels = list(dict.fromkeys(label for row in self.rows for label in row.seconds))
         lines = []
         for row in self.rows:
@@ -87,7 +74,7 @@ class LatencyReport:
             lines.append([f"{row.path} ({row.type}){calls}", str(row.input_shape), *cells])
         title = f"Latency of one call: {self.name}, {self.backend} on {self.device}"
         headers = ["Layer (type)", "Inputs", *labels]
-        return {"headers": headers, "lines": lines, "title": title, "left": 2}
+        return [{"headers": headers, "lines": lines, "title": title, "left": 2}]
 
 
 def _cell(seconds, kernel):

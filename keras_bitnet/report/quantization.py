@@ -5,20 +5,19 @@ import dataclasses
 import keras
 import numpy as np
 
-from keras_bitnet import valid_json
 from keras_bitnet.checks import check_built
 from keras_bitnet.files import replacing
 from keras_bitnet.report import html, pairs, probes
+from keras_bitnet.report.content import Content
 from keras_bitnet.report.data import batches, check_fit
 from keras_bitnet.report.losses import loss_function
 from keras_bitnet.report.quality import Errors, LayerQuality, Measured, layer_quality
-from keras_bitnet.report.table import print_table, text_table
 
 _CHANNELS_SHOWN = 4
 
 
 @dataclasses.dataclass
-class QuantizationReport:
+class QuantizationReport(Content):
     """The content of `quantization_report`.
 
     Attributes:
@@ -40,14 +39,6 @@ class QuantizationReport:
     unused: list[str] = dataclasses.field(default_factory=list)
     search: object = None
 
-    def to_dict(self):
-        """The content as dictionaries and lists."""
-        return dataclasses.asdict(self)
-
-    def to_json(self, **kwargs):
-        """The content as JSON, `null` for infinities; arguments go to `json.dumps`."""
-        return valid_json.dumps(self.to_dict(), **kwargs)
-
     def to_html(self):
         """The content as one page, without any other file."""
         return html.page(self)
@@ -64,15 +55,8 @@ class QuantizationReport:
                 raise ValueError(f"`path` must end in .html or .json. Received: '{path}'")
             temporary.write_text(kinds[temporary.suffix](), encoding="utf-8")
 
-    def show(self):
-        """Prints the tables, by `rich` where that is installed."""
-        for content in self._tables():
-            print_table(**content)
-
-    def __str__(self):
-        return "\n\n".join(text_table(**content) for content in self._tables())
-
-    def _tables(self):
+    def tables(self):
+        """The layers, and those with outlier channels where there are any."""
         tables = [self._layer_table()]
         if any(row.outliers for row in self.layers):
             tables.append(self._outlier_table())

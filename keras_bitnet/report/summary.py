@@ -7,12 +7,12 @@ import math
 import keras
 import numpy as np
 
-from keras_bitnet import valid_json
 from keras_bitnet.checks import check_built, check_count
 from keras_bitnet.layers import BitLayer
 from keras_bitnet.ops import layout
 from keras_bitnet.report import table
 from keras_bitnet.report.calls import CannotRunError, record_calls
+from keras_bitnet.report.content import Content
 from keras_bitnet.report.macs import count_macs, dtype_bits, is_low_bit, precision
 
 # These loop over their inner layers: how often is not seen in a symbolic run.
@@ -90,23 +90,16 @@ class Totals:
 
 
 @dataclasses.dataclass
-class ModelSummary:
+class ModelSummary(Content):
     """The data of `summary`: a title, one `Row` a layer, and the `Totals`."""
 
     name: str
     rows: list[Row]
     totals: Totals
 
-    def to_dict(self):
-        """The content as dictionaries and lists."""
-        return dataclasses.asdict(self)
-
-    def to_json(self, **kwargs):
-        """The content as JSON, `null` for infinities; arguments go to `json.dumps`."""
-        return valid_json.dumps(self.to_dict(), **kwargs)
-
-    def __str__(self):
-        return table.as_text(self)
+    def tables(self):
+        """One: the layers and what they weigh and compute."""
+        return [table.of_summary(self)]
 
 
 def summary(model, print_fn=None, as_data=False, depth=None, input_shape=None):
@@ -137,9 +130,9 @@ def summary(model, print_fn=None, as_data=False, depth=None, input_shape=None):
     if as_data:
         return data
     if print_fn is not None:
-        print_fn(table.as_text(data))
+        print_fn(str(data))
     else:
-        table.show(data)
+        data.show()
     return None
 
 

@@ -10,15 +10,16 @@ HEADERS = ("Layer (type)", "Output shape", "Bits W/A", "State", "Params", "Now",
 _TEXT_COLUMNS = 4  # the first ones are aligned to the left, the numbers after them to the right
 
 
-def show(data):
-    """Prints a summary."""
-    styles = [{"packed": "green", "QAT": "cyan"}.get(row.state) for row in data.rows]
-    print_table(HEADERS, _lines(data), _title(data), _TEXT_COLUMNS, styles, _footer(data.totals))
-
-
-def as_text(data):
-    """A summary as plain text."""
-    return text_table(HEADERS, _lines(data), _title(data), _TEXT_COLUMNS, _footer(data.totals))
+def of_summary(data):
+    """The table of a `ModelSummary`: arguments of `print_table`."""
+    return {
+        "headers": HEADERS,
+        "lines": [_cells(row) for row in data.rows],
+        "title": f"Model: {data.name}",
+        "left": _TEXT_COLUMNS,
+        "styles": [{"packed": "green", "QAT": "cyan"}.get(row.state) for row in data.rows],
+        "footer": _footer(data.totals),
+    }
 
 
 def print_table(headers, lines, title, left=1, styles=None, footer=()):
@@ -33,13 +34,13 @@ def print_table(headers, lines, title, left=1, styles=None, footer=()):
         footer: Lines below it.
     """
     if importlib.util.find_spec("rich") is None:
-        print(text_table(headers, lines, title, left, footer))
+        print(text_table(headers, lines, title, left, styles, footer))
     else:
         _print_rich(headers, lines, title, left, styles or [None] * len(lines), footer)
 
 
-def text_table(headers, lines, title, left=1, footer=()):
-    """A table as aligned text; arguments as for `print_table`."""
+def text_table(headers, lines, title, left=1, styles=None, footer=()):
+    """A table as aligned text; arguments as for `print_table`, text has no styles."""
     widths = [max(map(len, column)) for column in zip(headers, *lines, strict=True)]
     text = [
         "  ".join(
@@ -71,14 +72,6 @@ def _print_rich(headers, lines, title, left, styles, footer):
     console.print(table)
     for line in footer:
         console.print(line, markup=False, highlight=False)
-
-
-def _title(data):
-    return f"Model: {data.name}"
-
-
-def _lines(data):
-    return [_cells(row) for row in data.rows]
 
 
 def _literal(cell):
