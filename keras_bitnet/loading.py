@@ -7,7 +7,7 @@ import zipfile
 import keras
 
 
-def load_model(path, custom_objects=None, compile=True, safe_mode=True):
+def load_model(filepath, custom_objects=None, compile=True, safe_mode=True):
     """`keras.models.load_model` for large models: the weights come straight from the disk.
 
     Keras reads the whole file into memory beside the model, so a packed model takes twice its
@@ -16,7 +16,7 @@ def load_model(path, custom_objects=None, compile=True, safe_mode=True):
     can be made beside it, Keras loads it.
 
     Args:
-        path: Path of a `.keras` file.
+        filepath: Path of a `.keras` file.
         custom_objects, compile, safe_mode: As in Keras.
 
     Returns:
@@ -26,7 +26,7 @@ def load_model(path, custom_objects=None, compile=True, safe_mode=True):
         FileNotFoundError: There is no such file.
         ValueError: It is no `.keras` file.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(filepath)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file '{path}'.")
     if not zipfile.is_zipfile(path):

@@ -66,7 +66,7 @@ def test_guide(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", UserWarning)  # nothing in it is ill-advised
         for code, page in (block.values for block in blocks("docs/guide.md")):
             execute(code, page, names)
     assert names["packed"].hidden[0].packed

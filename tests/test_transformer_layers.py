@@ -193,6 +193,7 @@ def test_lora_inside_a_block_survives_packing(rng):
         (lambda: BitTransformerDecoder(8, 3).build((None, None, 16)), "features=16"),
         (lambda: BitTransformerDecoder(8, 3, norm=None), "norm=None"),
         (lambda: BitTransformerDecoder(8, 0), "num_query_heads=0"),
+        (lambda: make_cache(1, 2, 3, 4, "int32"), "dtype='int32'"),
     ],
 )
 def test_bad_arguments(make, message):

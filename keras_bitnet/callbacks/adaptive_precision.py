@@ -51,8 +51,8 @@ class AdaptivePrecision(keras.callbacks.Callback):
             and 1.58 bits, 8 at 2, 18 at 4 and 43 at 8.
         hysteresis: dB above `target` that a lower precision must still reach, so that layers do
             not go up and down.
-        precisions: Names of weight quantizers, with a learned scale where the layer
-            has one and with a computed scale otherwise, or `WeightQuantizer`s.
+        precisions: Names of weight quantizers, with a learned scale where the layer has one and
+            with a computed scale otherwise, or `WeightQuantizer`s.
         min_bits: Least bits of a weight (1.58 for ternary).
         max_bits: Most bits of a weight.
         budget: `"3 bits"` (average over the weights of these layers) or `"40kB"` (all weights
@@ -121,7 +121,9 @@ class AdaptivePrecision(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         """Finds the layers and checks that the precisions suit them and the budget can be met."""
         model = self.model
-        self.units = [_Unit(*found, self.precisions) for found in _units(model, self.filters)]
+        self.units = [
+            _Unit(path, layer, self.precisions) for path, layer in _units(model, self.filters)
+        ]
         self._total = sum(unit.weights for unit in self.units)
         self._fixed = packed_bytes(model) - sum(packed_bytes(unit.layer) for unit in self.units)
         if self.budget is not None:

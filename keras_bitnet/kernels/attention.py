@@ -46,10 +46,8 @@ class Attention:
             keras.backend.standardize_dtype(x.dtype) for x in (query, cache["key"])
         )
         gradient = keras.backend.backend() == "torch" and query.requires_grad
-        device = getattr(query, "device", None)
-        device = None if device is None else str(device)
         sizes = (tokens, heads, key_heads, head_dim, length)
-        return cls(*sizes, dtype, cache_dtype, gradient, device)
+        return cls(*sizes, dtype, cache_dtype, gradient, select.device_of(query))
 
 
 def _jax_cuda():

@@ -35,9 +35,7 @@ class Norm:
             import torch
 
             gradient = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
-        device = getattr(x, "device", None)
-        dtype = keras.backend.standardize_dtype(x.dtype)
-        return cls(dtype, gradient, None if device is None else str(device))
+        return cls(keras.backend.standardize_dtype(x.dtype), gradient, select.device_of(x))
 
 
 def rms_norm(x, scale, epsilon):

@@ -91,6 +91,12 @@ def _problem(*facts):
     return dataclasses.replace(problem, dtype=dtype, device=device)
 
 
+def device_of(x):
+    """Where a tensor is ("cpu", "cuda:0", ...), or `None` where that is not known."""
+    device = getattr(x, "device", None)
+    return None if device is None else str(device)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kernel:
     """One row of a table.

@@ -38,18 +38,13 @@ def of_activations(quantizer, x):
     """The facts of `quantizer.fake_quantize(x)`."""
     dtype = keras.backend.standardize_dtype(x.dtype)
     facts = (quantizer.formula, quantizer.granularity, "identity", dtype)
-    return FakeQuantization(False, *facts, _device(x))
+    return FakeQuantization(False, *facts, select.device_of(x))
 
 
 def of_weight(quantizer, weight, dtype):
     """The facts of `quantizer.fake_quantize(weight, dtype=dtype)`."""
     facts = (quantizer.formula, quantizer.scale, quantizer.gradient, dtype)
-    return FakeQuantization(True, *facts, _device(weight))
-
-
-def _device(x):
-    device = getattr(x, "device", None)
-    return None if device is None else str(device)
+    return FakeQuantization(True, *facts, select.device_of(weight))
 
 
 def _torch_cuda():

@@ -30,7 +30,12 @@ def make_cache(batch, length, heads, head_dim, dtype="float32"):
     Returns:
         `{"key", "value"}`, tensors `(batch, heads, length, head_dim)`; with `"int8"` also
         `{"key_scale", "value_scale"}`, `float32 (batch, heads, length, 1)`.
+
+    Raises:
+        ValueError: `dtype` is of another kind.
     """
+    if dtype != "int8" and not keras.backend.is_float_dtype(dtype):
+        raise ValueError(f"`dtype` must be a float dtype or 'int8'. Received: dtype={dtype!r}")
     shape = (batch, heads, length, head_dim)
     cache = {name: ops.zeros(shape, dtype) for name in ("key", "value")}
     if dtype == "int8":

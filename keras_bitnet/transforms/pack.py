@@ -41,7 +41,6 @@ def pack_model(model, *, memory="fastest", verbose=1, return_changes=False):
         UserWarning: A layer below 4 bits was converted from float and not trained since;
             or its `quantization_strength` is not 1.
     """
-
     check_choice("memory", memory, MEMORY)
 
     def replace(layer, path):
@@ -57,7 +56,10 @@ def pack_model(model, *, memory="fastest", verbose=1, return_changes=False):
         new.pack_from(old)
 
     layers: list[BitLayer] = []
-    packed = _run(model, Rule("packed", replace, transfer), verbose, return_changes)
+    rule = Rule("packed", replace, transfer)
+    packed = _run(
+        model, rule, "quantize the model first, see `quantize_model`", verbose, return_changes
+    )
     _warn_of_rounding(layers)
     return packed
 
@@ -93,14 +95,15 @@ def unpack_model(model, *, verbose=1, return_changes=False):
     def transfer(old, new):
         new.unpack_from(old)
 
-    return _run(model, Rule("unpacked", replace, transfer), verbose, return_changes)
+    rule = Rule("unpacked", replace, transfer)
+    return _run(model, rule, "the model has no packed layers", verbose, return_changes)
 
 
-def _run(model, rule, verbose, return_changes):
+def _run(model, rule, hint, verbose, return_changes):
     transfer = functools.partial(_transfer, rule.transfer)
     new_model, changes = rewrite(model, dataclasses.replace(rule, transfer=transfer), verbose)
     if not any(change.replaced_by for change in changes):
-        warnings.warn(f"No layer was {rule.verb}: the model has none to be.", stacklevel=3)
+        warnings.warn(f"No layer was {rule.verb}: {hint}.", stacklevel=3)
     return (new_model, changes) if return_changes else new_model
 
 
