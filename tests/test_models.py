@@ -154,7 +154,7 @@ def test_fit_pack_save_load(arguments, tmp_path, rng):
 
 
 def test_presets_and_bad_arguments():
-    config = keras_bitnet.models.PRESETS["bitnet_b1_58_2b_4t"].to_dict()
+    config = keras_bitnet.models.PRESETS["bitnet_b1_58_2b_4t"]
     assert BitNetBackbone(**{**config, "num_layers": 1, "vocabulary_size": 8}, packed=True).packed
     with pytest.raises(ValueError, match="bitnet_b1_58_2b_4t"):
         BitNetBackbone.from_preset("gpt2")

@@ -102,7 +102,11 @@ def read_arguments(file, arch):
             f"{file.metadata[f'{arch}.rope.scaling.type']!r}"
         )
     if "rope_freqs.weight" in file or value("expert_count", 1) != 1:
-        raise ValueError("Models with frequency factors or experts cannot be read.")
+        raise ValueError(
+            "Models with frequency factors or experts cannot be read. Received: "
+            f"{arch}.expert_count={file.metadata.get(f'{arch}.expert_count')}, "
+            f"{'a' if 'rope_freqs.weight' in file else 'no'} tensor 'rope_freqs.weight'"
+        )
     biases = [name for name in file.tensors if name.endswith(".bias")]
     if biases:
         raise ValueError(f"Projections with biases cannot be read. Received: {biases[:4]}")

@@ -213,7 +213,10 @@ def own_tokenizer(model):
 def _check_quantizers(backbone, kind):
     if kind.name == "float":
         if backbone.projection_norm is not None:
-            raise ValueError("A float checkpoint has no norms in every projection.")
+            raise ValueError(
+                "The variant 'float' has no norms in every projection. Received: "
+                f"projection_norm={backbone.projection_norm!r}"
+            )
         return
     weight, activation = backbone.weight_quantizer, backbone.activation_quantizer
     ternary = type(weight) is Ternary and weight.granularity == "tensor"

@@ -114,7 +114,10 @@ def _architecture(backbone, arch, type):
             f"Received: arch={arch!r}, sub_norm={backbone.sub_norm!r}"
         )
     if backbone.projection_norm is not None:
-        raise ValueError("GGUF files hold no norm in every projection (`projection_norm`).")
+        raise ValueError(
+            "GGUF files hold no norm in every projection. Received: "
+            f"projection_norm={backbone.projection_norm!r}"
+        )
     activation = activation_name(backbone)
     if activation == "relu2" and arch == LLAMA:
         raise ValueError("GGUF's 'llama' computes SiLU gates. Received: activation='relu2'")

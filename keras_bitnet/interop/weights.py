@@ -6,7 +6,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_bitnet import quantizers
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.large_weights import fill
 from keras_bitnet.ops import PackedTensor, layout
@@ -145,18 +144,12 @@ def get_master(layer):
     """The float weights of a layer before quantization; packed, ones that quantize alike."""
     if not layer.packed:
         return ops.convert_to_numpy(layer.kernel_matrix()).T
-    packed = layer.packed_kernel
-    quantized = quantizers.QuantizedWeight(packed.codes(), packed.scale, packed.offset)
-    return ops.convert_to_numpy(layer.weight_quantizer.restore(quantized)).T
+    return ops.convert_to_numpy(layer.weight_quantizer.restore(layer.quantized_matrix())).T
 
 
 def get_codes(layer):
     """The `Codes` of a quantized layer, packed or not."""
-    if layer.packed:
-        packed = layer.packed_kernel
-        codes, scale, offset = packed.codes(), packed.scale, packed.offset
-    else:
-        codes, scale, offset = layer.quantized_matrix()
+    codes, scale, offset = layer.quantized_matrix()
     codes, scale = (ops.convert_to_numpy(x).T for x in (codes, scale))
     return Codes(np.ascontiguousarray(codes), np.ascontiguousarray(scale), float(offset))
 

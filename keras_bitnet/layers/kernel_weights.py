@@ -185,7 +185,10 @@ class KernelWeights(NamedWeights):
         return self.fake_quantized_matrix(ops.convert_to_tensor(self.quantization_strength), dtype)
 
     def quantized_matrix(self):
-        """The `QuantizedWeight` of the float kernel, at full strength."""
+        """The `QuantizedWeight` of the kernel, packed or float, at full strength."""
+        if self.packed:
+            packed = self.packed_kernel
+            return quantizers.QuantizedWeight(packed.codes(), packed.scale, packed.offset)
         matrix = self.without_kept_rows(self.kernel_matrix())
         return self.weight_quantizer.quantize(matrix, self.learned_scale())
 
@@ -239,12 +242,11 @@ class KernelWeights(NamedWeights):
 
     def unpack_from(self, layer):
         """Fills the float kernel of this layer so that it quantizes to the codes of its twin."""
-        packed = layer.packed_kernel
-        quantized = quantizers.QuantizedWeight(packed.codes(), packed.scale, packed.offset)
+        quantized = layer.quantized_matrix()
         kernel = self.unpack_kept_from(self.weight_quantizer.restore(quantized), layer)
         self.kernel.assign(self.matrix_to_kernel(kernel))
         if self.kernel_log2_scale is not None:
-            self.kernel_log2_scale.assign(ops.log2(packed.scale))
+            self.kernel_log2_scale.assign(ops.log2(quantized.scale))
 
     def mark_untrained(self):
         """Remembers that the present kernel comes from float training, not from QAT."""

@@ -4,7 +4,7 @@ from keras_bitnet.models.backbone import BitNetBackbone
 from keras_bitnet.models.causal_lm import BitNetCausalLM
 from keras_bitnet.models.conversion import convert_to_bitnet
 from keras_bitnet.models.distillation import BitDistiller
-from keras_bitnet.models.presets import PRESETS, BitNetConfig
+from keras_bitnet.models.presets import PRESETS
 from keras_bitnet.models.sampling import Sampler
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "BitDistiller",
     "BitNetBackbone",
     "BitNetCausalLM",
-    "BitNetConfig",
     "Sampler",
     "convert_to_bitnet",
 ]

@@ -292,7 +292,7 @@ class BitNetBackbone(BitBlock, keras.Model):
             name: A key of `keras_bitnet.models.PRESETS`, such as `"bitnet_b1_58_2b_4t"`.
             **arguments: Arguments of the class, those of the preset too.
         """
-        return cls(**{**preset(name).to_dict(), **arguments})
+        return cls(**{**preset(name), **arguments})
 
     @staticmethod
     def get_layout_map(device_mesh, model_dim="model"):

@@ -78,7 +78,7 @@ def calibrate(
     check_choice("method", method, tuple(METHODS))
     check_number("percentile", percentile, "(0, 100]")
     _check_data(data)
-    model, chosen = _prepare(model, layer_filter(filters), momentum, static)
+    model, chosen = _prepare(model, filters, momentum, static)
     stream = _Stream(model, data, batch_size, steps, verbose)
     smoothed = [layer for layer in chosen if layer.smoothing is not None and not layer.packed]
     kept = [layer for layer in chosen if layer.kept_channels and not layer.packed]
@@ -114,9 +114,9 @@ def smoothing_factors(layer, absmax):
     return np.clip(x**layer.smoothing / w ** (1 - layer.smoothing), 1e-5, 1e5)
 
 
-def _prepare(model, matches, momentum, static):
+def _prepare(model, filters, momentum, static):
     """A copy of the model with static quantizers, and its layers that are calibrated."""
-    chosen = []
+    chosen, matches = [], layer_filter(filters)
 
     def replace(layer, path):
         if not isinstance(layer, BitLayer):
@@ -143,7 +143,7 @@ def _prepare(model, matches, momentum, static):
         raise ValueError(
             "`calibrate` found no layer to calibrate: it needs layers of `keras_bitnet.layers` "
             "with an activation quantizer that `filters` lets through. Call "
-            "`keras_bitnet.quantize_model` first."
+            f"`keras_bitnet.quantize_model` first. Received: filters={filters!r}"
         )
     return new_model, chosen
 
