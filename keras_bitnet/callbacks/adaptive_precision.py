@@ -60,8 +60,7 @@ class AdaptivePrecision(keras.callbacks.Callback):
         data: A small batch of inputs of the model, to measure products, or `None`: kernels.
         start: First epoch in which precisions may change (the first of all is 0).
         every: Epochs between two looks.
-        filters: Regular expression on the path of a layer, a list of them, or a function of
-            the layer; `None` for all.
+        filters: Which layers, see `keras_bitnet.quantize_model`; all by default.
         log_layers: Whether the logs also get `path/bits` and `path/sqnr` of each layer.
 
     Attributes:

@@ -42,8 +42,8 @@ class QuantizationScheduler(StepCallback):
             of its units, stretched to hit 0 and 1.
         update_freq: `"epoch"`, or a number of steps. Each update reads and writes variables,
             20 to 40 ms for 100 layers, so prefer tens of steps to one. `end` is met exactly.
-        filters: Regular expression on the path of a layer, a list of them, or a function of
-            the layer; `None` for all. Other layers keep their strength.
+        filters: Which layers, see `keras_bitnet.quantize_model`; all by default. Other
+            layers keep their strength.
 
     Raises:
         ValueError: An argument is out of range, or, when training begins, the model has no

@@ -38,8 +38,7 @@ class QuantizationStats(keras.callbacks.Callback):
             is continued; an epoch that runs again after an interruption appears again.
         log_dir: Folder of TensorBoard files, or `None`. Needs tensorboardX, or tensorboard with
             torch, or TensorFlow.
-        filters: Regular expression on the path of a layer, a list of them, or a function of
-            the layer; `None` for all.
+        filters: Which layers, see `keras_bitnet.quantize_model`; all by default.
 
     Attributes:
         statistics: Those of the last epoch: a list with a dict for each layer, of `"epoch"`,

@@ -16,7 +16,7 @@ class SharedArguments(ChangingPrecision):
     They are explained at `BitLayer`.
     """
 
-    # Arguments of this class that a subclass has under another name, or not at all (`None`).
+    # Arguments of `BitLayer` that a subclass has under another name, or not at all (`None`).
     own_names: ClassVar[dict[str, str | None]] = {}
     # Arguments that `quantize_model` leaves at their default in this layer.
     not_in_spec: ClassVar[frozenset[str]] = frozenset()
