@@ -54,8 +54,7 @@ def run(arguments):
         batch_size=arguments.batch_size,
         verbose=common.verbosity(arguments),
     )
-    common.save_model(model, path, arguments.force)
-    return {"layers": list(_facts(model)), **common.model_facts(arguments.file, path, model)}
+    return {"layers": list(_facts(model)), **common.write_model(model, path, arguments)}
 
 
 def _facts(model):

@@ -205,14 +205,15 @@ def save_model(model, path, force):
         model.save(temporary)
 
 
-def model_facts(source, path, model):
-    """What a command tells about the model file that it wrote."""
+def write_model(model, path, arguments):
+    """Writes the model that a command made of FILE, and returns what it tells about it."""
     from keras_bitnet.report import summary
 
+    save_model(model, path, arguments.force)
     totals = summary(model, as_data=True).totals
     return {
         "output": str(path),
-        "bytes_before": pathlib.Path(source).stat().st_size,
+        "bytes_before": pathlib.Path(arguments.file).stat().st_size,
         "bytes_after": path.stat().st_size,
         "bytes_in_memory": totals.bytes_stored,
         "bytes_packed": totals.bytes_packed,

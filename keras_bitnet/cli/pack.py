@@ -32,6 +32,5 @@ def run(arguments):
     model, changes = pack_model(
         common.load_model(arguments.file), memory=arguments.memory, verbose=0, return_changes=True
     )
-    common.save_model(model, path, arguments.force)
-    facts = common.model_facts(arguments.file, path, model)
+    facts = common.write_model(model, path, arguments)
     return {"changes": common.changed_facts(changes), **facts}

@@ -53,8 +53,7 @@ def run(arguments):
     model, changes = quantize_model(
         common.load_model(arguments.file), spec, arguments.filters, verbose=0, return_changes=True
     )
-    common.save_model(model, path, arguments.force)
-    facts = common.model_facts(arguments.file, path, model)
+    facts = common.write_model(model, path, arguments)
     return {"changes": common.changed_facts(changes), **facts}
 
 

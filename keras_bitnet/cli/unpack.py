@@ -20,6 +20,5 @@ def run(arguments):
 
     path = common.output_path(arguments, SUFFIX, accepted=(".keras",))
     model, changes = unpack_model(common.load_model(arguments.file), verbose=0, return_changes=True)
-    common.save_model(model, path, arguments.force)
-    facts = common.model_facts(arguments.file, path, model)
+    facts = common.write_model(model, path, arguments)
     return {"changes": common.changed_facts(changes), **facts}
