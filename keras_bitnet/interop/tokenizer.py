@@ -80,7 +80,15 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, path):
-        """Makes the tokenizer that a GGUF file holds; see `interop.gguf_tokenizer`."""
+        """Makes the tokenizer that a GGUF file holds; see `interop.gguf_tokenizer`.
+
+        Args:
+            path: Path of the file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is corrupt, or its tokenizer of another kind.
+        """
         from keras_bitnet.interop.gguf_file import GGUFFile
         from keras_bitnet.interop.gguf_tokenizer import read_tokenizer
 
@@ -102,7 +110,11 @@ class Tokenizer:
         return None if token_id is None else self.tokenizer.id_to_token(token_id)
 
     def encode(self, text, add_special_tokens=True):
-        """Token ids of a text, with the tokens that the model expects around it by default.
+        """Token ids of a text.
+
+        Args:
+            text: String.
+            add_special_tokens: Whether the tokens that the model expects around it are added.
 
         Returns:
             List of integers.

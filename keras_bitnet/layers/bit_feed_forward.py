@@ -47,6 +47,9 @@ class BitFeedForward(BitBlock):
     Input shape:
         `(batch, ..., features)`, which is the output shape too.
 
+    Raises:
+        ValueError: An argument is out of range; the message says what is accepted.
+
     Source:
         Shazeer 2020, GLU Variants (https://arxiv.org/abs/2002.05202); Ma et al. 2025, BitNet
         b1.58 2B4T (https://arxiv.org/abs/2504.12285).

@@ -62,6 +62,9 @@ class BitGroupedQueryAttention(BitBlock):
     Returns:
         `(batch, target_length, features)`; with `cache`, `(output, cache)`.
 
+    Raises:
+        ValueError: An argument is out of range; the message says what is accepted.
+
     Source:
         Ainslie et al. 2023, GQA (https://arxiv.org/abs/2305.13245); the layer is that of Keras.
         Sub-norm: Ma et al. 2025, BitNet b1.58 2B4T (https://arxiv.org/abs/2504.12285).

@@ -31,6 +31,9 @@ class BitMultiHeadAttention(BitBlock, keras.layers.MultiHeadAttention):
     Call arguments:
         As in `keras.layers.MultiHeadAttention`.
 
+    Raises:
+        ValueError: An argument is out of range; the message says what is accepted.
+
     Source:
         Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762). Sub-norm: Ma et al. 2025, BitNet
         b1.58 2B4T (https://arxiv.org/abs/2504.12285).

@@ -48,6 +48,9 @@ class BitTransformerDecoder(BitBlock):
     Returns:
         `(batch, length, features)`; with `cache`, `(output, cache)`.
 
+    Raises:
+        ValueError: An argument is out of range; the message says what is accepted.
+
     Source:
         Ma et al. 2025, BitNet b1.58 2B4T (https://arxiv.org/abs/2504.12285).
     """

@@ -43,6 +43,9 @@ class BitTransformerEncoder(BitBlock):
         attention_mask: Boolean `(batch, length, length)`: what may see what.
         return_attention_scores: Whether to return `(outputs, scores)`.
 
+    Raises:
+        ValueError: An argument is out of range; the message says what is accepted.
+
     Source:
         Vaswani et al. 2017 (https://arxiv.org/abs/1706.03762); arguments as in
         `keras_hub.layers.TransformerEncoder`.

@@ -36,6 +36,9 @@ class BitBlock(SharedArguments, PacksAsWhole):
         weight_quantizer, activation_quantizer, quantization_strength, packed, packed_layout,
             initializers, regularizers, constraints: Of every quantized layer inside, see
             `keras_bitnet.layers.BitLayer`.
+
+    Raises:
+        ValueError: An argument is none of these.
     """
 
     own_names: ClassVar[dict[str, str | None]] = {

@@ -68,6 +68,7 @@ class BitNetBackbone(BitBlock, keras.Model):
             token. Their products use `activation_quantizer`.
         max_sequence_length: Longest sequence the model was made for.
         dropout, seed: See `BitTransformerDecoder`.
+        kernel_initializer: Of every kernel and table, normal with a deviation of 0.02 by default.
         weight_quantizer, activation_quantizer, projection_norm, norm_epsilon,
             quantization_strength, packed, initializers, regularizers, constraints: See
             `keras_bitnet.layers.BitBlock`.
@@ -80,6 +81,9 @@ class BitNetBackbone(BitBlock, keras.Model):
 
     Returns:
         Hidden states `(batch, length, hidden_dim)`.
+
+    Raises:
+        ValueError: An argument is out of range; the message says what is accepted.
 
     Source:
         Ma et al. 2025, BitNet b1.58 2B4T (https://arxiv.org/abs/2504.12285).

@@ -24,6 +24,9 @@ class BitNetCausalLM(PacksAsWhole, Generation):
     Returns:
         Logits `(batch, length, vocabulary_size)`.
 
+    Raises:
+        ValueError: `backbone` is no `BitNetBackbone`.
+
     Example:
     >>> model = BitNetCausalLM.from_preset("bitnet_b1_58_2b_4t", packed=True)
     >>> model.generate([[1, 2, 3]], max_length=8)

@@ -85,7 +85,15 @@ class PrecisionSearch(Content):
         return svg.standalone(self.chart())
 
     def plot(self, path, overwrite=True):
-        """Writes the Pareto curve to an SVG file."""
+        """Writes the Pareto curve to an SVG file.
+
+        Args:
+            path: Path of the file.
+            overwrite: Whether a file that is there may be replaced.
+
+        Raises:
+            FileExistsError: There is one and it may not.
+        """
         with replacing(path, overwrite) as temporary:
             temporary.write_text(self.to_svg(), encoding="utf-8")
 

@@ -80,7 +80,15 @@ def serialize(quantizer):
 
 
 def deserialize(config, custom_objects=None):
-    """Returns the quantizer that `serialize` described."""
+    """Returns the quantizer that `serialize` described.
+
+    Args:
+        config: What `serialize` gave, or `None`.
+        custom_objects: Dictionary of classes by name that are not registered.
+
+    Returns:
+        The quantizer, or `None`.
+    """
     return keras.saving.deserialize_keras_object(config, custom_objects=custom_objects)
 
 

@@ -46,7 +46,12 @@ class QuantizationReport(Content):
     def save(self, path, overwrite=True):
         """Writes the page to a file `*.html`, or the JSON to a file `*.json`.
 
+        Args:
+            path: Path of the file.
+            overwrite: Whether a file that is there may be replaced.
+
         Raises:
+            FileExistsError: There is one and it may not.
             ValueError: The name ends otherwise.
         """
         kinds = {".html": self.to_html, ".json": lambda: self.to_json(indent=1)}

@@ -135,7 +135,15 @@ class PrecisionPlan:
         return cls(content.get("rules", ()), content.get("default"))
 
     def save(self, path, overwrite=True):
-        """Writes the plan to a JSON file."""
+        """Writes the plan to a JSON file.
+
+        Args:
+            path: Path of the file.
+            overwrite: Whether a file that is there may be replaced.
+
+        Raises:
+            FileExistsError: There is one and it may not.
+        """
         with replacing(path, overwrite) as temporary:
             temporary.write_text(self.to_json(indent=1) + "\n", encoding="utf-8")
 
@@ -143,7 +151,11 @@ class PrecisionPlan:
     def load(cls, path):
         """Reads a plan from a JSON file.
 
+        Args:
+            path: Path of the file.
+
         Raises:
+            FileNotFoundError: There is no such file.
             ValueError: The file holds no plan.
         """
         try:
