@@ -162,6 +162,18 @@ def test_encoder_gives_its_scores_in_a_functional_model():
     assert [y.shape for y in model.outputs] == [(None, 4, 8), (None, 2, 4, 4)]
 
 
+def test_the_seed_of_an_encoder_decides_its_dropout(rng):
+    (x,) = inputs_of(rng, (2, 4, 8))
+    layers = [
+        BitTransformerEncoder(16, 2, dropout=0.5, seed=seed, kernel_initializer="ones")
+        for seed in (1, 1, 2)
+    ]
+    first, same, other = (to_numpy(layer(x, training=True)) for layer in layers)
+    np.testing.assert_array_equal(first, same)
+    assert np.abs(first - other).max() > 0.1
+    assert layers[0].get_config()["seed"] == 1
+
+
 def test_positional_arguments_are_those_of_keras():
     config = BitMultiHeadAttention(2, 4, 5, 0.1).get_config()
     assert (config["value_dim"], config["dropout"]) == (5, 0.1)

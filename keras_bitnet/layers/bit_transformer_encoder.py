@@ -32,6 +32,7 @@ class BitTransformerEncoder(BitBlock):
             attention and network, as in BitNet b1.58.
         stream_quantizer: `None`, `"int8"`, `"int16"`: the sums are rounded, see `BitResidual`.
         flash_attention: As in `keras.layers.MultiHeadAttention`.
+        seed: Seed of the dropout.
         weight_quantizer, activation_quantizer, projection_norm, quantization_strength, packed,
             initializers, regularizers, constraints: See `keras_bitnet.layers.BitBlock`.
         **kwargs: `name`, `dtype`, `trainable` of any Keras layer.
@@ -65,6 +66,7 @@ class BitTransformerEncoder(BitBlock):
         sub_norm=None,
         stream_quantizer=None,
         flash_attention=None,
+        seed=None,
         **kwargs,
     ):
         super().__init__(norm_epsilon=layer_norm_epsilon, **kwargs)
@@ -77,6 +79,7 @@ class BitTransformerEncoder(BitBlock):
         self.norm = norm
         self.sub_norm = sub_norm
         self.flash_attention = flash_attention
+        self.seed = seed
         self.feed_forward = BitFeedForward(
             intermediate_dim,
             activation=activation,
@@ -84,11 +87,12 @@ class BitTransformerEncoder(BitBlock):
             use_bias=True,
             dropout=dropout,
             sub_norm=sub_norm,
+            seed=seed,
             name="feed_forward",
             **self.block_arguments(),
         )
         self.attention: Any = None  # the size of its heads is that of the inputs
-        self.dropout_layer = keras.layers.Dropout(dropout, dtype=self.dtype_policy)
+        self.dropout_layer = keras.layers.Dropout(dropout, seed=seed, dtype=self.dtype_policy)
         self.attention_norm = self.make_norm(norm, "attention_norm")
         self.feed_forward_norm = self.make_norm(norm, "feed_forward_norm")
         residual = {"stream_quantizer": stream_quantizer, "dtype": self.dtype_policy}
@@ -109,6 +113,7 @@ class BitTransformerEncoder(BitBlock):
             dropout=self.dropout,
             flash_attention=self.flash_attention,
             sub_norm=self.sub_norm,
+            seed=self.seed,
             name="attention",
             **self.block_arguments(),
         )
@@ -165,6 +170,7 @@ class BitTransformerEncoder(BitBlock):
             "sub_norm": self.sub_norm,
             "stream_quantizer": self.attention_residual.get_config()["stream_quantizer"],
             "flash_attention": self.flash_attention,
+            "seed": self.seed,
         }
 
 

@@ -107,8 +107,7 @@ def benchmark_layers(
         input_shape: Shape of the inputs with the batch axis, for a model that takes any.
         memory: Which layout the packed layers have, see `pack_model`.
         repeats: Samples of each time.
-        filters: Which layers: regular expressions on the path or a function, see
-            `quantize_model`.
+        filters: Which layers, see `quantize_model`; all by default.
         verbose: 1 prints the table, 0 nothing.
 
     Returns:
