@@ -134,6 +134,9 @@ def test_quantize_sets_treatments_and_calibrate_fills_them(saved, data, capsys):
     ]  # fmt: skip
     layer = keras.models.load_model(facts["output"]).layers[0]
     assert not np.allclose(to_numpy(layer.input_gain), 1)
+    rounding = ("--dynamic", "--rounding", "gptq", "-o", saved.parent / "gptq.keras")
+    facts = run_json(capsys, "calibrate", out, "--data", data, *rounding)
+    assert keras.models.load_model(facts["output"]).layers[0].weight_quantizer.learned
 
 
 def test_bench(saved, capsys):

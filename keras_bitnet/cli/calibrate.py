@@ -3,13 +3,14 @@
 from keras_bitnet.cli import common
 
 NAME = "calibrate"
-HELP = "Find activation scales, smoothing factors and kept channels of a quantized model from data."
+HELP = "Find scales, smoothing factors, kept channels and the rounding of weights from data."
 SUFFIX = ".calibrated.keras"
 METHODS = ("minmax", "ema", "percentile", "mse", "histogram", "entropy")
 EXAMPLES = (
     "model.quantized.keras --data train.npz",
     "model.quantized.keras --data train.npz --method percentile --percentile 99.9",
     "model.quantized.keras --data train.npy --dynamic -o smoothed.keras",
+    "model.quantized.keras --data train.npy --dynamic --rounding gptq",
 )
 
 
@@ -29,7 +30,13 @@ def add_arguments(parser):
     parser.add_argument(
         "--dynamic",
         action="store_true",
-        help="leave the scales dynamic: set only smoothing and kept channels",
+        help="leave the scales of activations dynamic",
+    )
+    parser.add_argument(
+        "--rounding",
+        choices=("nearest", "gptq"),
+        default="nearest",
+        help="of weights: as they are, or so that errors make up for each other (%(default)s)",
     )
     common.add_filters(parser)
     common.add_output(parser, SUFFIX)
@@ -50,6 +57,7 @@ def run(arguments):
         percentile=arguments.percentile,
         momentum=arguments.momentum,
         static=not arguments.dynamic,
+        rounding=arguments.rounding,
         filters=arguments.filters,
         batch_size=arguments.batch_size,
         verbose=common.verbosity(arguments),

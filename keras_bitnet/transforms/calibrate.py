@@ -1,5 +1,6 @@
 """Calibration: a stream of data decides what quantized layers do with their inputs."""
 
+import contextlib
 import warnings
 
 import keras
@@ -11,6 +12,7 @@ from keras_bitnet.filters import layer_filter
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.inputs import watch_inputs
 from keras_bitnet.quantizers import StaticActivation
+from keras_bitnet.transforms import gptq
 from keras_bitnet.transforms.observers import METHODS, Observer
 from keras_bitnet.transforms.pack import copy_the_rest
 from keras_bitnet.transforms.rewrite import Rule, rewrite
@@ -24,6 +26,8 @@ def calibrate(
     percentile=99.99,
     momentum=None,
     static=True,
+    rounding="nearest",
+    damping=0.01,
     filters=None,
     batch_size=None,
     steps=None,
@@ -44,6 +48,12 @@ def calibrate(
     | `"histogram"` | the same with rounding as uniform noise, `step^2 / 12` |
     | `"entropy"` | least Kullback-Leibler divergence of the distribution |
 
+    With `rounding="gptq"` their weights are rounded so that an error makes up for those before
+    it, as the second moments of the inputs tell, in place of each to the nearest level. The
+    layers then have a learned scale (their weight quantizer says `scale="learned"`), their kernel
+    lies on its grid, and both can be trained further. At 4 bits and less that is what a model
+    needs which is not trained after it was quantized.
+
     While it looks, weights are quantized and activations are float. The memory that it takes
     does not grow with the data: each layer has a few variables of fixed size (the largest
     magnitude of each channel and, where the method needs it, a histogram). They are updated
@@ -59,11 +69,16 @@ def calibrate(
         momentum: Of scales that follow the inputs in later training, see `StaticActivation`.
         static: Whether activations get static scales; otherwise only smoothing and kept
             channels are set.
+        rounding: `"nearest"` leaves the weights as they are; `"gptq"` takes NumPy seconds for
+            each layer of some thousand inputs, and memory for `in_features^2` numbers of each,
+            1 GB at a time: more layers take further passes over the data.
+        damping: Positive number, part of the mean second moment that is added to all for
+            `rounding="gptq"`: more where there is little data.
         filters: Which layers, see `keras_bitnet.quantize_model`.
         batch_size: Of arrays, 32 by default.
         steps: Batches to take, all by default; needed where the data never ends.
         verbose: 1 shows a progress bar for each pass, 0 nothing. Smoothing and kept channels
-            are a pass each before the last one.
+            are a pass each before the last one, GPTQ one or more.
 
     Returns:
         The new model.
@@ -71,27 +86,36 @@ def calibrate(
     Raises:
         ValueError: An argument is out of range; no layer to calibrate; the data is empty, does
             not fit the model or makes a NaN or an infinity; a generator where several passes
-            are needed; smoothing or kept channels of a packed layer; on JAX, a layer in the cell
+            are needed; smoothing, kept channels or GPTQ of a packed layer; GPTQ with a weight
+            quantizer that does not round to the nearest level; on JAX, a layer in the cell
             of an RNN that is not unrolled.
     """
     check_built(model)
     check_choice("method", method, tuple(METHODS))
     check_number("percentile", percentile, "(0, 100]")
+    check_choice("rounding", rounding, ("nearest", "gptq"))
+    check_number("damping", damping, "(0, inf)")
     _check_data(data)
-    model, chosen = _prepare(model, filters, momentum, static)
+    model, chosen = _prepare(model, filters, momentum, static, rounding)
     stream = _Stream(model, data, batch_size, steps, verbose)
     smoothed = [layer for layer in chosen if layer.smoothing is not None and not layer.packed]
     kept = [layer for layer in chosen if layer.kept_channels and not layer.packed]
     fixed = [layer for layer in chosen if layer.static]
-    stream.check_passes(sum(map(bool, (smoothed, kept, fixed))))
+    adjusted = [layer for layer in chosen if rounding == "gptq" and layer.takes_static]
+    portions = gptq.portions(adjusted)
+    stream.check_passes(sum(map(bool, (smoothed, kept, fixed, *portions))))
     for layer, seen in stream.watch(smoothed, lambda layer: lambda x: x):
         layer.divide_inputs(smoothing_factors(layer, seen.absmax))
     for layer, seen in stream.watch(kept, lambda layer: layer.rotate):
         largest = np.argsort(-seen.absmax, kind="stable")[: layer.kept_channels]
         layer.kept_indices.assign(np.sort(largest).astype("int32"))
         layer.reset_scale()
+    with _unrounded(adjusted):
+        for portion in portions:
+            for layer, seen in stream.watch(portion, _quantized_part, moments=True):
+                gptq.round_kernel(layer, seen.moments, damping)
     way = METHODS[method]
-    for layer, seen in stream.watch(fixed, _quantized_part, way.histogram):
+    for layer, seen in stream.watch(fixed, _quantized_part, histogram=way.histogram):
         quantizer = layer.activation_quantizer
         threshold = 0.0
         if seen.absmax.max() > 0:
@@ -114,7 +138,20 @@ def smoothing_factors(layer, absmax):
     return np.clip(x**layer.smoothing / w ** (1 - layer.smoothing), 1e-5, 1e5)
 
 
-def _prepare(model, filters, momentum, static):
+@contextlib.contextmanager
+def _unrounded(layers):
+    """While it is open, the layers multiply with their float kernels."""
+    strengths = [ops.copy(layer.quantization_strength) for layer in layers]
+    for layer in layers:
+        layer.quantization_strength.assign(0.0)
+    try:
+        yield
+    finally:
+        for layer, strength in zip(layers, strengths, strict=True):
+            layer.quantization_strength.assign(strength)
+
+
+def _prepare(model, filters, momentum, static, rounding):
     """A copy of the model with static quantizers, and its layers that are calibrated."""
     chosen, matches = [], layer_filter(filters)
 
@@ -126,6 +163,8 @@ def _prepare(model, filters, momentum, static):
         config = layer.get_config()
         if static and layer.takes_static and layer.activation_quantizer is not None:
             config["activation_quantizer"] = _static(layer.activation_quantizer, momentum)
+        if rounding == "gptq" and layer.takes_static:
+            config["weight_quantizer"] = _learned(layer)
         return type(layer).from_config(config)
 
     def transfer(old, new):
@@ -135,17 +174,31 @@ def _prepare(model, filters, momentum, static):
                 news[name].assign(ops.copy(old.own_weights()[name]))
         copy_the_rest(old, new)
         new._untrained_checksum = old._untrained_checksum
-        if new.static or new.smoothing is not None or new.kept_channels:
+        adjusted = rounding == "gptq" and new.takes_static
+        if new.static or new.smoothing is not None or new.kept_channels or adjusted:
             chosen.append(new)
 
     new_model, _ = rewrite(model, Rule("calibrated", replace, transfer), verbose=0)
     if not chosen:
         raise ValueError(
             "`calibrate` found no layer to calibrate: it needs layers of `keras_bitnet.layers` "
-            "with an activation quantizer that `filters` lets through. Call "
-            f"`keras_bitnet.quantize_model` first. Received: filters={filters!r}"
+            "that `filters` lets through, with an activation quantizer or with "
+            '`rounding="gptq"`. Call `keras_bitnet.quantize_model` first. '
+            f"Received: filters={filters!r}"
         )
     return new_model, chosen
+
+
+def _learned(layer):
+    """The weight quantizer of a layer with a scale that is a variable."""
+    quantizer = layer.weight_quantizer
+    if layer.packed or quantizer.formula not in ("nearest", "sign"):
+        raise ValueError(
+            f"GPTQ takes float kernels and rounds them to the nearest level. Layer '{layer.name}' "
+            f"{'is packed' if layer.packed else f'has {quantizer!r}'}: leave it out with `filters`"
+            f"{', or call it before `pack_model`' if layer.packed else ''}."
+        )
+    return type(quantizer).from_config({**quantizer.get_config(), "scale": "learned"})
 
 
 def _static(quantizer, momentum):
@@ -198,11 +251,17 @@ class _Stream:
                 f"`keras.utils.PyDataset`. Received: {_describe(self.data)}"
             )
 
-    def watch(self, layers, see, histogram=False):
-        """Gives `(layer, seen)` for each layer after one pass over the data."""
+    def watch(self, layers, see, **kept):
+        """Gives `(layer, seen)` for each layer after one pass over the data.
+
+        Args:
+            layers: `BitLayer`s.
+            see: Gives of a layer what to observe of its inputs.
+            **kept: What the `Observer`s keep.
+        """
         if not layers:
             return []
-        observers = [Observer(layer, see(layer), histogram) for layer in layers]
+        observers = [Observer(layer, see(layer), **kept) for layer in layers]
         watcher = _Watcher(self.model, layers, observers)
         try:
             self._predict(watcher)

@@ -23,9 +23,10 @@ class Observer(keras.layers.Layer):
         layer: The `BitLayer` that is observed.
         see: Function of its smoothed inputs: what to observe of them.
         histogram: Whether to keep one.
+        moments: Whether to keep the second moments of the channels.
     """
 
-    def __init__(self, layer, see, histogram):
+    def __init__(self, layer, see, histogram=False, moments=False):
         super().__init__(autocast=False, dtype="float32")
         self.see = see
         self.absmax = self._zeros("absmax", (layer.in_features,))
@@ -33,6 +34,9 @@ class Observer(keras.layers.Layer):
         self.batches = self._zeros("batches", ())
         self.counts: Any = None
         self.span: Any = None
+        self.moments: Any = None
+        if moments:
+            self.moments = self._zeros("moments", (layer.in_features, layer.in_features))
         if histogram:
             self.counts = self._zeros("counts", (BINS,))
             self.span = self._zeros("span", ())
@@ -47,6 +51,10 @@ class Observer(keras.layers.Layer):
     def update(self, x):
         """Takes in one batch of inputs `(..., in_features)`."""
         x = ops.cast(self.see(x), "float32")
+        if self.moments is not None:
+            rows = ops.reshape(x, (-1, x.shape[-1]))
+            moments = ops.matmul(ops.transpose(rows), rows)
+            self.moments.assign(ops.convert_to_tensor(self.moments) + moments)
         # An infinity stays and is found later; a maximum of TensorFlow may pass over a NaN.
         x = ops.where(ops.isfinite(x), ops.abs(x), np.inf)
         absmax, average, batches = map(
@@ -76,7 +84,7 @@ class Observer(keras.layers.Layer):
 
     def seen(self):
         """The statistics as `Seen`."""
-        names = ("absmax", "average", "batches", "counts", "span")
+        names = ("absmax", "average", "batches", "counts", "span", "moments")
         values = {name: getattr(self, name) for name in names}
         return Seen(
             **{k: None if v is None else ops.convert_to_numpy(v) for k, v in values.items()}
@@ -92,6 +100,7 @@ class Seen(NamedTuple):
         batches: Uses of the layer.
         counts: Histogram of the magnitudes above zero, `(BINS,)`, or `None`.
         span: The magnitude at which it ends, or `None`.
+        moments: Sum of `x^T x`, `(in_features, in_features)`, or `None`.
     """
 
     absmax: Any
@@ -99,6 +108,7 @@ class Seen(NamedTuple):
     batches: Any
     counts: Any
     span: Any
+    moments: Any
 
     @property
     def magnitudes(self):
