@@ -15,7 +15,8 @@ def portions(layers):
 
     Those after them see what was rounded before, and the memory of the moments is bounded.
     """
-    groups, used = [], _MEMORY
+    groups: list[list] = []
+    used = _MEMORY
     for layer in layers:
         size = 4 * layer.in_features**2
         used += size

@@ -108,7 +108,7 @@ class Seen(NamedTuple):
     batches: Any
     counts: Any
     span: Any
-    moments: Any
+    moments: Any = None
 
     @property
     def magnitudes(self):
