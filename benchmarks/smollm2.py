@@ -44,15 +44,24 @@ from keras_bitnet.quantizers import Int2, Int4, Int8, Ternary
 BACKENDS = ("jax", "torch", "tensorflow")
 INT8 = Int8(granularity="channel")
 # Arguments of the projections; `None` is the file as it is. The embedding stays float.
-# `"changes"`: what other arguments which projections get, `(filters, arguments)`.
+# `"changes"`: what other arguments which projections get, `(filters, arguments)`. `"rounding"`: of
+# `calibrate`.
 KINDS: dict[str, dict | None] = {
     "float": None,
     "W8, float activations": {"weight_quantizer": INT8, "activation_quantizer": None},
     "W8A8": {"weight_quantizer": INT8},
     "W8A8, 16 kept channels": {"weight_quantizer": INT8, "changes": (None, {"kept_channels": 16})},
+    "W4, groups of 64, float activations": {
+        "weight_quantizer": Int4(group_size=64), "activation_quantizer": None,
+    },
     "W4A8, groups of 64": {"weight_quantizer": Int4(group_size=64)},
     "W2A8, groups of 64": {"weight_quantizer": Int2(scale="absmax", group_size=64)},
     "W1.58A8": {"weight_quantizer": Ternary()},
+}  # fmt: skip
+KINDS |= {
+    f"{name}, GPTQ": {**(KINDS[name] or {}), "rounding": "gptq"}
+    for name in KINDS
+    if name.startswith(("W4", "W2", "W1"))
 }
 PROJECTIONS = ("query", "key", "value", "attention_output", "gate", "up", "down")
 WITHOUT = {
@@ -71,20 +80,23 @@ QUESTIONS = (
 
 
 def read(path, kind, text):
-    """The model of a GGUF file, packed as a kind says; kept channels are chosen on a text."""
+    """The model of a GGUF file, packed as a kind says; what data decides is found on a text."""
     arguments = {**KINDS, **WITHOUT}[kind]
     if arguments is None:
         return from_gguf(path)
-    if "changes" not in arguments:
-        return from_gguf(path, packed=True, **arguments)
     spec = dict(arguments)
-    filters, changes = spec.pop("changes")
+    filters, changes = spec.pop("changes", (None, {}))
+    rounding = spec.pop("rounding", "nearest")
+    if not changes and rounding == "nearest":
+        return from_gguf(path, packed=True, **spec)
     model = from_gguf(path, packed=False, quantization_strength=1.0, **spec)
     tokenizer, spec = model.tokenizer, {**spec, **changes}
-    model = keras_bitnet.quantize_model(model, spec, filters, requantize=True, verbose=0)
-    if "kept_channels" in changes:
-        rows = windows(tokenizer, text, 8, 257, at=0.25)
-        model = keras_bitnet.calibrate(model, rows, static=False, batch_size=2, verbose=0)
+    if changes:
+        model = keras_bitnet.quantize_model(model, spec, filters, requantize=True, verbose=0)
+    if "kept_channels" in changes or rounding == "gptq":
+        rows = windows(tokenizer, text, 32 if rounding == "gptq" else 8, 257, at=0.25)
+        options = {"static": False, "rounding": rounding, "batch_size": 2, "verbose": 0}
+        model = keras_bitnet.calibrate(model, rows, **options)
     packed = keras_bitnet.pack_model(model, verbose=0)
     packed.tokenizer = tokenizer
     return packed
