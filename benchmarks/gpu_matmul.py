@@ -1,14 +1,16 @@
 """Times the packed matmul on a CUDA GPU beside library kernels, interleaved in one run.
 
     KERAS_BACKEND=torch|jax python benchmarks/gpu_matmul.py [--quick] [--activations int8|float]
+        [--group-size 128]
 
-Activations are quantized to 8 bits, or stay bfloat16. Every candidate with packed weights is
-checked against float64 first. Then a CUDA graph (torch) or a compiled loop (jax) calls it with
-each of several copies of its weights in turn, more than the L2 cache holds, and the candidates take
-turns; the table holds medians in microseconds a call, the quantization of activations included.
-"read" is a kernel that only reads the packed bytes (it needs CuPy); on PyTorch the libraries of
-`gpu_peers.py` take part where they are installed. Writes `results/gpu_matmul_<backend>.json`, of
-float activations `results/gpu_matmul_<backend>_float.json`.
+Activations are quantized to 8 bits, or stay bfloat16; the weights share one scale, or as many
+inputs of an output as `--group-size` says. Every candidate with packed weights is checked against
+float64 first. Then a CUDA graph (torch) or a compiled loop (jax) calls it with each of several
+copies of its weights in turn, more than the L2 cache holds, and the candidates take turns; the
+table holds medians in microseconds a call, the quantization of activations included. "read" is a
+kernel that only reads the packed bytes (it needs CuPy); on PyTorch the libraries of `gpu_peers.py`
+take part where they are installed, but for groups. Writes `results/gpu_matmul_<backend>.json`, of
+float activations `.._float.json`, of groups `.._groups.json`.
 """
 
 import argparse
@@ -56,9 +58,10 @@ extern "C" __global__ void __launch_bounds__(512) read(const uint4* p, unsigned*
 class Case:
     """A shape, a width, a quantizer of activations or `None`; copies of a packed weight."""
 
-    def __init__(self, n, k, bits, quantizer):
+    def __init__(self, n, k, bits, quantizer, group_size=None):
         rng = np.random.default_rng(0)
         self.n, self.k, self.bits, self.quantizer = n, k, bits, quantizer
+        self.group_size = group_size
         shape = layout.tiles_shape(k, n, bits)
         self.nbytes = int(np.prod(shape))
         raw = rng.integers(0, 256, shape, dtype=np.uint8)
@@ -66,13 +69,15 @@ class Case:
             raw &= ~((raw >> 1) & 0x55)  # ternary: no code 3
         first = ops.convert_to_tensor(raw)
         copies = min(128, max(3, -(-COLD_BYTES // self.nbytes)))
-        self.scale = ops.full((1, 1), 0.37, "float32")
+        scales = (-(-k // group_size), n) if group_size else (1, 1)
+        self.scale = ops.full(scales, 0.37, "float32")
         self.tiles = [ops.roll(first, i, axis=0) for i in range(copies)]
         self.rng = rng
 
     def packed(self, tiles):
         """The weight that a copy of the tiles stands for."""
-        return PackedTensor(tiles, self.scale, OFFSETS[self.bits], self.bits, self.k, self.n)
+        facts = OFFSETS[self.bits], self.bits, self.k, self.n, self.group_size
+        return PackedTensor(tiles, self.scale, *facts)
 
     def activations(self, rows):
         """Random activations `(rows, k)`."""
@@ -81,7 +86,7 @@ class Case:
     def layer(self):
         """A packed layer of this shape."""
         name = {1: "binary", 2: "ternary", 4: "int4", 8: "int8"}[self.bits]
-        quantizer = type(quantizers.get(name))(granularity="tensor")
+        quantizer = type(quantizers.get(name))(granularity="tensor", group_size=self.group_size)
         layer = BitLinear(self.n, use_bias=False, weight_quantizer=quantizer, packed=True,
                           activation_quantizer=self.quantizer, dtype="bfloat16")  # fmt: skip
         layer.build((None, self.k))
@@ -243,6 +248,7 @@ def measure(case, rows, repeats, peers):
         "in": case.k,
         "bits": case.bits,
         "activations": "float" if case.quantizer is None else "int8",
+        "group_size": case.group_size,
         "rows": rows,
         "packed_bytes": case.nbytes,
         "microseconds": {
@@ -260,7 +266,7 @@ def measure(case, rows, repeats, peers):
 
 
 def prepare_peers(case, skipped):
-    if BACKEND != "torch":
+    if BACKEND != "torch" or case.group_size:
         return {}
     import gpu_peers
 
@@ -272,19 +278,21 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one shape, two sizes")
     parser.add_argument("--activations", choices=("int8", "float"), default="int8")
+    parser.add_argument("--group-size", type=int)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--output", help="JSON file")
     arguments = parser.parse_args()
     is_float = arguments.activations == "float"
     quantizer, bits, suffix = (None, 4, "_float") if is_float else (ActivationInt8(), 2, "")
+    suffix += "_groups" if arguments.group_size else ""
     output = arguments.output or common.RESULTS / f"gpu_matmul_{BACKEND}{suffix}.json"
     shapes, rows = (SHAPES[-1:], (1, 16)) if arguments.quick else (SHAPES, ROWS)
     cases = [(*shape, bits, rows) for shape in shapes]
-    if not arguments.quick:
+    if not arguments.quick and not arguments.group_size:
         cases += [(*SHAPES[0], other, (1, 16)) for other in (1, 2, 4, 8) if other != bits]
     records, skipped = [], {}
     for n, k, bits, sizes in cases:
-        case = Case(n, k, bits, quantizer)
+        case = Case(n, k, bits, quantizer, arguments.group_size)
         peers = prepare_peers(case, skipped)
         for m in sizes:
             if m > 256 and (n, k) not in SHAPES[:2]:

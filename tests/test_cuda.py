@@ -127,14 +127,15 @@ def test_sums_are_the_same_bits(bits, rows, rng):
 
 
 @pytest.mark.parametrize("quantizer", [ActivationInt8(), None])
-@pytest.mark.parametrize("rows", [1, 4, 70])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 4, 70, 300])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_bad_values_stay_in_their_rows(value, rows, quantizer, rng):
+def test_bad_values_stay_in_their_rows(value, rows, dtype, quantizer, rng):
     _, packed = make_packed(rng, 100, 33)
     x = rng.normal(size=(rows, 100)).astype("float32")
-    wanted = run("cuda", x, packed, quantizer)
+    wanted = run("cuda", ops.cast(x, dtype), packed, quantizer)
     x[0, 50] = value
-    y = run("cuda", x, packed, quantizer)
+    y = run("cuda", ops.cast(x, dtype), packed, quantizer)
     assert not np.isfinite(y[0]).any()
     np.testing.assert_array_equal(y[1:], wanted[1:])
 

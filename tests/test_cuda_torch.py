@@ -9,7 +9,7 @@ if BACKEND != "torch":
 
 import keras
 import torch
-from test_native_adapters import make_packed, packed_layer
+from test_native_adapters import OFFSETS, make_packed, packed_layer
 
 from keras_bitnet import kernels
 from keras_bitnet.kernels.cuda import library
@@ -21,6 +21,7 @@ if library.reason(0) is not None:
 
 MATRIX_KERNELS = range(1, 11)  # rows of the table in matmul.cc
 GROUPED = (5, 6)
+WIDE = {False: (11, 12), True: (13, 14)}  # of float activations of 16 bits; whether in groups
 
 
 def product(x, packed, kernel, activation_bits=8):
@@ -56,6 +57,59 @@ def test_every_matrix_kernel(bits, rows, rng):
                 y = product(x, packed, kernel, activation_bits)
                 error = relative_error(y.cpu(), wanted[activation_bits].cpu())
                 assert error < 2e-6, (_name(kernel), k, n, activation_bits)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("group_size", [None, 32, 96, 128])
+@pytest.mark.parametrize(("bits", "offset"), [(b, o) for b in OFFSETS for o in OFFSETS[b]])
+def test_every_kernel_of_16_bits(bits, offset, group_size, dtype, rng):
+    """They are right to the rounding of float32, and the same from call to call."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no such kernel multiplies on this GPU")
+    if group_size and group_size % (128 // bits):
+        pytest.skip("the kernel of single rows takes groups of so few inputs")
+    for m, k, n in ((2, 40, 20), (70, 1000, 132), (257, 2304, 528), (130, 9000, 130)):
+        _, packed = make_packed(rng, k, n, bits, group_size or "channel", offset)
+        x = torch.randn(m, k, device="cuda") * 10.0 ** torch.randint(-4, 0, (m, 1), device="cuda")
+        x = x.to(getattr(torch, dtype))
+        for kernel in WIDE[group_size is not None]:
+            y = product(x, packed, kernel, 0)
+            assert_close(y, x, packed.dequantize())
+            assert all(torch.equal(product(x, packed, kernel, 0), y) for _ in range(5))
+
+
+def assert_close(y, x, weight):
+    x, weight = x.double(), weight.double()
+    wanted, largest = x @ weight, x.abs() @ weight.abs()
+    rounding = 2.0**-8 if y.dtype == torch.bfloat16 else 2.0**-11
+    assert ((y - wanted).abs() <= rounding * wanted.abs() + 2e-6 * largest).all()
+
+
+@pytest.mark.parametrize("kernel", WIDE[True])
+def test_scales_of_groups_that_differ_much(kernel, rng):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no such kernel multiplies on this GPU")
+    _, packed = make_packed(rng, 1024, 256, 4, 32)
+    scale = torch.exp2(torch.randint_like(packed.scale, -25, 26))
+    scale[torch.rand_like(scale) < 0.2] = 0
+    scale[0, :50], scale[:, 7], scale[-1, 50:100] = 0, 0, 0
+    scale[:, 9] *= -1
+    packed.scale.copy_(scale)
+    x = torch.randn(100, 1024, device="cuda").bfloat16()
+    assert_close(product(x, packed, kernel, 0), x, packed.dequantize())
+
+
+def test_16_bits_hold_the_weights(rng):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no such kernel multiplies on this GPU")
+    _, packed = make_packed(rng, 256, 256, 8, "channel", -100.0)
+    x = torch.randn(300, 256, device="cuda").bfloat16()
+    y, wanted = bit_matmul(x, packed, None), x.double() @ packed.dequantize().double()
+    assert relative_error(y.double().cpu(), wanted.cpu()) < 8e-3
+    with pytest.raises(RuntimeError, match="16 bits do not hold"):
+        product(x, packed, WIDE[False][0], 0)
+    with pytest.raises(RuntimeError, match="16 bits that stay float"):
+        product(x, packed, WIDE[False][0], 8)
 
 
 def _name(kernel):

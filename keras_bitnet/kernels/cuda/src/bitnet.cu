@@ -1,6 +1,7 @@
 // The kernels of one width, KBC_BITS. Names and shapes of blocks match the tables of matmul.cc.
 #include "gemm_mma.cuh"
 #include "gemm_wgmma.cuh"
+#include "gemm_wgmma16.cuh"
 #include "gemv.cuh"
 #include "quantize.cuh"
 
@@ -42,4 +43,15 @@ KERNEL(wgmma_16, 384, 1, gemm_wgmma<2, 16, FAR_AHEAD, SHIFTS>(p))
 KERNEL(wgmma_32, 384, 1, gemm_wgmma<4, 16, FAR_AHEAD, SHIFTS>(p))
 KERNEL(wgmma_64, 384, 1, gemm_wgmma<8, 8, BITS <= 2 ? 4 : AHEAD, SHIFTS < 2 ? 1 : 2>(p))
 KERNEL(wgmma_128, 384, 1, gemm_wgmma<16, 10, AHEAD, 1>(p))
+
+// 17 warps; the last one feeds the others.
+#define WIDE(suffix, T)                                                              \
+  KERNEL(arrange_##suffix, QUANTIZE_WARPS * 32, 4, arrange<T>(p))                    \
+  KERNEL(wgmma16_64_##suffix, 640, 1, gemm_wgmma16<T, 8, 16, 4, AHEAD, false>(p))        \
+  KERNEL(wgmma16_128_##suffix, 640, 1, gemm_wgmma16<T, 16, 16, 4, 1, false>(p))          \
+  KERNEL(wgmma16_grouped_64_##suffix, 640, 1, gemm_wgmma16<T, 8, 16, 4, 1, true>(p))     \
+  KERNEL(wgmma16_grouped_128_##suffix, 640, 1, gemm_wgmma16<T, 16, 16, 4, 1, true>(p))
+WIDE(bf16, BF16)
+WIDE(f16, F16)
+#undef WIDE
 #endif

@@ -152,6 +152,11 @@ template <int SIZE> DEVICE void store_four_if(bool there, void* y, long long i, 
   }
 }
 
+DEVICE void store_pair_if(bool there, void* to, u32 pair) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p st.global.b32 [%1], %2;\n}" ::"r"((u32)there), "l"(to),
+               "r"(pair) : "memory");
+}
+
 // ---- quantization of activations -------------------------------------------------------------
 
 struct Ratio {
@@ -233,6 +238,9 @@ DEVICE int dot_codes(u32 codes, u32 x, int sum) {
   return sum;
 }
 
+DEVICE u32 bits_of(int value) { return (u32)value; }
+DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
+
 DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // The result of a sum of codes: (step * codes + step_offset * sum of x) as float, scaled.
@@ -261,6 +269,12 @@ DEVICE uint4 load_stream(const uint4* p) {
   return v;
 }
 
+DEVICE uint2 load_stream(const uint2* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Copies 16 bytes of weights to shared memory, or zeros. Every call is a group of its own.
@@ -284,6 +298,13 @@ DEVICE void let_next_start() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// A load that stays behind `wait_for_previous`, for which `__ldg` need not wait.
+DEVICE float load_after(const float* p) {
+  float v;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
+  return v;
 }
 
 // ---- the blocks of a cluster -------------------------------------------------------------------

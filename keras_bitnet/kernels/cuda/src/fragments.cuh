@@ -11,26 +11,28 @@
 constexpr int QUADS = BITS;          // blocks of four tiles in a slice
 constexpr int SLABS = SLICE / 32;    // instructions' depths in a slice
 
-struct Columns {
-  const uint4* source;  // first tile of this lane
-  int tiles;            // how many there are from there on; 0 or fewer: none, as where the columns do not exist
+// The weights of a lane: those of as many columns of a tile as a Unit holds, four (as above) or two. Of two, a warp
+// owns one row of tiles, where columns 2g and 2g + 1 take the places of rows g and g + 8.
+template <class Unit> struct Columns {
+  static constexpr int UNITS = 64 / sizeof(Unit);  // of a tile
+  const Unit* source;  // first tile of this lane
+  int tiles;           // how many there are from there on; 0 or fewer: none, as where the columns do not exist
 
   // Slices are counted from `begin`; weights of the slice `end` and later ones read as zeros.
   DEVICE Columns(const Matmul& p, int first_column, int begin, int end) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int tile_row = first_column / 16 + g / 4;
-    source = static_cast<const uint4*>(p.tiles) + ((long long)tile_row * p.k_tiles + t) * 4 + g % 4;
+    const int tile_row = first_column / 16 + g / UNITS;
+    source = static_cast<const Unit*>(p.tiles) + ((long long)tile_row * p.k_tiles + t) * UNITS + g % UNITS;
     tiles = tile_row < (p.n + 15) / 16 ? min(p.k_tiles, 4 * QUADS * end) - t : 0;
     skip(begin);
   }
   // Counts from so many slices later. One address for all loads of a turn takes few instructions.
-  DEVICE void skip(int slices) { source += 16 * QUADS * slices, tiles -= 4 * QUADS * slices; }
+  DEVICE void skip(int slices) { source += 4 * UNITS * QUADS * slices, tiles -= 4 * QUADS * slices; }
   DEVICE bool has(int slice, int quad) const { return 4 * (slice * QUADS + quad) < tiles; }
-  DEVICE const uint4* at(int slice, int quad) const { return source + 16 * (slice * QUADS + quad); }
-  DEVICE void load(int slice, uint4 (&w)[QUADS]) const {
+  DEVICE const Unit* at(int slice, int quad) const { return source + 4 * UNITS * (slice * QUADS + quad); }
+  DEVICE void load(int slice, Unit (&w)[QUADS], int begin = 0, int end = QUADS) const {
 #pragma unroll
-    for (int q = 0; q < QUADS; ++q)
-      w[q] = has(slice, q) ? load_stream(at(slice, q)) : make_uint4(0, 0, 0, 0);
+    for (int q = begin; q < end; ++q) w[q] = has(slice, q) ? load_stream(at(slice, q)) : Unit{};
   }
 };
 

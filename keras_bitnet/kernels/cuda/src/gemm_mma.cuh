@@ -87,7 +87,7 @@ DEVICE void gemm_mma(const Matmul& p) {
   const int column = first_column + 4 * (lane / 4);
   const int all_slices = slices(p), turns = (all_slices + WK - 1) / WK;
   const int rows = min(BM, image_rows(p) - first_row);
-  const Columns columns(p, first_column, 0, all_slices);
+  const Columns<uint4> columns(p, first_column, 0, all_slices);
 
 #pragma unroll
   for (int j = 0; j < AHEAD; ++j)

@@ -13,21 +13,26 @@ struct MatrixKernel {
   int threads, rows, columns;  // of a block
   int stages, slices;          // in shared memory: stages of so many slices of the image
   bool grouped, wgmma;
+  bool wide;                   // of 16-bit numbers, whose dtype ends its name; else of codes
   int time, start;             // nanoseconds for a slice, and besides, on an H200; where compared
 };
 constexpr MatrixKernel kMatrixKernels[] = {
-    {"mma_8", 256, 8, 32, 4, 8, false, false, 190, 1250},
-    {"mma_16", 256, 16, 64, 4, 4, false, false, 0, 0},
-    {"mma_32", 256, 32, 64, 3, 4, false, false, 0, 0},
-    {"mma_64", 256, 64, 128, 3, 2, false, false, 0, 0},
-    {"mma_grouped_8", 256, 8, 32, 4, 8, true, false, 0, 0},
-    {"mma_grouped_32", 256, 32, 64, 3, 4, true, false, 0, 0},
-    {"wgmma_16", 384, 16, 256, 16, 1, false, true, 250, 2000},
-    {"wgmma_32", 384, 32, 256, 16, 1, false, true, 260, 2000},
-    {"wgmma_64", 384, 64, 256, 8, 1, false, true, 390, 2000},
-    {"wgmma_128", 384, 128, 256, 10, 1, false, true, 740, 2000},
+    {"mma_8", 256, 8, 32, 4, 8, false, false, false, 190, 1250},
+    {"mma_16", 256, 16, 64, 4, 4, false, false, false, 0, 0},
+    {"mma_32", 256, 32, 64, 3, 4, false, false, false, 0, 0},
+    {"mma_64", 256, 64, 128, 3, 2, false, false, false, 0, 0},
+    {"mma_grouped_8", 256, 8, 32, 4, 8, true, false, false, 0, 0},
+    {"mma_grouped_32", 256, 32, 64, 3, 4, true, false, false, 950, 1500},
+    {"wgmma_16", 384, 16, 256, 16, 1, false, true, false, 250, 2000},
+    {"wgmma_32", 384, 32, 256, 16, 1, false, true, false, 260, 2000},
+    {"wgmma_64", 384, 64, 256, 8, 1, false, true, false, 390, 2000},
+    {"wgmma_128", 384, 128, 256, 10, 1, false, true, false, 740, 2000},
+    {"wgmma16_64_", 640, 64, 256, 4, 1, false, true, true, 725, 4000},
+    {"wgmma16_128_", 640, 128, 256, 4, 1, false, true, true, 1200, 2000},
+    {"wgmma16_grouped_64_", 640, 64, 256, 4, 1, true, true, true, 1000, 2000},
+    {"wgmma16_grouped_128_", 640, 128, 256, 4, 1, true, true, true, 1500, 3000},
 };
-enum { kMma8, kMma16, kMma32, kMma64, kGrouped8, kGrouped32, kWgmma16, kCount = 10 };
+enum { kMma8, kMma16, kMma32, kMma64, kGrouped8, kGrouped32, kWgmma16, kCount = 14 };
 
 constexpr int kSlice = 128;
 
@@ -43,8 +48,22 @@ bool row_by_row(const kbc_matmul& p) {
   return p.group_size && p.bits < 4 && p.group_size % (128 / p.bits);
 }
 
-int64_t blocks(const kbc_matmul& p, const MatrixKernel& k) {
-  return (image_rows(p) + k.rows - 1) / k.rows * ((p.out_features + k.columns - 1) / k.columns);
+// Why a kernel cannot multiply, or null.
+const char* refuse(const kbc_matmul& p, const MatrixKernel& k, const Device& device) {
+  if (k.grouped != (p.group_size != 0)) return "this kernel is for other scales";
+  if (k.wgmma && device.capability != 90) return "this kernel is for compute capability 9.0";
+  if (!k.wide) return nullptr;
+  if (p.activation_bits || !p.dtype) return "this kernel is for activations of 16 bits that stay float";
+  const float middle = static_cast<float>(1 << (p.bits - 1));
+  const bool exact = p.bits <= 2 ? p.offset <= 0 && p.offset >= -4 : p.offset == -middle;
+  return exact ? nullptr : "16 bits do not hold these weights";
+}
+
+int64_t row_blocks(const kbc_matmul& p, const MatrixKernel& k) {
+  return ((k.wide ? p.rows : image_rows(p)) + k.rows - 1) / k.rows;
+}
+int64_t column_blocks(const kbc_matmul& p, const MatrixKernel& k) {
+  return (p.out_features + k.columns - 1) / k.columns;
 }
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -65,7 +84,7 @@ int64_t estimate(const kbc_matmul& p, const Choice& c, const Device& device) {
   const int64_t sum = c.shares > 1 ? 60 * k.rows : 0;  // to add what the blocks of a cluster have
   const int64_t read = k.columns * p.bits * 33 / 100;  // the weights of a slice: 128 inputs of every column
   const int64_t time = k.time > read ? k.time : read;
-  return (blocks(p, k) * c.shares + places - 1) / places * (turns * time + k.start + sum);
+  return (row_blocks(p, k) * column_blocks(p, k) * c.shares + places - 1) / places * (turns * time + k.start + sum);
 }
 
 // Bytes of shared memory: stages, and a place for the sums of every block of a cluster.
@@ -75,14 +94,12 @@ int memory(const Choice& c) {
   return k.stages * k.slices * k.rows * kSlice + (shares > 1 ? parts * 32 * k.columns : 0);
 }
 
-// How many blocks share the inputs best.
+// How many blocks share the inputs best. Those of 128 rows have no memory for the sums of others.
 Choice shared(const kbc_matmul& p, int kernel, const Device& device) {
-  constexpr int kMostMemory = 200 << 10;
   Choice best{kernel, 1};
-  if (!kMatrixKernels[kernel].wgmma) return best;
+  if (!kMatrixKernels[kernel].wgmma || kMatrixKernels[kernel].rows > 64) return best;
   for (unsigned shares = 2; shares <= 8; shares *= 2) {
     const Choice other{kernel, shares};
-    if (memory(other) > kMostMemory) break;
     if (estimate(p, other, device) < estimate(p, best, device)) best = other;
   }
   return best;
@@ -90,17 +107,16 @@ Choice shared(const kbc_matmul& p, int kernel, const Device& device) {
 
 Choice choose(const kbc_matmul& p, const Device& device) {
   const int64_t rows = image_rows(p);
-  if (p.group_size) return {rows <= 8 ? kGrouped8 : kGrouped32, 1};
-  if (device.capability == 90) {
-    Choice best{rows > 16 ? kWgmma16 : kMma8, 1};
-    for (int kernel = kWgmma16; kernel < kCount; ++kernel) {
-      const Choice other = shared(p, kernel, device);
-      if (estimate(p, other, device) < estimate(p, best, device)) best = other;
-    }
-    return best;
+  Choice best{rows <= 16 ? kMma16 : rows <= 32 ? kMma32 : kMma64, 1};
+  if (rows <= 8 || (rows <= 16 && p.out_features <= 32 * device.multiprocessors)) best.kernel = kMma8;
+  if (device.capability == 90) best.kernel = rows > 16 ? kWgmma16 : kMma8;
+  if (p.group_size) best.kernel = rows <= 8 ? kGrouped8 : kGrouped32;
+  for (int kernel = kWgmma16; kernel < kCount; ++kernel) {
+    if (refuse(p, kMatrixKernels[kernel], device)) continue;
+    const Choice other = shared(p, kernel, device);
+    if (estimate(p, other, device) < estimate(p, best, device)) best = other;
   }
-  if (rows <= 8 || (rows <= 16 && p.out_features <= 32 * device.multiprocessors)) return {kMma8, 1};
-  return {rows <= 16 ? kMma16 : rows <= 32 ? kMma32 : kMma64, 1};
+  return best;
 }
 
 // Where things lie in the workspace.
@@ -110,6 +126,8 @@ struct Workspace {
   explicit Workspace(const kbc_matmul& p) {
     if (!row_by_row(p)) {
       row_scale = round_up(p.in_features, kSlice) * round_up(image_rows(p), 8);
+      const int64_t wide = 2 * round_up(p.in_features, 2 * kSlice) * round_up(p.rows, 8);
+      if (!p.activation_bits && wide > row_scale) row_scale = wide;
       row_sum = row_scale + round_up(4 * image_rows(p), 256);
       bytes = largest = row_sum + round_up(4 * image_rows(p), 256);
     }
@@ -219,20 +237,22 @@ const char* run_rows(Device& device, const kbc_matmul& p, Matmul m, void* stream
   return nullptr;
 }
 
-// Several rows: quantized by one kernel, multiplied by the next.
-const char* run_matrix(Device& device, const kbc_matmul& p, const Matmul& m, void* stream) {
-  const std::string quantize = (m.planes > 1 ? "split_" : "quantize_") + std::string(kDtypes[p.dtype]);
-  const Launch first{quantize.c_str(), static_cast<unsigned>(p.rows), 1, kQuantizeThreads, 0,
-                     p.weights != KBC_WEIGHTS_SETTLE};
-  if (const char* wrong = launch(device, p.bits, first, &m, stream)) return wrong;
+// Several rows: quantized, or arranged, by one kernel, multiplied by the next.
+const char* run_matrix(Device& device, const kbc_matmul& p, Matmul m, void* stream) {
   if (p.kernel < 0 || p.kernel > kCount) return "kernel is out of range";
   const Choice choice = p.kernel ? shared(p, p.kernel - 1, device) : choose(p, device);
   const MatrixKernel& k = kMatrixKernels[choice.kernel];
-  if (k.grouped != (p.group_size != 0)) return "this kernel is for other scales";
-  if (k.wgmma && device.capability != 90) return "this kernel is for compute capability 9.0";
-  Launch second{k.name, static_cast<unsigned>((image_rows(p) + k.rows - 1) / k.rows) * choice.shares,
-                static_cast<unsigned>((p.out_features + k.columns - 1) / k.columns),
-                static_cast<unsigned>(k.threads), static_cast<unsigned>(memory(choice)), true};
+  if (const char* wrong = refuse(p, k, device)) return wrong;
+  const std::string dtype = kDtypes[p.dtype];
+  const std::string prepare = (k.wide ? "arrange_" : m.planes > 1 ? "split_" : "quantize_") + dtype;
+  const std::string multiply = k.name + (k.wide ? dtype : "");
+  if (k.wide) m.planes = 1;
+  const Launch first{prepare.c_str(), static_cast<unsigned>(p.rows), 1, kQuantizeThreads, 0,
+                     p.weights != KBC_WEIGHTS_SETTLE};
+  if (const char* wrong = launch(device, p.bits, first, &m, stream)) return wrong;
+  Launch second{multiply.c_str(), static_cast<unsigned>(row_blocks(p, k)) * choice.shares,
+                static_cast<unsigned>(column_blocks(p, k)), static_cast<unsigned>(k.threads),
+                static_cast<unsigned>(memory(choice)), true};
   second.cluster = choice.shares;
   return launch(device, p.bits, second, &m, stream);
 }

@@ -10,6 +10,7 @@
 
 constexpr int QUANTIZE_WARPS = 8;
 constexpr int SLICE = 128;  // inputs of a row in one slice of the image
+constexpr int LINE = 128;   // bytes of a row in one line of it: a slice of codes, half a slice of 16-bit numbers
 
 // Codes in the same bits of two blocks of four tiles lie beside each other; of one bit, where there is
 // one block, those four groups apart.
@@ -21,6 +22,8 @@ DEVICE int place_of(int unit) {
 DEVICE int rows(const Matmul& p) { return p.rows * p.planes; }
 DEVICE int image_rows(const Matmul& p) { return (rows(p) + 7) & ~7; }
 DEVICE int slices(const Matmul& p) { return (p.k + SLICE - 1) / SLICE; }
+// Of 16-bit numbers: kernels make two turns at once, and where there are no inputs they are zeros, as weights are not.
+DEVICE int wide_slices(const Matmul& p) { return (slices(p) + 1) & ~1; }
 
 // The largest |x| of all rows, for activations that share one scale. `p.largest` starts as 0.
 template <class T, class P> DEVICE void largest_of_all(const P& p) {
@@ -34,6 +37,11 @@ template <class T, class P> DEVICE void largest_of_all(const P& p) {
   if (threadIdx.x == 0) atomicMax(p.largest, largest);
 }
 
+// Group `part` of one unit: the inputs from there on.
+DEVICE int first_of(int unit, int part) {
+  return 4 * (unit / GROUPS * (4 * GROUPS) + part * GROUPS + unit % GROUPS);
+}
+
 // A block quantizes one row.
 template <class T, int PLANES> DEVICE void quantize(const Matmul& p) {
   __shared__ u32 maxima[QUANTIZE_WARPS];
@@ -41,19 +49,15 @@ template <class T, int PLANES> DEVICE void quantize(const Matmul& p) {
   constexpr int THREADS = QUANTIZE_WARPS * 32, HELD = T::SIZE == 4 ? 2 : 4;
   const int row = blockIdx.x, units = slices(p) * (SLICE / 16);
   const char* x = static_cast<const char*>(p.x) + (long long)row * p.k * T::SIZE;
-  // Group `part` of one unit: inputs first(unit, part) and the three after it.
-  auto first = [](int unit, int part) {
-    return 4 * (unit / GROUPS * (4 * GROUPS) + part * GROUPS + unit % GROUPS);
-  };
   auto load = [&](Four<T>(&v)[4], int unit) {
-    load_fours<T, 4>(v, x, p.k, p.x_aligned, [&](int part) { return first(unit, part); });
+    load_fours<T, 4>(v, x, p.k, p.x_aligned, [&](int part) { return first_of(unit, part); });
   };
   let_next_start();
   wait_for_previous();
   Four<T> held[HELD * 4];
   u32 largest = 0;
   load_fours<T, HELD * 4>(held, x, p.k, p.x_aligned,
-                          [&](int i) { return first(i / 4 * THREADS + threadIdx.x, i % 4); });
+                          [&](int i) { return first_of(i / 4 * THREADS + threadIdx.x, i % 4); });
 #pragma unroll
   for (int i = 0; i < HELD * 4; ++i) largest = largest_of(held[i], largest);
   for (int unit = HELD * THREADS + threadIdx.x; unit < units; unit += THREADS) {
@@ -75,7 +79,7 @@ template <class T, int PLANES> DEVICE void quantize(const Matmul& p) {
       const int image_row = row * PLANES + plane;
       const long long line = (long long)(unit / 8) * image_rows(p) + image_row;
       const int place = place_of(unit % 8) ^ (image_row % 8);
-      *reinterpret_cast<uint4*>(p.image + line * SLICE + place * 16) =
+      *reinterpret_cast<uint4*>(p.image + line * LINE + place * 16) =
           make_uint4(codes[0][plane], codes[1][plane], codes[2][plane], codes[3][plane]);
 #pragma unroll
       for (int part = 0; part < 4; ++part) sum[plane] = __dp4a((int)codes[part][plane], 0x01010101, sum[plane]);
@@ -98,6 +102,37 @@ template <class T, int PLANES> DEVICE void quantize(const Matmul& p) {
     if (threadIdx.x == 0) {
       p.row_scale[row * PLANES + plane] = scale;
       p.row_sum[row * PLANES + plane] = all;
+    }
+  }
+}
+
+// A block arranges one row of 16-bit numbers, which stay as they are, for the kernels of gemm_wgmma16.cuh. Its image
+// is [4 * ceil(k / 256)][rows rounded up to 8][128] bytes. The four numbers of a group go to two units of 16 bytes,
+// the first and third of each tile of a block to one, the others to another: the halves of a word of weights.
+template <class T> DEVICE void arrange(const Matmul& p) {
+  constexpr int THREADS = QUANTIZE_WARPS * 32, HELD = 2;
+  const int row = blockIdx.x, groups = wide_slices(p) * (SLICE / 16);
+  const char* x = static_cast<const char*>(p.x) + (long long)row * p.k * T::SIZE;
+  let_next_start();
+  wait_for_previous();
+  for (int begin = threadIdx.x; begin < groups; begin += HELD * THREADS) {
+    Four<T> held[HELD * 4];
+    load_fours<T, HELD * 4>(held, x, p.k, p.x_aligned, [&](int i) { return first_of(begin + i / 4 * THREADS, i % 4); });
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+      const int group = begin + i * THREADS;
+      if (group >= groups) break;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int unit = group / GROUPS * (2 * GROUPS) + half * GROUPS + group % GROUPS;
+        u32 pairs[4];
+#pragma unroll
+        for (int part = 0; part < 4; ++part)
+          pairs[part] = __byte_perm(held[4 * i + part].raw.x, held[4 * i + part].raw.y, half ? 0x7632 : 0x5410);
+        const long long line = (long long)(unit / 8) * image_rows(p) + row;
+        *reinterpret_cast<uint4*>(p.image + line * LINE + (unit % 8 ^ row % 8) * 16) =
+            make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+      }
     }
   }
 }
