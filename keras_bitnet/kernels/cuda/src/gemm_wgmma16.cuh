@@ -118,16 +118,15 @@ template <int MB> struct FloatSums<true, MB> {
   float sums[1][MB][4] = {};
   float scales[2] = {}, next[2];  // of this lane's columns
   bool without[2];                // whether a column has no weights in this group: its scale is 0 or next to it
-  int column, group, left = 0;    // inputs left of the open group
+  int column, group, left = 0;    // the group of `next`; inputs left of the open one
 
-  DEVICE FloatSums(const Matmul& p, int column, int input) : column(column), group(input / p.group_size) {
+  DEVICE FloatSums(const Matmul& p, int column, int input) : column(column), group(min(input, p.k - 1) / p.group_size) {
     fetch(p);
     open(p);
     left -= input % p.group_size;
   }
   DEVICE void fetch(const Matmul& p) {
-    const int there = group * p.group_size < p.k ? group : group - 1;
-    const float* const row = p.scale + (long long)there * p.scale_columns;
+    const float* const row = p.scale + (long long)group * p.scale_columns;
 #pragma unroll
     for (int c = 0; c < 2; ++c) next[c] = load_after(row + min(column + c, p.scale_columns - 1));
   }
@@ -145,7 +144,7 @@ template <int MB> struct FloatSums<true, MB> {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[0][b][i] = __fmul_rn(sums[0][b][i], ratio[i / 2]);
     left = p.group_size;
-    ++group;
+    if ((group + 1) * p.group_size < p.k) ++group;  // the last one goes on to the end of the slices
     fetch(p);
   }
   // Before the inputs of a part are multiplied.
