@@ -48,11 +48,11 @@ def calibrate(
     | `"histogram"` | the same with rounding as uniform noise, `step^2 / 12` |
     | `"entropy"` | least Kullback-Leibler divergence of the distribution |
 
-    With `rounding="gptq"` their weights are rounded so that an error makes up for those before
-    it, as the second moments of the inputs tell, in place of each to the nearest level. The
-    layers then have a learned scale (their weight quantizer says `scale="learned"`), their kernel
-    lies on its grid, and both can be trained further. At 4 bits and less that is what a model
-    needs which is not trained after it was quantized.
+    With `rounding="gptq"` float kernels are rounded so that the errors of a layer's weights make
+    up for each other, as the second moments of its inputs tell, in place of each weight to the
+    nearest level: for models of 4 bits and less that are not trained after they were quantized.
+    The layers then have a learned scale (`scale="learned"` of their weight quantizer) and a
+    kernel on its grid, and both can be trained further.
 
     While it looks, weights are quantized and activations are float. The memory that it takes
     does not grow with the data: each layer has a few variables of fixed size (the largest
@@ -67,11 +67,11 @@ def calibrate(
         method: See the table.
         percentile: In (0, 100], for `method="percentile"`.
         momentum: Of scales that follow the inputs in later training, see `StaticActivation`.
-        static: Whether activations get static scales; otherwise only smoothing and kept
-            channels are set.
-        rounding: `"nearest"` leaves the weights as they are; `"gptq"` takes NumPy seconds for
-            each layer of some thousand inputs, and memory for `in_features^2` numbers of each,
-            1 GB at a time: more layers take further passes over the data.
+        static: Whether activations get static scales; otherwise only smoothing, kept channels
+            and the rounding are set.
+        rounding: `"nearest"` leaves the weights as they are, or `"gptq"`. That takes seconds for
+            a layer of some thousand inputs, and `in_features^2` numbers of each layer: of as many
+            as 1 GB holds in one pass over the data, of the others in further ones.
         damping: Positive number, part of the mean second moment that is added to all for
             `rounding="gptq"`: more where there is little data.
         filters: Which layers, see `keras_bitnet.quantize_model`.
