@@ -101,7 +101,7 @@ def calibrate(
     smoothed = [layer for layer in chosen if layer.smoothing is not None and not layer.packed]
     kept = [layer for layer in chosen if layer.kept_channels and not layer.packed]
     fixed = [layer for layer in chosen if layer.static]
-    adjusted = [layer for layer in chosen if rounding == "gptq" and layer.takes_static]
+    adjusted = [layer for layer in chosen if _adjusts(layer, rounding)]
     portions = gptq.portions(adjusted)
     stream.check_passes(sum(map(bool, (smoothed, kept, fixed, *portions))))
     for layer, seen in stream.watch(smoothed, lambda layer: lambda x: x):
@@ -163,7 +163,7 @@ def _prepare(model, filters, momentum, static, rounding):
         config = layer.get_config()
         if static and layer.takes_static and layer.activation_quantizer is not None:
             config["activation_quantizer"] = _static(layer.activation_quantizer, momentum)
-        if rounding == "gptq" and layer.takes_static:
+        if _adjusts(layer, rounding):
             config["weight_quantizer"] = _learned(layer)
         return type(layer).from_config(config)
 
@@ -174,8 +174,8 @@ def _prepare(model, filters, momentum, static, rounding):
                 news[name].assign(ops.copy(old.own_weights()[name]))
         copy_the_rest(old, new)
         new._untrained_checksum = old._untrained_checksum
-        adjusted = rounding == "gptq" and new.takes_static
-        if new.static or new.smoothing is not None or new.kept_channels or adjusted:
+        treated = new.static or new.smoothing is not None or new.kept_channels
+        if treated or _adjusts(new, rounding):
             chosen.append(new)
 
     new_model, _ = rewrite(model, Rule("calibrated", replace, transfer), verbose=0)
@@ -187,6 +187,11 @@ def _prepare(model, filters, momentum, static, rounding):
             f"Received: filters={filters!r}"
         )
     return new_model, chosen
+
+
+def _adjusts(layer, rounding):
+    """Whether the weights of a layer are rounded anew: where calibration sees its inputs."""
+    return rounding == "gptq" and layer.takes_static
 
 
 def _learned(layer):

@@ -6,7 +6,7 @@ from keras import ops
 from keras_bitnet.ops.packed_tensor import expand_scale
 
 _ROWS = 128  # inputs whose error is carried at once to those after them
-_FACTORS = np.geomspace(0.3, 2, 40)  # of the scale that the weights alone would give
+_FACTORS = np.geomspace(0.3, 2, 40, dtype="float32")  # of the scale of the weights alone
 _MEMORY = 1 << 30  # bytes of second moments that are gathered in one pass
 
 
@@ -102,13 +102,14 @@ def _factors(moments, damping):
 def _best_scale(weight, own, quantizer):
     start = ops.convert_to_numpy(quantizer.compute_scale(weight))
     best, least = start, np.full(start.shape, np.inf)
+    steps = _expand(start, weight, quantizer)
     for factor in _FACTORS:
-        step = _expand(start * factor, weight, quantizer)
+        step = steps * factor
         errors = np.square(weight - _nearest(weight / step, quantizer) * step) * own[:, None]
         error = _sum_of_scales(errors, start.shape, quantizer.group_size)
         best = np.where(error < least, start * factor, best)
         least = np.minimum(error, least)
-    return best.astype("float32")
+    return best
 
 
 def _sum_of_scales(errors, shape, group_size):
@@ -119,7 +120,7 @@ def _sum_of_scales(errors, shape, group_size):
 
 
 def _nearest(ratio, quantizer):
-    """`quantizer.round_levels` of an array; called so for every row, it took most of the time."""
+    """`quantizer.round_levels` in NumPy: 0.02 ms for a row, by a backend 0.3 to 0.6."""
     half = np.float32(quantizer.offset - np.floor(quantizer.offset))
     return np.clip(np.rint(ratio - half) + half, quantizer.lowest, quantizer.highest)
 
