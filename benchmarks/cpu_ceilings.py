@@ -7,6 +7,7 @@ import shutil
 import statistics
 import subprocess
 import tempfile
+import time
 
 import numpy as np
 
@@ -40,6 +41,7 @@ class Ceilings:
 
     def measure(self):
         """Adds one measurement of each."""
+        time.sleep(0.1)  # a framework's threads spin for a while after their last work
         at, size = self.memory.ctypes.data, self.memory.size
         self.reads.append(self.library.bench_read(at, size, self.threads))
         if self.has_vnni:
