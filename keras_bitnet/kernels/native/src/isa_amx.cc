@@ -191,6 +191,7 @@ constexpr int kFewRows = 4;
 
 // The registers of sums bound a block: 32 rows and two columns of tiles, or 16 rows and four.
 Shape shape(int rows) {
+  if (rows == 1) return {8, 4};  // streams that these processors fetch ahead best (decision note 7)
   if (rows <= kFewRows) return kAvx512Vnni.shape(rows);
   return {rows > kRegisterRows ? 2 : 4, kChunk};
 }

@@ -21,27 +21,9 @@ inline void multiply_add(__m256i& sum, __m256i codes, __m256i x) {
 template <Format F, int Rows, int Columns>
 inline void add_tiles(const uint8_t* tile, int64_t stride, const int8_t* x, int64_t tiles,
                       Sums<Rows> (&sums)[Columns]) {
-  constexpr int kOperands = operands(F);
   Sums<Rows> pairs[Columns];
   KBN_UNROLL for (int c = 0; c < Columns; ++c) pairs[c].clear();
-  for (int64_t t = 0; t < tiles; ++t) {
-    KBN_UNROLL for (int c = 0; c < Columns; ++c) {
-      Operands<F> from[kHalves];
-      KBN_UNROLL for (int h = 0; h < kHalves; ++h) from[h].load(tile + c * stride, h);
-      KBN_UNROLL for (int i = 0; i < kOperands; ++i) {
-        __m256i codes[kHalves];
-        KBN_UNROLL for (int h = 0; h < kHalves; ++h) codes[h] = from[h].take(i);
-        KBN_UNROLL for (int r = 0; r < Rows; ++r) {
-          const __m256i word = broadcast(x + (i * Rows + r) * 4);
-          KBN_UNROLL for (int h = 0; h < kHalves; ++h) {
-            multiply_add(pairs[c].value[r][h], codes[h], word);
-          }
-        }
-      }
-    }
-    tile += kTileBytes;
-    x += kOperands * 4 * Rows;
-  }
+  add_operands<F>(tile, stride, x, tiles, pairs, multiply_add);
   const __m256i ones = _mm256_set1_epi16(1);
   KBN_UNROLL for (int c = 0; c < Columns; ++c) {
     KBN_UNROLL for (int r = 0; r < Rows; ++r) {
@@ -74,44 +56,22 @@ inline void add_tile_of_bytes(const uint8_t* tile, const int8_t* x, Sums<Rows>& 
   }
 }
 
-// Some columns of a block, from `first` on.
 template <Format F, int Rows, int Columns>
 void multiply_columns(const Block& block, int first) {
-  constexpr int kOperands = operands(F), kMostCode = F == kTrits ? 2 : (1 << 8 / kOperands) - 1;
-  constexpr int64_t kAtOnce = F == kBits8 ? 1 : 32767 / (kOperands * 2 * kMostCode * 128);  // tiles
-  const uint8_t* tile = block.tiles + first * block.tile_stride;
-  const int8_t* x = block.x_codes;
-  const int width = block.columns * kTileOutputs;
-  int32_t* to = block.sums + first * kTileOutputs;
-  for (int64_t segment = 0; segment < block.segments; ++segment) {
-    Sums<Rows> sums[Columns];
-    KBN_UNROLL for (int c = 0; c < Columns; ++c) {
-      prefetch_ahead(block, segment, first + c);
-      sums[c].clear();
-    }
-    for (int64_t left = block.segment_steps; left > 0; left -= kAtOnce) {
-      const int64_t tiles = left < kAtOnce ? left : kAtOnce;
-      if constexpr (F != kBits8) {
-        add_tiles<F>(tile, block.tile_stride, x, tiles, sums);
-      } else {
-        KBN_UNROLL for (int c = 0; c < Columns; ++c) {
-          add_tile_of_bytes(tile + c * block.tile_stride, x, sums[c]);
+  constexpr int kMostCode = F == kTrits ? 2 : (1 << 8 / operands(F)) - 1;
+  constexpr int64_t kAtOnce = F == kBits8 ? 1 : 32767 / (operands(F) * 2 * kMostCode * 128);  // tiles
+  each_segment<F, Rows, Columns>(
+      block, first, kAtOnce,
+      [](const uint8_t* tile, int64_t stride, const int8_t* x, int64_t tiles, auto& sums) {
+        if constexpr (F != kBits8) {
+          add_tiles<F>(tile, stride, x, tiles, sums);
+        } else {
+          KBN_UNROLL for (int c = 0; c < Columns; ++c) {
+            fetch_ahead<Columns>(tile + c * stride);
+            add_tile_of_bytes(tile + c * stride, x, sums[c]);
+          }
         }
-      }
-      tile += tiles * kTileBytes;
-      x += tiles * kOperands * 4 * Rows;
-    }
-    KBN_UNROLL for (int c = 0; c < Columns; ++c) sums[c].store(to + c * kTileOutputs, width);
-    to += Rows * width;
-  }
-}
-
-// One row, bound by memory: four streams are fetched ahead better than one (decision note 7).
-template <Format F>
-void multiply_row(const Block& block) {
-  int first = 0;
-  for (; first + 4 <= block.columns; first += 4) multiply_columns<F, 1, 4>(block, first);
-  for (; first < block.columns; ++first) multiply_columns<F, 1, 1>(block, first);
+      });
 }
 
 template <Format F>
@@ -123,8 +83,6 @@ void multiply(const Block& block) {
     default: return multiply_columns<F, 4, 1>(block, 0);
   }
 }
-
-Shape shape(int rows) { return {rows == 1 ? 4 : 1, 4}; }
 
 }  // namespace
 

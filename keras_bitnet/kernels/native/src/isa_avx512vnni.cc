@@ -31,9 +31,15 @@ inline __m512i operand(__m512i raw, int i) {
   return Bits == 8 ? raw : _mm512_and_si512(raw, _mm512_set1_epi8(static_cast<char>(mask)));
 }
 
-// One row, bound by memory: columns of tiles side by side are streams that the processor fetches ahead
-// better than one (decision note 7). Codes are masked where they stand; as operand i of every tile has
-// its own sums, these are shifted only once, at the end of the segment.
+// A tile of one of some streams, of which few are fetched ahead by hand (decision note 7).
+template <int Streams>
+inline __m512i load(const uint8_t* tile) {
+  if (Streams <= 2) _mm_prefetch(reinterpret_cast<const char*>(tile) + 2048, _MM_HINT_T1);
+  return _mm512_loadu_si512(tile);
+}
+
+// One row, bound by memory: columns of tiles side by side are streams. Codes are masked where they stand;
+// as operand i of every tile has its own sums, these are shifted only once, at the end of the segment.
 template <Format F, int Columns>
 struct Row {
   static constexpr int kOperands = operands(F), kBits = 8 / kOperands;
@@ -47,7 +53,7 @@ struct Row {
   }
   void add(const uint8_t* tile, int64_t stride, const int8_t* x) {
     __m512i raw[Columns];
-    KBN_UNROLL for (int c = 0; c < Columns; ++c) raw[c] = _mm512_loadu_si512(tile + c * stride);
+    KBN_UNROLL for (int c = 0; c < Columns; ++c) raw[c] = load<Columns>(tile + c * stride);
     KBN_UNROLL for (int i = 0; i < kOperands; ++i) {
       const __m512i word = broadcast(x + i * 4);
       KBN_UNROLL for (int c = 0; c < Columns; ++c) {
@@ -78,7 +84,7 @@ struct Row<kTrits, Columns> {
   }
   void add(const uint8_t* tile, int64_t stride, const int8_t* x) {
     __m512i v[Columns];
-    KBN_UNROLL for (int c = 0; c < Columns; ++c) v[c] = _mm512_loadu_si512(tile + c * stride);
+    KBN_UNROLL for (int c = 0; c < Columns; ++c) v[c] = load<Columns>(tile + c * stride);
     KBN_UNROLL for (int i = 0; i < kOperands; ++i) {
       const __m512i word = broadcast(x + i * 4);
       KBN_UNROLL for (int c = 0; c < Columns; ++c) {
@@ -123,6 +129,7 @@ void multiply_row(const Block& block) {
   int first = 0;
   for (; first + 8 <= block.columns; first += 8) multiply_row<F, 8>(block, first);
   for (; first + 4 <= block.columns; first += 4) multiply_row<F, 4>(block, first);
+  for (; first + 2 <= block.columns; first += 2) multiply_row<F, 2>(block, first);
   for (; first < block.columns; ++first) multiply_row<F, 1>(block, first);
 }
 
@@ -197,7 +204,7 @@ void multiply(const Block& block) {
   }
 }
 
-Shape shape(int rows) { return {rows == 1 ? 8 : rows <= kFewRows ? 4 : 2, 4}; }
+Shape shape(int rows) { return {rows > 1 && rows <= kFewRows ? 4 : 2, 4}; }
 
 }  // namespace
 
