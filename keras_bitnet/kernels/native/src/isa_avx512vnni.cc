@@ -43,7 +43,8 @@ inline __m512i load(const uint8_t* tile) {
 template <Format F, int Columns>
 struct Row {
   static constexpr int kOperands = operands(F), kBits = 8 / kOperands;
-  static constexpr int kPlaces = kOperands < 2 ? kOperands : 2;  // further ones are shifted down first
+  // Sums enough to hide how long an instruction takes; operands beyond them are shifted down first.
+  static constexpr int kMost = Columns > 4 ? 2 : 4, kPlaces = kOperands < kMost ? kOperands : kMost;
   __m512i sums[Columns][kPlaces];
 
   void clear() {
@@ -76,11 +77,13 @@ struct Row {
 //     256 * sum digit_i * x_i = 3 * (sum v_i * x_i) - (sum v_(i+1) * x_i).
 template <int Columns>
 struct Row<kTrits, Columns> {
-  static constexpr int kOperands = operands(kTrits);
-  __m512i here[Columns], next[Columns];
+  static constexpr int kOperands = operands(kTrits), kParts = Columns > 4 ? 1 : 2;
+  __m512i here[Columns][kParts], next[Columns][kParts];
 
   void clear() {
-    KBN_UNROLL for (int c = 0; c < Columns; ++c) here[c] = next[c] = _mm512_setzero_si512();
+    KBN_UNROLL for (int c = 0; c < Columns; ++c) {
+      KBN_UNROLL for (int p = 0; p < kParts; ++p) here[c][p] = next[c][p] = _mm512_setzero_si512();
+    }
   }
   void add(const uint8_t* tile, int64_t stride, const int8_t* x) {
     __m512i v[Columns];
@@ -88,15 +91,19 @@ struct Row<kTrits, Columns> {
     KBN_UNROLL for (int i = 0; i < kOperands; ++i) {
       const __m512i word = broadcast(x + i * 4);
       KBN_UNROLL for (int c = 0; c < Columns; ++c) {
-        dot(here[c], v[c], word);
+        dot(here[c][i % kParts], v[c], word);
         v[c] = times_3(v[c]);
-        dot(next[c], v[c], word);
+        dot(next[c][i % kParts], v[c], word);
       }
     }
   }
   __m512i total(int c) const {
-    const __m512i thrice = _mm512_add_epi32(_mm512_slli_epi32(here[c], 1), here[c]);
-    return _mm512_srai_epi32(_mm512_sub_epi32(thrice, next[c]), 8);
+    __m512i total = _mm512_setzero_si512();
+    KBN_UNROLL for (int p = 0; p < kParts; ++p) {
+      const __m512i thrice = _mm512_add_epi32(_mm512_slli_epi32(here[c][p], 1), here[c][p]);
+      total = _mm512_add_epi32(total, _mm512_sub_epi32(thrice, next[c][p]));
+    }
+    return _mm512_srai_epi32(total, 8);
   }
 };
 
