@@ -13,6 +13,8 @@ READY := $(VENV)/.ready
 # The kernels compile and Debian's packages arrive while pip unpacks.
 MAKEFLAGS += --jobs=4
 unexport MAKEFLAGS
+# Some containers set it; every process of the tests would compile all that it imports anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check format bench clean emulator browser
 

@@ -122,6 +122,12 @@ def run_json(capsys, *arguments):
     return json.loads(capsys.readouterr().out)
 
 
+def simulated_devices(count):
+    """The environment of a process with so many JAX devices, all of them on the processor."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+    return {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
 def run_python(code, backend=BACKEND, **environment):
     """Runs code in a fresh process; returns what it printed last, as JSON."""
     code = f"import gc\ngc.disable()\n{code}"  # it ends soon

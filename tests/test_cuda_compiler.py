@@ -8,7 +8,7 @@ import subprocess
 import threading
 
 import pytest
-from helpers import BACKEND
+from helpers import BACKEND, once
 from test_native_adapters import problem
 
 from keras_bitnet import kernels
@@ -25,6 +25,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@once
 @pytest.mark.parametrize(("bits", "name"), [(2, "sm_90a")])
 def test_sources_compile(bits, name):
     if shutil.which("nvcc") is None:

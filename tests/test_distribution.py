@@ -1,7 +1,7 @@
 """Data and model parallel training on eight simulated JAX devices."""
 
 import pytest
-from helpers import BACKEND, run_python
+from helpers import BACKEND, run_python, simulated_devices
 
 pytestmark = pytest.mark.skipif(
     BACKEND != "jax", reason="keras.distribution on simulated devices is of the JAX backend"
@@ -79,9 +79,7 @@ print(json.dumps({
 
 
 def test_data_and_model_parallel():
-    result = run_python(
-        CODE, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu"
-    )
+    result = run_python(CODE, **simulated_devices(8))
     assert result["data"] < 1e-3 * result["scale"]
     assert result["model"] < 1e-3 * result["scale"]
     assert result["shards"] == [8, 8]
@@ -161,9 +159,7 @@ print(json.dumps({
 
 def test_layout_map_of_the_decoder():
     """Every matrix is split, float and packed, and nothing else changes."""
-    result = run_python(
-        DECODER, XLA_FLAGS="--xla_force_host_platform_device_count=8", JAX_PLATFORMS="cpu"
-    )
+    result = run_python(DECODER, **simulated_devices(8))
     assert result["matrices"] == [9, 9, 8, 8]
     assert result["whole"] == []
     assert result["whole_alone"] == 0

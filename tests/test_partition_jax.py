@@ -1,7 +1,7 @@
 """XLA splits packed matmuls over devices by rows and outputs; the weights stay where they are."""
 
 import pytest
-from helpers import BACKEND, run_python
+from helpers import BACKEND, run_python, simulated_devices
 
 if BACKEND != "jax":
     pytest.skip("the jax backend is not the active one", allow_module_level=True)
@@ -68,9 +68,7 @@ print(json.dumps(results))
 
 
 def test_split_over_devices():
-    results = run_python(
-        CODE, XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu"
-    )
+    results = run_python(CODE, **simulated_devices(4))
     assert len(results) == 52
     for result in results:
         assert result["equal"], result
