@@ -21,9 +21,9 @@ from keras_bitnet.quantizers.activations import ActivationInt8
 if library.reason(0) is not None:
     pytest.skip(library.reason(0), allow_module_level=True)
 
-MATRIX_KERNELS = range(1, 11)  # rows of the table in matmul.cc
-GROUPED = (5, 6)
-WIDE = {False: (11, 12), True: (13, 14)}  # of float activations of 16 bits; whether in groups
+MATRIX_KERNELS = range(1, 12)  # rows of the table in matmul.cc
+GROUPED = (5, 6, 7)
+WIDE = {False: (12, 13), True: (14, 15)}  # of float activations of 16 bits; whether in groups
 
 
 def product(x, packed, kernel, activation_bits=8):
@@ -47,18 +47,18 @@ def test_every_matrix_kernel(bits, rows, rng):
     # Of the most inputs every block of a cluster has some.
     for k, n in ((40, 20), (1000, 132), (2304, 528), (9000, 130)):
         for kernel in MATRIX_KERNELS:
-            granularity = 128 if kernel in GROUPED else "channel"
-            _, packed = make_packed(rng, k, n, bits, granularity)
-            x = torch.randn(rows, k, device="cuda")
             if "wgmma" in _name(kernel) and torch.cuda.get_device_capability() != (9, 0):
                 continue
-            with kernels.use_kernel("reference"):
-                wanted = {8: bit_matmul(x, packed, ActivationInt8())}
-            wanted[0] = x.double() @ packed.dequantize().double()
-            for activation_bits in wanted:
-                y = product(x, packed, kernel, activation_bits)
-                error = relative_error(y.cpu(), wanted[activation_bits].cpu())
-                assert error < 2e-6, (_name(kernel), k, n, activation_bits)
+            for granularity in (128, 192) if kernel in GROUPED else ("channel",):
+                _, packed = make_packed(rng, k, n, bits, granularity)
+                x = torch.randn(rows, k, device="cuda")
+                with kernels.use_kernel("reference"):
+                    wanted = {8: bit_matmul(x, packed, ActivationInt8())}
+                wanted[0] = x.double() @ packed.dequantize().double()
+                for activation_bits in wanted:
+                    y = product(x, packed, kernel, activation_bits)
+                    error = relative_error(y.cpu(), wanted[activation_bits].cpu())
+                    assert error < 2e-6, (_name(kernel), k, n, granularity, activation_bits)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -123,14 +123,14 @@ def test_16_bits_hold_the_weights(rng):
 
 
 def _name(kernel):
-    return "wgmma" if kernel > 6 else "mma"
+    return "wgmma" if kernel > 7 else "mma"
 
 
 @pytest.mark.parametrize("out_features", [130, 6000, 12000])  # clusters of 8, 4 and 2 on 132 SMs
 def test_blocks_that_share_inputs(out_features, rng):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no cluster of blocks multiplies on this GPU")
-    *shared, alone = 7, 8, 9, 10  # the last one has no memory for sums of other blocks
+    *shared, alone = 8, 9, 10, 11  # the last one has no memory for sums of other blocks
     shape = layout.tiles_shape(4200, out_features, 2)
     tiles = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
     packed = with_scale_1(tiles, 4200, out_features)
@@ -150,7 +150,7 @@ def test_the_largest_sums(bits):
     packed, x = with_scale_1(tiles, inputs, outputs, bits), torch.ones(rows, inputs, device="cuda")
     wanted = torch.full((rows, outputs), (2.0**bits - 2) * inputs, device="cuda")
     for kernel in MATRIX_KERNELS:
-        if kernel in GROUPED or (kernel > 6 and torch.cuda.get_device_capability() != (9, 0)):
+        if kernel in GROUPED or (kernel > 7 and torch.cuda.get_device_capability() != (9, 0)):
             continue
         y = product(x, packed, kernel)
         torch.testing.assert_close(y, wanted, rtol=1e-6, atol=0.1)

@@ -12,15 +12,20 @@
 
 // Of the kernels of single rows every multiprocessor holds two times 16 warps: those of two launches. Of
 // those that split the row there are registers for half as many.
+// A turn in groups takes TILES and their scales, ten places of 16 bytes in all.
+constexpr int GROUP_STAGES = 10 / (TILES<true> + 1);
+
 #define ROW(suffix, T)                                                               \
   KERNEL(gemv_4_##suffix, 128, 8, gemv<T, 4, 8, 4, false>(p))                        \
   KERNEL(gemv_4x2_##suffix, 256, 4, gemv<T, 8, 8, 4, false>(p))                      \
   KERNEL(gemv_8_##suffix, 256, 4, gemv<T, 8, 8, 8, false>(p))                        \
   KERNEL(gemv_16_##suffix, 512, 2, gemv<T, 16, 6, 16, false>(p))                     \
-  KERNEL(gemv_grouped_##suffix, 256, 2, gemv<T, 8, 6, 4, true>(p))                   \
+  KERNEL(gemv_grouped_8_##suffix, 256, 2, gemv<T, 8, GROUP_STAGES, 8, true>(p))      \
+  KERNEL(gemv_grouped_16_##suffix, 512, 1, gemv<T, 16, GROUP_STAGES, 16, true>(p))   \
   KERNEL(gemv_split_8_##suffix, 256, 2, gemv<T, 8, 8, 8, false, T::PLANES>(p))       \
   KERNEL(gemv_split_16_##suffix, 512, 1, gemv<T, 16, 6, 16, false, T::PLANES>(p))    \
-  KERNEL(gemv_split_grouped_##suffix, 256, 2, gemv<T, 8, 6, 4, true, T::PLANES>(p))  \
+  KERNEL(gemv_split_grouped_8_##suffix, 256, 2, gemv<T, 8, GROUP_STAGES, 8, true, T::PLANES>(p))      \
+  KERNEL(gemv_split_grouped_16_##suffix, 512, 1, gemv<T, 16, GROUP_STAGES, 16, true, T::PLANES>(p))   \
   KERNEL(quantize_##suffix, QUANTIZE_WARPS * 32, 4, quantize<T, 1>(p))               \
   KERNEL(split_##suffix, QUANTIZE_WARPS * 32, 4, quantize<T, T::PLANES>(p))          \
   KERNEL(largest_##suffix, QUANTIZE_WARPS * 32, 4, largest_of_all<T>(p))
@@ -30,12 +35,13 @@ EVERY_DTYPE(ROW)
 // Slices of weights that a warp has on their way: as many as the registers hold.
 constexpr int AHEAD = BITS == 8 ? 1 : 2;
 
-KERNEL(mma_8, 256, 2, gemm_mma<1, 1, 8, 4, AHEAD, false>(p))
-KERNEL(mma_16, 256, 2, gemm_mma<2, 2, 4, 4, AHEAD, false>(p))
-KERNEL(mma_32, 256, 2, gemm_mma<4, 2, 4, 3, AHEAD, false>(p))
-KERNEL(mma_64, 256, 1, gemm_mma<8, 4, 2, 3, AHEAD, false>(p))
-KERNEL(mma_grouped_8, 256, 2, gemm_mma<1, 1, 8, 4, AHEAD, true>(p))
-KERNEL(mma_grouped_32, 256, 1, gemm_mma<4, 2, 4, 3, AHEAD, true>(p))
+KERNEL(mma_8, 256, 2, gemm_mma<1, 1, 8, 4, AHEAD>(p))
+KERNEL(mma_16, 256, 2, gemm_mma<2, 2, 4, 4, AHEAD>(p))
+KERNEL(mma_32, 256, 2, gemm_mma<4, 2, 4, 3, AHEAD>(p))
+KERNEL(mma_64, 256, 1, gemm_mma<8, 4, 2, 3, AHEAD>(p))
+KERNEL(mma_grouped_8, 256, 2, gemm_mma_grouped<1, 1, 8, 4, AHEAD>(p))
+KERNEL(mma_grouped_16, 256, 2, gemm_mma_grouped<2, 1, 8, 3, AHEAD>(p))
+KERNEL(mma_grouped_32, 256, 2, gemm_mma_grouped<4, 1, 8, 2, 1>(p))
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
 constexpr int FAR_AHEAD = BITS == 8 ? 2 : 4;

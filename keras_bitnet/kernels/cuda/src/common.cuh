@@ -277,11 +277,17 @@ DEVICE uint2 load_stream(const uint2* p) {
 
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Copies 16 bytes of weights to shared memory, or zeros. Every call is a group of its own.
-DEVICE void copy_stream(void* to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\ncp.async.commit_group;" ::
-               "r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
+// Copies BYTES of weights or scales to shared memory, or zeros.
+template <int BYTES> DEVICE void copy_or_zero(void* to, const void* from, bool there) {
+  if (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(there ? 16 : 0) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(there ? 4 : 0) : "memory");
 }
+// Ends a group of copies.
+DEVICE void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits for all but the last LEFT groups of this thread.
 template <int LEFT> DEVICE void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");

@@ -22,28 +22,28 @@ DEVICE void multiply(int (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Integer sums; GROUPED: float sums, to which the sums of a group are added as they end.
-template <bool GROUPED, int MB> struct Accumulator;
-template <int MB> struct Accumulator<false, MB> {
-  using Number = int;
-  Tile<int, MB> sums = {};
-
-  DEVICE void slab(const u32 (&a)[2][4], const u32 (&b)[MB][2]) {
-#pragma unroll
-    for (int m = 0; m < MB; ++m)
-#pragma unroll
-      for (int set = 0; set < 2; ++set) multiply(sums[set][m], a[set], b[m][0], b[m][1]);
-  }
-  DEVICE void end_of_slab(const Matmul&, int, int, int) {}
-};
-template <int MB> struct Accumulator<true, MB> {
+// Integer sums; of groups float sums, to which the integers of every SPAN slabs, which lie in one group, are added.
+// Their scales, of this lane's columns, are asked for a turn ahead.
+constexpr int ALL = 0;  // a SPAN: one scale for all inputs
+template <int SPAN, int MB> struct Accumulator {
   using Number = float;
-  // A group must not end within a block of four tiles, whose slabs mix their inputs.
-  static constexpr int BLOCK_SLABS = BITS >= 4 ? 1 : 4 / BITS;
+  const Matmul& p;
+  const int column;
   Tile<float, MB> sums = {};
   Tile<int, MB> open = {};
+  float scales[SLABS / SPAN][4];
   int x_sums[MB][4] = {};  // by a matrix of ones: element r is that of row 2t + r % 2
 
+  DEVICE Accumulator(const Matmul& p, int column) : p(p), column(column) {}
+  DEVICE void load(int slice) {
+#pragma unroll
+    for (int i = 0; i < SLABS / SPAN; ++i) {
+      const u32 input = min(slice * SLICE + 32 * SPAN * i, p.k - 1);
+      const float* const row = p.scale + (long long)(input / (u32)p.group_size) * p.scale_columns;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) scales[i][c] = load_after(row + min(column + c, p.scale_columns - 1));
+    }
+  }
   DEVICE void slab(const u32 (&a)[2][4], const u32 (&b)[MB][2]) {
     const u32 ones[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
 #pragma unroll
@@ -53,38 +53,45 @@ template <int MB> struct Accumulator<true, MB> {
       multiply(x_sums[m], ones, b[m][0], b[m][1]);
     }
   }
-  DEVICE void end_of_slab(const Matmul& p, int slice, int s, int column) {
-    const int next = slice * SLICE + 32 * (s + 1);
-    if ((s + 1) % BLOCK_SLABS || (s + 1 < SLABS && next % p.group_size)) return;
-    const int group = min((next - 1) / p.group_size, (p.k - 1) / p.group_size);
-    const float* scale = p.scale + (long long)group * p.scale_columns;
+  DEVICE void end_of_slab(int s) {
+    if ((s + 1) % SPAN) return;
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const float s_w = __ldg(scale + min(column + c, p.scale_columns - 1));
+    for (int m = 0; m < MB; ++m) {
 #pragma unroll
-      for (int m = 0; m < MB; ++m)
+      for (int c = 0; c < 4; ++c)
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           int& sum = open[c / 2][m][2 * (c % 2) + r];
           sums[c / 2][m][2 * (c % 2) + r] +=
-              (float)(p.step * sum + p.step_offset * x_sums[m][r]) * s_w;
+              (float)(p.step * sum + p.step_offset * x_sums[m][r]) * scales[s / SPAN][c];
           sum = 0;
         }
+#pragma unroll
+      for (int r = 0; r < 4; ++r) x_sums[m][r] = 0;
     }
+  }
+};
+template <int MB> struct Accumulator<ALL, MB> {
+  using Number = int;
+  Tile<int, MB> sums = {};
+
+  DEVICE Accumulator(const Matmul&, int) {}
+  DEVICE void load(int) {}
+  DEVICE void slab(const u32 (&a)[2][4], const u32 (&b)[MB][2]) {
 #pragma unroll
     for (int m = 0; m < MB; ++m)
 #pragma unroll
-      for (int r = 0; r < 4; ++r) x_sums[m][r] = 0;
+      for (int set = 0; set < 2; ++set) multiply(sums[set][m], a[set], b[m][0], b[m][1]);
   }
+  DEVICE void end_of_slab(int) {}
 };
 
-template <int MB, int WN, int WK, int STAGES, int AHEAD, bool GROUPED>
+template <int MB, int WN, int WK, int STAGES, int AHEAD, int SPAN = ALL>
 DEVICE void gemm_mma(const Matmul& p) {
-  using Number = typename Accumulator<GROUPED, MB>::Number;
+  using Number = typename Accumulator<SPAN, MB>::Number;
   constexpr int BM = 8 * MB, THREADS = 32 * WN * WK, STAGE = WK * BM * SLICE;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wn = warp % WN, wk = warp / WN;
   const int first_row = blockIdx.x * BM, first_column = (blockIdx.y * WN + wn) * 32;
-  const int column = first_column + 4 * (lane / 4);
   const int all_slices = slices(p), turns = (all_slices + WK - 1) / WK;
   const int rows = min(BM, image_rows(p) - first_row);
   const Columns<uint4> columns(p, first_column, 0, all_slices);
@@ -97,24 +104,25 @@ DEVICE void gemm_mma(const Matmul& p) {
   let_next_start();
   wait_for_previous();
 
+  Accumulator<SPAN, MB> accumulator(p, first_column + 4 * (lane / 4));
   uint4 weights[AHEAD][QUADS];
 #pragma unroll
   for (int j = 0; j < AHEAD; ++j) columns.load(j * WK + wk, weights[j]);
+  accumulator.load(wk);
   const u32 shared = shared_address(block_memory);
   auto fetch = [&](int turn) {
     if (turn < turns)
-      for (int i = threadIdx.x; i < WK * rows * 8; i += THREADS) {
-        const int slice = turn * WK + i / (rows * 8), at = i % (rows * 8) * 16;
-        if (slice >= all_slices) break;
+#pragma unroll
+      for (int j = 0; j < STAGE / 16 / THREADS; ++j) {
+        const int i = j * THREADS + threadIdx.x, slice = turn * WK + i / (BM * 8), at = i % (BM * 8) * 16;
         const u8* from = p.image + ((long long)slice * image_rows(p) + first_row) * SLICE + at;
-        copy_async(shared + turn % STAGES * STAGE + i / (rows * 8) * BM * SLICE + at, from);
+        if (slice < all_slices && at < rows * SLICE) copy_async(shared + turn % STAGES * STAGE + i * 16, from);
       }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) fetch(i);
 
-  Accumulator<GROUPED, MB> accumulator;
   for (int base = 0; base < turns; base += AHEAD)
 #pragma unroll
     for (int j = 0; j < AHEAD; ++j) {
@@ -141,10 +149,11 @@ DEVICE void gemm_mma(const Matmul& p) {
           for (int m = 0; m < MB; ++m)
             operand[m][0] = b[m][2 * half], operand[m][1] = b[m][2 * half + 1];
           accumulator.slab(a, operand);
-          accumulator.end_of_slab(p, slice, 2 * pair + half, column);
+          accumulator.end_of_slab(2 * pair + half);
         }
       }
       columns.load((turn + AHEAD) * WK + wk, weights[j]);
+      accumulator.load(slice + WK);
     }
 
   auto& sums = accumulator.sums;
@@ -164,4 +173,13 @@ DEVICE void gemm_mma(const Matmul& p) {
       for (int k = 1; k < WK; ++k) sums[i / (4 * MB)][i / 4 % MB][i % 4] += shared_sums[place(k, i)];
   }
   write_tile<Number, MB>(p, sums, first_row, first_column);
+}
+
+// The same for groups. They must not end within a block of four tiles, whose slabs mix their inputs.
+template <int MB, int WN, int WK, int STAGES, int AHEAD> DEVICE void gemm_mma_grouped(const Matmul& p) {
+  constexpr int LEAST = BITS < 4 ? 4 / BITS : 1;
+  if (p.group_size % SLICE == 0)
+    gemm_mma<MB, WN, WK, STAGES, AHEAD, SLABS>(p);
+  else
+    gemm_mma<MB, WN, WK, STAGES, AHEAD, LEAST>(p);
 }

@@ -29,13 +29,7 @@ DEVICE void consume(const Matmul& p, Share share, int first_row, Ring ring, bool
   const int first_column = (blockIdx.y * CONSUMER_WARPS + warp) * 32;
   Columns<uint4> columns(p, first_column, share.first, share.first + share.count);
   uint4 weights[AHEAD][QUADS];
-  if (p.weights_ready)
-#pragma unroll
-    for (int j = 0; j < AHEAD; ++j) columns.load(j, weights[j]);
-  wait_for_previous();
-  if (!p.weights_ready)
-#pragma unroll
-    for (int j = 0; j < AHEAD; ++j) columns.load(j, weights[j]);
+  load_first(p, columns, weights);
 
   Tile<int, MB> apart[FACTORS] = {};
   // Past the end the weights are zeros and the activations those of an earlier slice.

@@ -235,13 +235,7 @@ DEVICE void consume16(const Matmul& p, const Share& share, int first_row, const 
   const Turns<(MB < 16 ? 1 : WARPS / 4)> turns(__shfl_sync(~0u, warp / 4, 0));
   Columns<uint2> columns(p, first_column, share.first, share.first + share.count);
   uint2 weights[AHEAD][QUADS];
-  if (p.weights_ready)
-#pragma unroll
-    for (int j = 0; j < AHEAD; ++j) columns.load(j, weights[j]);
-  wait_for_previous();
-  if (!p.weights_ready)
-#pragma unroll
-    for (int j = 0; j < AHEAD; ++j) columns.load(j, weights[j]);
+  load_first(p, columns, weights);
 
   FloatSums<GROUPED, MB> sums(p, first_column + 2 * (lane / 4), share.first * SLICE);
   if (GROUPED && BITS >= 4 && p.group_size % 64)

@@ -6,15 +6,15 @@
 #pragma once
 #include "common.cuh"
 
-// Quantizes the row into shared memory, in its own order, padded with zeros; four codes of each plane
-// lie beside each other. Returns its scale; `row_sum` gets the sums of the codes.
+// Quantizes the row into shared memory, in its own order, padded with zeros to a multiple of 32 inputs; four codes of
+// each plane lie beside each other. Returns its scale; `row_sum` gets the sums of the codes.
 template <class T, int WARPS, int PLANES>
 DEVICE float quantize_row(const Matmul& p, int row, u32* codes, int (&row_sum)[PLANES]) {
   __shared__ u32 maxima[WARPS];
   __shared__ int sums[PLANES][WARPS];
   constexpr int THREADS = WARPS * 32, HELD = 8;
   const char* x = static_cast<const char*>(p.x) + (long long)row * p.k * T::SIZE;
-  const int fours = p.k_tiles * TILE_INPUTS / 4;
+  const int fours = (p.k + 31) / 32 * 8;
   Four<T> held[HELD];
   u32 largest = 0;
   load_fours<T, HELD>(held, x, p.k, p.x_aligned, [&](int i) { return 4 * (i * THREADS + threadIdx.x); });
@@ -72,7 +72,10 @@ template <class N> DEVICE N sum_columns(const N (&v)[4]) {
   return sum + __shfl_xor_sync(~0u, sum, 4);
 }
 
-// Weights and group scales as they come; GROUPED: the sums of a tile are scaled at once, and joined.
+// What a lane reads in one turn: a tile; in groups as many as make 32 inputs (16 of 8 bits), which share their scales.
+template <bool GROUPED> constexpr int TILES = !GROUPED ? 1 : BITS < 4 ? BITS : 4;
+
+// Weights and group scales as they come; GROUPED: the sums of a turn are scaled at once, and joined.
 template <bool GROUPED, int PLANES> struct Sums;
 template <int PLANES> struct Sums<false, PLANES> {
   using Number = int;
@@ -81,12 +84,12 @@ template <int PLANES> struct Sums<false, PLANES> {
   static constexpr int PLACES = GROUPS < 4 ? GROUPS : 4;
   int by_place[4][PLACES][PLANES] = {};
 
-  DEVICE void add(const Matmul&, const uint4& w, const u32 (&x)[GROUPS * PLANES], int, int) {
+  DEVICE void add(const Matmul&, const uint4 (&w)[1], const u32 (&x)[GROUPS * PLANES], const int*, const float*) {
 #pragma unroll
     for (int c = 0; c < 4; ++c)
 #pragma unroll
       for (int i = 0; i < GROUPS; ++i) {
-        const u32 codes = (word(w, c) >> (BITS * (i / PLACES * PLACES))) & (MASK << (BITS * (i % PLACES)));
+        const u32 codes = (word(w[0], c) >> (BITS * (i / PLACES * PLACES))) & (MASK << (BITS * (i % PLACES)));
 #pragma unroll
         for (int plane = 0; plane < PLANES; ++plane) {
           int& sum = by_place[c][i % PLACES][plane];
@@ -105,73 +108,92 @@ template <int PLANES> struct Sums<false, PLANES> {
 };
 template <int PLANES> struct Sums<true, PLANES> {
   using Number = float;
-  static constexpr int KEPT = 1;
+  static constexpr int KEPT = 1, WORDS = TILES<true> * GROUPS;
   float columns[4] = {0.f, 0.f, 0.f, 0.f};
 
-  DEVICE void add(const Matmul& p, const uint4& w, const u32 (&x)[GROUPS * PLANES], int tile, int column) {
-    const float* scale = p.scale + (long long)(tile * TILE_INPUTS / p.group_size) * p.scale_columns;
-    int x_sum[PLANES] = {};
-#pragma unroll
-    for (int i = 0; i < GROUPS * PLANES; ++i)
-      x_sum[i % PLANES] = __dp4a((int)x[i], 0x01010101, x_sum[i % PLANES]);
+  // `x_sums`: of the codes of x, times the offset. `scales`: of the four columns.
+  DEVICE void add(const Matmul& p, const uint4 (&w)[TILES<true>], const u32 (&x)[WORDS * PLANES], const int* x_sums,
+                  const float* scales) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       int sum[PLANES] = {};
 #pragma unroll
-      for (int i = 0; i < GROUPS * PLANES; ++i)
-        sum[i % PLANES] = dot_codes((word(w, c) >> (BITS * (i / PLANES))) & MASK, x[i], sum[i % PLANES]);
+      for (int i = 0; i < WORDS; ++i)
+#pragma unroll
+        for (int plane = 0; plane < PLANES; ++plane)
+          sum[plane] = dot_codes((word(w[i / GROUPS], c) >> (BITS * (i % GROUPS))) & MASK, x[i * PLANES + plane],
+                                 sum[plane]);
       float exact[PLANES];
 #pragma unroll
-      for (int plane = 0; plane < PLANES; ++plane)
-        exact[plane] = (float)(p.step * sum[plane] + p.step_offset * x_sum[plane]);
-      columns[c] += join(exact) * __ldg(scale + min(column + c, p.scale_columns - 1));
+      for (int plane = 0; plane < PLANES; ++plane) exact[plane] = (float)(p.step * sum[plane] + x_sums[plane]);
+      columns[c] += join(exact) * scales[c];
     }
   }
   DEVICE float total(int) const { return sum_columns(columns); }
 };
 
-// WARPS: of the block. KS: warps that share a row of tiles. STAGES: loads of a lane on their way, to
-// a place in shared memory that is its own, so that they need no registers and no barrier.
+// Where the loads of a lane stand: turns go on from a row of tiles to the next.
+struct Cursor {
+  const uint4* next;
+  int column, tiles_left, turns_left, rows_left;
+};
+
+// WARPS: of the block. KS: warps that share a row of tiles. STAGES: turns of a lane on their way, to places in
+// shared memory that are its own, so that they need no registers and no barrier.
 template <class T, int WARPS, int STAGES, int KS, bool GROUPED, int PLANES = 1>
 DEVICE void gemv(const Matmul& p) {
   using Number = typename Sums<GROUPED, PLANES>::Number;
-  constexpr int KEPT = Sums<GROUPED, PLANES>::KEPT;
+  constexpr int KEPT = Sums<GROUPED, PLANES>::KEPT, EACH = TILES<GROUPED>, WORDS = EACH * GROUPS * PLANES;
   __shared__ Number partial[2][WARPS][32];
-  constexpr int TEAMS = WARPS / KS, THREADS = WARPS * 32, STEP = KS * 8;  // tiles of a turn of a team
+  constexpr int TEAMS = WARPS / KS, THREADS = WARPS * 32, STEP = KS * 8 * EACH;  // tiles of a turn of a team
+  constexpr int PLACES = STAGES * (GROUPED ? EACH + 1 : 1);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int team = warp / KS, member = warp % KS, quarter = lane % 4;
   const int tile_rows = (p.n + 15) / 16;
   const int first_row = blockIdx.x * TEAMS + team, row_step = gridDim.x * TEAMS;
-  const int first_tile = member * 8 + lane / 4;
-  const int turns = max(p.k_tiles - member * 8 + STEP - 1, 0) / STEP;  // the same for all lanes of a warp
+  const int first_tile = (member * 8 + lane / 4) * EACH;
+  const int turns = max(p.k_tiles - member * 8 * EACH + STEP - 1, 0) / STEP;  // the same for all lanes of a warp
   uint4* ring = reinterpret_cast<uint4*>(block_memory) + threadIdx.x;
-  u32* x_codes = reinterpret_cast<u32*>(block_memory + STAGES * THREADS * 16);
+  float* scales = reinterpret_cast<float*>(block_memory + STAGES * EACH * THREADS * 16) + threadIdx.x;
+  u32* x_codes = reinterpret_cast<u32*>(block_memory + PLACES * THREADS * 16);
+  int* x_sums = reinterpret_cast<int*>(x_codes + (p.k + 255) / 256 * (64 * PLANES));
 
-  // Where the loads stand: turns go on from a row of tiles to the next.
-  const uint4* next = static_cast<const uint4*>(p.tiles) + ((long long)first_row * p.k_tiles + first_tile) * 4 + quarter;
   const long long to_next_row = ((long long)row_step * p.k_tiles - turns * STEP) * 4;
-  int tiles_left = p.k_tiles - first_tile, turns_left = turns, rows_left = 0, filled = 0;
-  if (turns && first_row < tile_rows) rows_left = (tile_rows - first_row + row_step - 1) / row_step;
+  Cursor at = {static_cast<const uint4*>(p.tiles) + ((long long)first_row * p.k_tiles + first_tile) * 4 + quarter,
+               16 * first_row + 4 * quarter, p.k_tiles - first_tile, turns, 0};
+  int filled = 0;
+  if (turns && first_row < tile_rows) at.rows_left = (tile_rows - first_row + row_step - 1) / row_step;
   auto advance = [&] {
-    next += STEP * 4, tiles_left -= STEP;
-    if (--turns_left == 0)
-      next += to_next_row, tiles_left = p.k_tiles - first_tile, turns_left = turns, --rows_left;
-  };
-  auto fill = [&] {
-    copy_stream(ring + filled * THREADS, next, rows_left > 0 && tiles_left > 0);
     filled = filled + 1 == STAGES ? 0 : filled + 1;
-    advance();
+    at.next += STEP * 4, at.tiles_left -= STEP;
+    if (--at.turns_left == 0) {
+      at.next += to_next_row, at.tiles_left = p.k_tiles - first_tile, at.turns_left = turns;
+      at.column += 16 * row_step, --at.rows_left;
+    }
   };
+  auto copy_weights = [&] {
+#pragma unroll
+    for (int i = 0; i < EACH; ++i)
+      copy_or_zero<16>(ring + (filled * EACH + i) * THREADS, at.next + 4 * i, at.rows_left > 0 && at.tiles_left > i);
+  };
+  auto copy_scales = [&] {
+    const u32 input = (u32)((p.k_tiles - at.tiles_left) * TILE_INPUTS);
+    const float* row = p.scale + (long long)(input / (u32)p.group_size) * p.scale_columns;
+#pragma unroll
+    for (int c = 0; c < 4; ++c)
+      copy_or_zero<4>(scales + (filled * 4 + c) * THREADS, row + min(at.column + c, p.scale_columns - 1),
+                    at.rows_left > 0 && at.tiles_left > 0);
+  };
+  const Cursor start = at;
   if (p.weights_ready) {
 #pragma unroll
-    for (int i = 0; i < STAGES; ++i) fill();
+    for (int i = 0; i < STAGES; ++i, advance()) copy_weights(), copy_commit();
   } else {
-    const uint4* const start = next;
-    const int rows = rows_left;
 #pragma unroll
     for (int i = 0; i < STAGES; ++i, advance())
-      if (rows_left > 0 && tiles_left > 0) prefetch(next);
-    next = start, tiles_left = p.k_tiles - first_tile, turns_left = turns, rows_left = rows;
+#pragma unroll
+      for (int j = 0; j < EACH; ++j)
+        if (at.rows_left > 0 && at.tiles_left > j) prefetch(at.next + 4 * j);
   }
   if (!GROUPED && member == 0) {  // what the ends of the rows of tiles need
     const int row = first_row + lane * row_step;
@@ -182,26 +204,50 @@ DEVICE void gemv(const Matmul& p) {
   }
   let_next_start();
   wait_for_previous();
-  if (!p.weights_ready)
+  if (GROUPED || !p.weights_ready) {
+    at = start;
 #pragma unroll
-    for (int i = 0; i < STAGES; ++i) fill();
+    for (int i = 0; i < STAGES; ++i, advance()) {
+      if (!p.weights_ready) copy_weights();
+      if (GROUPED) copy_scales();
+      copy_commit();
+    }
+  }
   int row_sum[PLANES];
   const float x_scale = quantize_row<T, WARPS>(p, blockIdx.y, x_codes, row_sum);
+  if (GROUPED) {  // sums of the codes of every turn
+    for (int i = threadIdx.x; i < (p.k + 31) / 32 * (8 / (EACH * GROUPS)) * PLANES; i += THREADS) {
+      const int turn = i / PLANES;
+      int sum = 0;
+#pragma unroll
+      for (int j = 0; j < EACH * GROUPS; ++j)  // in an order that spreads the banks
+        sum = __dp4a((int)x_codes[turn * WORDS + (turn + j) % (EACH * GROUPS) * PLANES + i % PLANES], 0x01010101, sum);
+      x_sums[i] = p.step_offset * sum;
+    }
+    __syncthreads();
+  }
 
   int buffer = 0, taken = 0;
   for (int tile_row = first_row; tile_row < tile_rows; tile_row += row_step) {
     Sums<GROUPED, PLANES> sums;
-    const int column = tile_row * 16 + 4 * quarter;
 #pragma unroll 2
     for (int turn = 0; turn < turns; ++turn) {
-      const int tile = first_tile + turn * STEP;
-      u32 x[GROUPS * PLANES];
-      load_tile_inputs(x_codes, tile, x);  // past the end they are anything
+      const int place = member * 8 + lane / 4 + turn * KS * 8;
+      u32 x[WORDS];
+      load_tile_inputs(x_codes, place, x);  // past the end they are anything
       copy_wait<STAGES - 1>();
-      const uint4 w = ring[taken * THREADS];  // past the end it is 0
+      uint4 w[EACH];  // past the end it is 0, as scales are
+      float s[4];
+#pragma unroll
+      for (int i = 0; i < EACH; ++i) w[i] = ring[(taken * EACH + i) * THREADS];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) s[c] = GROUPED ? scales[(taken * 4 + c) * THREADS] : 0.f;
       taken = taken + 1 == STAGES ? 0 : taken + 1;
-      fill();
-      if (!GROUPED || tile < p.k_tiles) sums.add(p, w, x, tile, column);
+      copy_weights();
+      if (GROUPED) copy_scales();
+      copy_commit();
+      advance();
+      sums.add(p, w, x, x_sums + place * PLANES, s);
     }
     Number total[KEPT];
 #pragma unroll
@@ -215,7 +261,7 @@ DEVICE void gemv(const Matmul& p) {
         for (int i = 1; i < KS; ++i) total[plane] += partial[buffer][warp + i][lane];
       buffer ^= 1;
     }
-    const int n = column + (lane & 16 ? 2 : 0) + (lane & 8 ? 1 : 0);
+    const int n = 16 * tile_row + 4 * quarter + (lane & 16 ? 2 : 0) + (lane & 8 ? 1 : 0);
     if (member == 0 && !(lane & 4) && n < p.n) {
       float y[KEPT];
 #pragma unroll

@@ -21,18 +21,19 @@ constexpr MatrixKernel kMatrixKernels[] = {
     {"mma_16", 256, 16, 64, 4, 4, false, false, false, 0, 0},
     {"mma_32", 256, 32, 64, 3, 4, false, false, false, 0, 0},
     {"mma_64", 256, 64, 128, 3, 2, false, false, false, 0, 0},
-    {"mma_grouped_8", 256, 8, 32, 4, 8, true, false, false, 0, 0},
-    {"mma_grouped_32", 256, 32, 64, 3, 4, true, false, false, 950, 1500},
+    {"mma_grouped_8", 256, 8, 32, 4, 8, true, false, false, 160, 1200},
+    {"mma_grouped_16", 256, 16, 32, 3, 8, true, false, false, 200, 1700},
+    {"mma_grouped_32", 256, 32, 32, 2, 8, true, false, false, 320, 4000},
     {"wgmma_16", 384, 16, 256, 16, 1, false, true, false, 250, 2000},
     {"wgmma_32", 384, 32, 256, 16, 1, false, true, false, 260, 2000},
     {"wgmma_64", 384, 64, 256, 8, 1, false, true, false, 390, 2000},
     {"wgmma_128", 384, 128, 256, 10, 1, false, true, false, 740, 2000},
-    {"wgmma16_64_", 640, 64, 256, 4, 1, false, true, true, 725, 4000},
+    {"wgmma16_64_", 640, 64, 256, 4, 1, false, true, true, 750, 2500},
     {"wgmma16_128_", 640, 128, 256, 4, 1, false, true, true, 1200, 2000},
     {"wgmma16_grouped_64_", 640, 64, 256, 4, 1, true, true, true, 1000, 2000},
     {"wgmma16_grouped_128_", 640, 128, 256, 4, 1, true, true, true, 1500, 3000},
 };
-enum { kMma8, kMma16, kMma32, kMma64, kGrouped8, kGrouped32, kWgmma16, kCount = 14 };
+enum { kMma8, kMma16, kMma32, kMma64, kGrouped8, kWgmma16 = 7, kCount = 15 };
 
 constexpr int kSlice = 128;
 
@@ -43,8 +44,8 @@ int64_t image_rows(const kbc_matmul& p) { return p.rows * planes(p); }
 // Single rows whose codes fit into the memory of every GPU, beside the weights on their way, and groups that end
 // within a block of four tiles: only the kernel of single rows can tell them apart.
 bool row_by_row(const kbc_matmul& p) {
-  constexpr int64_t kMostCodes = 45056;
-  if (p.rows == 1 && image_rows(p) * p.in_features <= kMostCodes) return true;
+  const int64_t most_codes = p.group_size && p.bits == 8 ? 40960 : 45056;  // in groups there are sums of them too
+  if (p.rows == 1 && image_rows(p) * p.in_features <= most_codes) return true;
   return p.group_size && p.bits < 4 && p.group_size % (128 / p.bits);
 }
 
@@ -81,7 +82,7 @@ int64_t estimate(const kbc_matmul& p, const Choice& c, const Device& device) {
   if (c.shares > 2) places = places * 10 / 11;  // larger clusters leave multiprocessors idle
   const int64_t slices = (p.in_features + kSlice - 1) / kSlice;
   const int64_t turns = round_up((slices + c.shares - 1) / c.shares, kRound);
-  const int64_t sum = c.shares > 1 ? 60 * k.rows : 0;  // to add what the blocks of a cluster have
+  const int64_t sum = c.shares > 1 && !k.wide ? 60 * k.rows : 0;  // to add what the blocks of a cluster have
   const int64_t read = k.columns * p.bits * 33 / 100;  // the weights of a slice: 128 inputs of every column
   const int64_t time = k.time > read ? k.time : read;
   return (row_blocks(p, k) * column_blocks(p, k) * c.shares + places - 1) / places * (turns * time + k.start + sum);
@@ -110,8 +111,8 @@ Choice choose(const kbc_matmul& p, const Device& device) {
   Choice best{rows <= 16 ? kMma16 : rows <= 32 ? kMma32 : kMma64, 1};
   if (rows <= 8 || (rows <= 16 && p.out_features <= 32 * device.multiprocessors)) best.kernel = kMma8;
   if (device.capability == 90) best.kernel = rows > 16 ? kWgmma16 : kMma8;
-  if (p.group_size) best.kernel = rows <= 8 ? kGrouped8 : kGrouped32;
-  for (int kernel = kWgmma16; kernel < kCount; ++kernel) {
+  if (p.group_size) best.kernel = kGrouped8;
+  for (int kernel = kGrouped8; kernel < kCount; ++kernel) {
     if (refuse(p, kMatrixKernels[kernel], device)) continue;
     const Choice other = shared(p, kernel, device);
     if (estimate(p, other, device) < estimate(p, best, device)) best = other;
@@ -195,7 +196,7 @@ const char* check(const kbc_matmul& p) {
 // One row of bitnet.cu that multiplies single rows of activations.
 struct RowKernel {
   const char* name;
-  int warps, stages, teams;
+  int warps, places, teams;  // places: of 16 bytes, for what a thread has on its way
   int64_t most_tiles;   // of a row of tiles, for which it is the best
   int64_t most_inputs;  // likewise: how many its threads hold, quantizing them
 };
@@ -203,23 +204,29 @@ constexpr RowKernel kRowKernels[] = {{"gemv_4_", 4, 8, 1, 384, 6144},
                                      {"gemv_4x2_", 8, 8, 2, 384, INT64_MAX},
                                      {"gemv_8_", 8, 8, 1, 704, INT64_MAX},
                                      {"gemv_16_", 16, 6, 1, INT64_MAX, INT64_MAX}};
-constexpr RowKernel kGroupedRows = {"gemv_grouped_", 8, 6, 2, INT64_MAX, INT64_MAX};
+constexpr RowKernel kGroupedRows[] = {{"gemv_grouped_8_", 8, 10, 1, 1536, INT64_MAX},
+                                      {"gemv_grouped_16_", 16, 10, 1, INT64_MAX, INT64_MAX}};
 constexpr RowKernel kSplitRows[] = {{"gemv_split_8_", 8, 8, 1, 704, INT64_MAX},
                                     {"gemv_split_16_", 16, 6, 1, INT64_MAX, INT64_MAX}};
-constexpr RowKernel kSplitGroupedRows = {"gemv_split_grouped_", 8, 6, 2, INT64_MAX, INT64_MAX};
+constexpr RowKernel kSplitGroupedRows[] = {{"gemv_split_grouped_8_", 8, 10, 1, 1536, INT64_MAX},
+                                           {"gemv_split_grouped_16_", 16, 10, 1, INT64_MAX, INT64_MAX}};
 
 // Single rows: quantized and multiplied by one kernel.
 const char* run_rows(Device& device, const kbc_matmul& p, Matmul m, void* stream) {
   const bool split = m.planes > 1;
-  const RowKernel* k = split ? (p.group_size ? &kSplitGroupedRows : kSplitRows)
-                             : (p.group_size ? &kGroupedRows : kRowKernels);
+  const RowKernel* k = split ? (p.group_size ? kSplitGroupedRows : kSplitRows)
+                             : (p.group_size ? kGroupedRows : kRowKernels);
   while (k->most_tiles < m.k_tiles || k->most_inputs < m.k) ++k;
-  const int64_t codes = round_up(m.k_tiles, 8) * 32 / p.bits * m.planes;
-  const unsigned shared = static_cast<unsigned>(k->stages * k->warps * 32 * 16 + codes);
+  const int64_t codes = round_up(m.k, 256) * m.planes;
+  const int64_t sums = p.group_size ? codes / (p.bits < 8 ? 8 : 4) : 0;
+  auto bytes = [&](const RowKernel& kernel) { return kernel.places * kernel.warps * 32 * 16 + codes + sums; };
+  constexpr int64_t kStatic = 6144;  // what a kernel has besides, at most
+  if (p.group_size && k->warps == 16 && bytes(*k) + kStatic > device.shared_memory) --k;
+  const unsigned shared = static_cast<unsigned>(bytes(*k));
   // Few blocks leave room for those of the next launch, which fetch weights while these compute;
   // with much to do it is better to have many. Measured on an H100.
   const int64_t rows_each = (m.n + 15) / 16 / device.multiprocessors;
-  const int64_t resident = rows_each < 2 ? 1 : 16 / k->warps * (rows_each < 8 || split ? 1 : 2);
+  const int64_t resident = rows_each < 2 ? 1 : 16 / k->warps * (rows_each < 8 || split || p.group_size ? 1 : 2);
   const int64_t blocks = ((m.n + 15) / 16 + k->teams - 1) / k->teams, slots = device.multiprocessors * resident;
   const std::string kind = k->name;
   const std::string name = kind + kDtypes[p.dtype];

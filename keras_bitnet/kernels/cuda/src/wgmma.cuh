@@ -134,6 +134,19 @@ struct Share {
   }
 };
 
+// Asks for the weights of the first slices, and waits until the kernel before has ended: first of the two, where that
+// one does not write them.
+template <class Unit, int AHEAD>
+DEVICE void load_first(const Matmul& p, const Columns<Unit>& columns, Unit (&weights)[AHEAD][QUADS]) {
+  if (p.weights_ready)
+#pragma unroll
+    for (int j = 0; j < AHEAD; ++j) columns.load(j, weights[j]);
+  wait_for_previous();
+  if (!p.weights_ready)
+#pragma unroll
+    for (int j = 0; j < AHEAD; ++j) columns.load(j, weights[j]);
+}
+
 // One thread copies the activations, a line at a time, of LINES a slice. Past the end there is nothing to
 // copy, but where all groups make turns of ROUND, so does this.
 template <int MB, int LINES, int ROUND, int STAGES>
