@@ -259,6 +259,34 @@ def test_paths_of_inner_layers_can_be_filtered():
     assert len(bit_layers(model)) == 4  # of the attention and of that in the block
 
 
+@keras.saving.register_keras_serializable("test")
+class Namesakes(keras.layers.Layer):
+    """Three layers of one name, the last where a number could collide."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = [keras.layers.Dense(4, name=name) for name in ("dense", "dense", "dense_1")]
+
+    def call(self, x):
+        for layer in self.inner:
+            x = layer(x)
+        return x
+
+
+def test_layers_of_one_name_have_paths_of_their_own():
+    model = keras.Sequential([keras.Input((4,)), Namesakes(name="block")])
+    wanted = ["block/dense", "block/dense_2", "block/dense_1"]
+    model, changes = keras_bitnet.quantize_model(
+        model, filters="dense_2", verbose=0, return_changes=True
+    )
+    assert [change.path for change in changes] == wanted
+    kinds = [type(layer).__name__ for layer in model.layers[0].inner]
+    assert kinds == ["Dense", "BitLinear", "Dense"]
+    x = np.ones((2, 4), "float32")
+    report = keras_bitnet.quantization_report(model, x, verbose=0)
+    assert [layer.path for layer in report.layers] == ["block/dense_2"]
+
+
 def test_spec_by_callable_and_arguments():
     def spec(layer):
         if layer.name == "first":

@@ -13,7 +13,6 @@ from keras_bitnet.callbacks.statistics import (
 )
 from keras_bitnet.callbacks.writers import CSVWriter, check_tensorboard, open_tensorboard
 from keras_bitnet.filters import layer_filter
-from keras_bitnet.report.latency import unique_labels
 
 STATISTICS = WEIGHT_STATISTICS + ACTIVATION_STATISTICS
 
@@ -84,7 +83,7 @@ class QuantizationStats(keras.callbacks.Callback):
     def on_train_begin(self, logs=None):
         """Finds the layers and opens the files."""
         found = find_bit_layers(self.model, self.filters)
-        self._layers = dict(zip(unique_labels(found.values()), found, strict=True))
+        self._layers = {path: layer for layer, path in found.items()}
         self._codes = {}
         if self.csv_path is not None:
             self._csv = CSVWriter(self.csv_path, ["epoch", "layer", *self.columns])

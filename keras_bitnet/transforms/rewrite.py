@@ -13,7 +13,13 @@ import keras
 
 from keras_bitnet.checks import check_built
 from keras_bitnet.layers.kernel_weights import assign_copy
-from keras_bitnet.transforms.converted import child_layers, get_child, make_converted, own_classes
+from keras_bitnet.transforms.converted import (
+    child_layers,
+    get_child,
+    make_converted,
+    own_classes,
+    unique_names,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,9 +141,11 @@ class _Twins:
     def _twins_in(self, layer, path):
         """What is replaced in a composite layer, by path of `get_child`."""
         twins = {}
-        for attribute, child in child_layers(layer).items():
+        children = child_layers(layer)
+        names = unique_names(children.values())
+        for attribute, child in children.items():
             try:
-                twin = self.of(child, _join(path, child.name))
+                twin = self.of(child, _join(path, names[id(child)]))
             except CannotRemakeError as error:  # this layer makes it; what is in it is replaced
                 twins.update({f"{attribute}.{inner}": twin for inner, twin in error.twins.items()})
                 continue
@@ -167,10 +175,11 @@ def named_layers(layer, path="", seen=None):
     """Yields `(path, layer)` of every layer in a model, once, under the paths of `Change`."""
     seen = set() if seen is None else seen
     children = layer.layers if is_graph(layer) else child_layers(layer).values()
+    names = unique_names(children)
     for child in children:
         if id(child) not in seen:
             seen.add(id(child))
-            inner = _join(path, child.name)
+            inner = _join(path, names[id(child)])
             yield inner, child
             yield from named_layers(child, inner, seen)
 
