@@ -176,7 +176,7 @@ def test_taps_are_quantized_as_their_patch_is(quantizer, strength, stride, rng):
     y = to_numpy(layer(x))
     patches = layer.window.patches(ops.convert_to_tensor(x))
     if quantizer is not None:
-        patches = quantizer.fake_quantize(patches, ops.convert_to_tensor(np.float32(strength)))
+        patches = quantizer.fake_quantize(patches, strength=np.float32(strength))
     patches = to_numpy(patches).reshape(*y.shape[:-1], 4, 4)
     kernel = to_numpy(layer.matrix_in_use()).reshape(4, 4, 2)
     wanted = np.einsum("bhwtc,tcm->bhwcm", patches, kernel).reshape(y.shape)

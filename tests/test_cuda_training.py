@@ -60,7 +60,7 @@ def test_activations_are_the_same_bits(quantizer, dtype, rng):
         x = torch.tensor(rng.normal(size=shape) * 3, dtype=getattr(torch, dtype), device="cuda")
         for strength in STRENGTHS:
             scale = tensor(0.021) if static else None
-            arguments = (x, tensor(strength), scale)
+            arguments = (x, scale, tensor(strength))
             same_bits(*both(lambda a=arguments: quantizer.fake_quantize(*a)))
 
 
@@ -70,8 +70,8 @@ def test_values_that_are_not_finite(value, strength, rng):
     x = torch.tensor(rng.normal(size=(4, 100)), dtype=torch.float32, device="cuda")
     x[1, 30] = value
     static = StaticActivation(8)
-    same_bits(*both(lambda: ActivationInt8().fake_quantize(x, tensor(strength))))
-    same_bits(*both(lambda: static.fake_quantize(x, tensor(strength), tensor(0.02))))
+    same_bits(*both(lambda: ActivationInt8().fake_quantize(x, strength=tensor(strength))))
+    same_bits(*both(lambda: static.fake_quantize(x, tensor(0.02), tensor(strength))))
     weight = quantizers.get("ternary")
     same_bits(*both(lambda: weight.fake_quantize(x, strength=tensor(strength))))
 
@@ -103,7 +103,7 @@ def test_the_gradient_passes_unchanged(dtype, strength, rng):
         weight = quantizer.name == "ternary"
         kind = torch.float32 if weight else getattr(torch, dtype)
         x = torch.tensor(rng.normal(size=(50, 60)), dtype=kind, device="cuda", requires_grad=True)
-        arguments = (None, tensor(strength), dtype) if weight else (tensor(strength),)
+        arguments = (None, tensor(strength), dtype) if weight else (None, tensor(strength))
         with kernels.use_kernel("cuda"):
             y = quantizer.fake_quantize(x, *arguments)
         dy = torch.randn_like(y)

@@ -136,7 +136,7 @@ class BitDepthwiseConv(BitLayer):
             return taps
         strength = None if self.packed else ops.convert_to_tensor(self.quantization_strength)
         if quantizer.formula != "absmax":  # one of the user's sees whole patches
-            patches = quantizer.fake_quantize(ops.concatenate(taps, axis=-1), strength)
+            patches = quantizer.fake_quantize(ops.concatenate(taps, axis=-1), strength=strength)
             return ops.split(patches, len(taps), axis=-1)
         largest = self.window.largest(x, quantizer.epsilon, quantizer.granularity)
         return [quantizer.fake_quantize_part(tap, largest, strength) for tap in taps]

@@ -159,7 +159,7 @@ class InputTreatment(KeptChannels):
 
     def fake_quantize_inputs(self, x, strength=None):
         """The activations of QAT of what `quantizer_inputs` gives."""
-        return self.activation_quantizer.fake_quantize(x, strength, self.scale_for(x))
+        return self.activation_quantizer.fake_quantize(x, self.scale_for(x), strength)
 
     def scale_for(self, x):
         """The static scale for quantizer inputs, or `None` where it is computed from them.

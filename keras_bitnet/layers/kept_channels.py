@@ -96,7 +96,7 @@ class KeptChannels(keras.Layer):
         else:
             rows = self._kept_rows()
             if self.kept_bits == 8:
-                kept = _ACTIVATION.fake_quantize(kept, strength)
+                kept = _ACTIVATION.fake_quantize(kept, strength=strength)
                 rows = _WEIGHT.fake_quantize(rows, strength=strength)
             else:
                 rounded = ops.cast(ops.cast(rows, "float16"), "float32")

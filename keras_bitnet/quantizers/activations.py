@@ -77,22 +77,22 @@ class ActivationQuantizer(Quantizer):
         ratio, scale = self._ratio(x, scale)
         return straight_through(ratio, self._round(ratio)), scale
 
-    def fake_quantize(self, x, strength=None, scale=None):
+    def fake_quantize(self, x, scale=None, strength=None):
         """Rounds to the grid and back, gradient passed unchanged: the activations of QAT.
 
         Args:
             x: Float tensor `(..., features)`.
-            strength: Scalar tensor in [0, 1], 0 gives `x` itself, or `None` for 1.
             scale: The static scale, see `quantize`.
+            strength: Scalar tensor in [0, 1], 0 gives `x` itself, or `None` for 1.
 
         Returns:
             Tensor of the shape and dtype of `x`.
         """
         self._check_scale(scale)
         kernel = training.choose(training.of_activations(self, x))
-        return kernel.run(self, x, strength, scale)
+        return kernel.run(self, x, scale, strength)
 
-    def reference_fake_quantize(self, x, strength=None, scale=None):
+    def reference_fake_quantize(self, x, scale=None, strength=None):
         """What `fake_quantize` means, in plain `keras.ops`."""
         dtype = x.dtype
         x = ops.cast(x, "float32")

@@ -46,7 +46,7 @@ def run(quantizer, values, *arguments):
     return _run_weight(quantizer, values, *arguments)
 
 
-def _run_activations(quantizer, x, strength=None, scale=None):
+def _run_activations(quantizer, x, scale=None, strength=None):
     return torch.ops.keras_bitnet.fake_quantize_cuda(
         x,
         _number(strength, x),
