@@ -141,8 +141,9 @@ def test_quantize_sets_treatments_and_calibrate_fills_them(saved, data, capsys):
 
 def test_bench(saved, capsys):
     data = run_json(capsys, "bench", saved, "--precisions", "ternary", "--repeats", "2",
-                    "--batch-size", "3", "--filters", "a$")  # fmt: skip
+                    "--batch-size", "3", "--filters", "a$", "--memory", "smallest")  # fmt: skip
     (row,) = data["rows"]
+    assert data["memory"] == "smallest"
     assert (row["path"], row["input_shape"]) == ("a", [3, 6])
     assert row["seconds"].keys() == {"float32", "W1.58A8"}
     assert cli.main(["bench", str(saved), "--repeats", "2", "--filters", "b$"]) == 0

@@ -15,6 +15,7 @@ def add_arguments(parser):
     """Adds the arguments."""
     common.add_model(parser)
     common.add_precisions(parser, "names of weight quantizers")
+    common.add_memory(parser)
     parser.add_argument(
         "--batch-size", type=int, default=1, metavar="N", help="examples a batch (%(default)s)"
     )
@@ -35,6 +36,7 @@ def run(arguments):
         arguments.precisions,
         batch_size=arguments.batch_size,
         input_shape=arguments.input_shape,
+        memory=arguments.memory,
         repeats=arguments.repeats,
         filters=arguments.filters,
         verbose=common.verbosity(arguments),

@@ -57,6 +57,16 @@ def add_precisions(parser, what):
     )
 
 
+def add_memory(parser):
+    """Adds `--memory`."""
+    parser.add_argument(
+        "--memory",
+        choices=("fastest", "smallest"),
+        default="fastest",
+        help="the layout kernels read best, or ternary weights in 1.6 bits (%(default)s)",
+    )
+
+
 def add_loss(parser):
     """Adds `--loss`."""
     parser.add_argument(

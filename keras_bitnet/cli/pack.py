@@ -15,12 +15,7 @@ EXAMPLES = (
 def add_arguments(parser):
     """Adds the arguments."""
     common.add_model(parser)
-    parser.add_argument(
-        "--memory",
-        choices=("fastest", "smallest"),
-        default="fastest",
-        help="the layout kernels read best, or ternary weights in 1.6 bits (%(default)s)",
-    )
+    common.add_memory(parser)
     common.add_output(parser, SUFFIX)
 
 

@@ -23,6 +23,7 @@ def add_arguments(parser):
         help="'4.5 bits' a weight, '1.2MB' of memory, or '3ms' for one example",
     )
     common.add_precisions(parser, "names of weight quantizers, and float")
+    common.add_memory(parser)
     parser.add_argument(
         "--objective", choices=("output", "loss"), help="what is to change least; loss with targets"
     )
@@ -53,6 +54,7 @@ def run(arguments):
         filters=arguments.filters,
         objective=arguments.objective,
         loss=arguments.loss,
+        memory=arguments.memory,
         samples=arguments.samples,
         batch_size=arguments.batch_size,
         verbose=common.verbosity(arguments),

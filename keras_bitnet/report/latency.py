@@ -56,6 +56,7 @@ class LatencyReport(Content):
     backend: str
     device: str
     batch_size: int
+    memory: str
     repeats: int
     rows: list[LayerLatency]
 
@@ -138,7 +139,7 @@ def benchmark_layers(
         if progress:
             progress.add(1)
     report = LatencyReport(
-        model.name, keras.backend.backend(), _device(model), batch_size, repeats, rows
+        model.name, keras.backend.backend(), _device(model), batch_size, memory, repeats, rows
     )
     if verbose:
         report.show()
