@@ -1,10 +1,12 @@
 // The ceilings of a machine that a low-bit matmul runs into: reads of memory that no cache holds,
 // and the peak of `vpdpbusd`, register to register. `native_core.cc` and `cpu_matmul.py` use it.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <thread>
 #include <vector>
 
@@ -12,26 +14,32 @@ namespace {
 
 constexpr size_t kPiece = size_t(1) << 20;  // bytes that a thread takes at a time
 
-// Seconds until `threads`, the calling one among them, have all run the function.
+// Seconds until `threads`, the calling one among them, have all run the function, from where all are there.
 double seconds(int threads, const std::function<void()>& run) {
+  std::atomic<int> there{0};
+  const auto run_with_others = [&] {
+    for (++there; there < threads;) std::this_thread::yield();
+    run();
+  };
   std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(run_with_others);
+  while (there < threads - 1) std::this_thread::yield();
   const auto begin = std::chrono::steady_clock::now();
-  for (int i = 1; i < threads; ++i) others.emplace_back(run);
-  run();
+  run_with_others();
   for (auto& thread : others) thread.join();
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
 #if defined(__x86_64__)
-// Several streams side by side: processors fetch them ahead better than one, or than a prefetch does.
-__attribute__((target("avx"), noinline)) void read_all(const char* p, size_t bytes) {
-  constexpr size_t kStreams = 8, kStream = 16 << 10;
-  for (const char* end = p + bytes; p < end; p += kStreams * kStream) {
-    for (size_t i = 0; i < kStream; i += 64) {
-      for (size_t s = 0; s < kStreams; ++s) {
-        __asm__ volatile("vmovdqu (%0), %%ymm0\n vmovdqu 32(%0), %%ymm1\n"
-                         ::"r"(p + s * kStream + i) : "xmm0", "xmm1", "memory");
-      }
+// Reads a piece as some streams side by side: which number is fetched ahead best depends on the processor.
+template <int Streams>
+__attribute__((target("avx"), noinline)) void read_piece(const char* p) {
+  constexpr size_t kStream = kPiece / Streams;
+  for (size_t i = 0; i < kStream; i += 64) {
+#pragma GCC unroll 8
+    for (size_t s = 0; s < Streams; ++s) {
+      __asm__ volatile("vmovdqu (%0), %%ymm0\n vmovdqu 32(%0), %%ymm1\n"
+                       ::"r"(p + s * kStream + i) : "xmm0", "xmm1", "memory");
     }
   }
 }
@@ -49,18 +57,21 @@ __attribute__((target("avx512f"), noinline)) void peak(int64_t iterations) {
 
 }  // namespace
 
-// Bytes a second at which `threads` together read the `bytes` at `memory` once, in whole pieces; take
-// several times the last cache. 0 where this is not built.
+// Bytes a second at which `threads` together read the `bytes` at `memory` once, in whole pieces, by the
+// fastest of some loops; take several times the last cache. 0 where this is not built.
 extern "C" double bench_read(const char* memory, size_t bytes, int threads) {
+  double best = 0;
 #if defined(__x86_64__)
   const size_t pieces = bytes / kPiece;
-  std::atomic<size_t> next{0};
-  return double(pieces * kPiece) / seconds(threads, [&] {
-    for (size_t i; (i = next++) < pieces;) read_all(memory + i * kPiece, kPiece);
-  });
-#else
-  return 0;
+  for (const auto read : {read_piece<1>, read_piece<2>, read_piece<4>, read_piece<8>}) {
+    std::atomic<size_t> next{0};
+    const double time = seconds(threads, [&] {
+      for (size_t i; (i = next++) < pieces;) read(memory + i * kPiece);
+    });
+    best = std::max(best, double(pieces * kPiece) / time);
+  }
 #endif
+  return best;
 }
 
 // Multiply-adds a second of `vpdpbusd` on `threads`; 0 where the processor lacks AVX-512 VNNI.

@@ -48,7 +48,7 @@ class Ceilings:
         time.sleep(0.1)
         at, size = self.memory.ctypes.data, self.memory.size
         read, peak = self.library.bench_read, self.library.bench_peak
-        self.reads.append(max(read(at, size, self.threads) for _ in range(3)))
+        self.reads.append(max(read(at, size, self.threads) for _ in range(2)))
         if self.has_vnni:
             self.peaks.append(max(peak(self.threads) for _ in range(5)))
 
