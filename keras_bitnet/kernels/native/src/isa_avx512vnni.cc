@@ -34,7 +34,7 @@ inline __m512i operand(__m512i raw, int i) {
 // A tile of one of some streams, of which few are fetched ahead by hand (decision note 7).
 template <int Streams>
 inline __m512i load(const uint8_t* tile) {
-  if (Streams <= 2) _mm_prefetch(reinterpret_cast<const char*>(tile) + 2048, _MM_HINT_T1);
+  if (Streams <= 2) _mm_prefetch(reinterpret_cast<const char*>(tile) + 3072, _MM_HINT_T1);
   return _mm512_loadu_si512(tile);
 }
 
