@@ -134,7 +134,8 @@ def child_layers(layer):
 
 def unique_names(children):
     """`{id(child): name}`; of several with one name all but the first get a number: `"dense_1"`."""
-    names, taken = {}, {child.name for child in children}
+    names: dict[int, str] = {}
+    taken = {child.name for child in children}
     for child in children:
         name = child.name
         if id(child) in names:
