@@ -67,7 +67,7 @@ struct Sums {
       KBN_UNROLL for (int h = 0; h < kHalves; ++h) value[r][h] = _mm256_setzero_si256();
     }
   }
-  void store(int32_t* to, int width = kTileOutputs) const {  // of a row of sums there
+  void store(int32_t* to, int width) const {  // of a row of sums there
     KBN_UNROLL for (int r = 0; r < Rows; ++r) {
       KBN_UNROLL for (int h = 0; h < kHalves; ++h) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + r * width) + h, value[r][h]);
