@@ -133,6 +133,7 @@ def test_struct_equals_the_header(tmp_path):
     lines = ['#include "shim.h"', "#include <stddef.h>"]
     for struct, mirror in (
         ("kbc_matmul", library.MatmulStruct),
+        ("kbc_joint", library.JointStruct),
         ("kbc_norm", library.NormStruct),
         ("kbc_fake", library.FakeStruct),
         ("kbc_attention", library.AttentionStruct),

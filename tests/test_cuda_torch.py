@@ -32,7 +32,9 @@ def product(x, packed, kernel, activation_bits=8):
 
     tensors = x, packed.tiles, packed.scale, None, None
     sizes = packed.out_features, packed.bits, packed.group_size or 0
-    return adapter._launch(*tensors, *sizes, activation_bits, False, packed.offset, 1e-5, kernel)
+    return adapter._launch(
+        *tensors, *sizes, activation_bits, False, packed.offset, 1e-5, kernel=kernel
+    )
 
 
 def with_scale_1(tiles, in_features, out_features, bits=2):
@@ -139,6 +141,49 @@ def test_blocks_that_share_inputs(out_features, rng):
         y = {kernel: [product(x, packed, kernel) for _ in range(20)] for kernel in (alone, *shared)}
         for kernel in shared:
             assert all(torch.equal(found, y[alone][0]) for found in y[kernel]), (kernel, rows)
+
+
+@pytest.mark.parametrize("activation_bits", [8, 4, 0])
+@pytest.mark.parametrize("group_size", [None, 32, 128])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_products_of_the_same_activations(bits, group_size, activation_bits, rng):
+    """They are those of one weight after another, bit for bit where the sums are of integers."""
+    for k, sizes in ((260, (33, 100)), (520, (300, 16, 7)), (1000, (640, 64, 64, 640))):
+        weights = [make_packed(rng, k, n, bits, group_size or "channel")[1] for n in sizes]
+        biases = [torch.randn(n, device="cuda") if i % 2 else None for i, n in enumerate(sizes)]
+        for rows in (0, 1, 3, 20, 70, 300):
+            for dtype in (torch.float32, torch.bfloat16):
+                x = torch.randn(rows, k, device="cuda").to(dtype)
+                shared = bits, group_size or 0, activation_bits, False, weights[0].offset, 1e-5
+                found = _joint(len(sizes), x, weights, biases, *sizes, *shared)
+                for y, w, bias, n in zip(found, weights, biases, sizes, strict=True):
+                    wanted = _joint(1, x, [w], [bias], n, *shared)
+                    assert y.shape == (rows, n)
+                    if activation_bits and not group_size:
+                        assert torch.equal(y, wanted)
+                    elif rows:
+                        error = relative_error(y.float().cpu(), wanted.float().cpu())
+                        assert error < (1e-2 if dtype == torch.bfloat16 else 2e-6)
+
+
+def _joint(count, x, weights, biases, *others):
+    from keras_bitnet.kernels.cuda import torch as adapter
+
+    operator = getattr(torch.ops.keras_bitnet, adapter._NAMES[count])
+    tensors = ((w.tiles, w.scale, b) for w, b in zip(weights, biases, strict=True))
+    return operator(x, *(tensor for weight in tensors for tensor in weight), None, *others)
+
+
+def test_operators_of_the_same_activations(rng):
+    from keras_bitnet.kernels.cuda import torch as adapter
+
+    weights = [make_packed(rng, 100, n)[1] for n in (33, 50)]
+    x = torch.randn(2, 5, 100, device="cuda").requires_grad_()
+    biases = [torch.randn(33, device="cuda").requires_grad_(), None]
+    tensors = (t for w, b in zip(weights, biases, strict=True) for t in (w.tiles, w.scale, b))
+    shared = 2, 0, 8, False, weights[0].offset, 1e-5
+    op = getattr(torch.ops.keras_bitnet, adapter._NAMES[2]).default
+    torch.library.opcheck(op, (x, *tensors, None, 33, 50, *shared))
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -40,24 +40,46 @@ def fake_like(x, *others):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def fake_matmul(x, tiles, scale, bias, x_scale, out_features, *attributes):
-    """The result of a packed matmul."""
-    return x.new_empty((*x.shape[:-1], out_features))
+def matmul_operands(operands, weights):
+    """The operands of an operator that multiplies the same activations by so many packed weights.
+
+    Returns:
+        `(x, tensors, x_scale, sizes, numbers)`: `(tiles, scale, bias)` of each weight, outputs of
+        each weight, and what they share: bits, group_size, activation_bits, per_tensor, offset,
+        epsilon.
+    """
+    x, *others = operands
+    tensors = [others[3 * i : 3 * i + 3] for i in range(weights)]
+    x_scale, *numbers = others[3 * weights :]
+    return x, tensors, x_scale, numbers[:weights], numbers[weights:]
 
 
-def matmul_context(ctx, inputs, output):
+def fake_matmul(*operands, weights=1):
+    """The results of such an operator, of one weight a tensor."""
+    x, _, _, sizes, _ = matmul_operands(operands, weights)
+    results = tuple(x.new_empty((*x.shape[:-1], size)) for size in sizes)
+    return results if weights > 1 else results[0]
+
+
+def matmul_context(ctx, inputs, output, weights=1):
     """Keeps what `matmul_gradient` needs, of an operator whose weights lie in tiles."""
-    x, tiles, scale, bias, _, out_features, bits, group_size, _, _, offset, _ = inputs
-    ctx.save_for_backward(tiles, scale)
-    ctx.has_bias = bias is not None
-    ctx.facts = (offset, bits, x.shape[-1], out_features, group_size or None)
+    x, tensors, _, sizes, numbers = matmul_operands(inputs, weights)
+    bits, group_size, _, _, offset, _ = numbers
+    ctx.save_for_backward(*(tensor for weight in tensors for tensor in weight[:2]))
+    ctx.has_bias = [bias is not None for *_, bias in tensors]
+    ctx.facts = [(offset, bits, x.shape[-1], size, group_size or None) for size in sizes]
 
 
-def matmul_gradient(ctx, dy):
-    """The gradient of such an operator with respect to activations and bias."""
-    with keras.device(str(dy.device)):  # where it ran, whatever Keras's default device
-        dx, dbias = gradients(dy, PackedTensor(*ctx.saved_tensors, *ctx.facts))
-    return dx, None, None, dbias if ctx.has_bias else None, *[None] * 8
+def matmul_gradient(ctx, *dys):
+    """The gradient of such an operator with respect to activations and biases."""
+    dx, dweights = None, []
+    with keras.device(str(dys[0].device)):  # where it ran, whatever Keras's default device
+        for i, dy in enumerate(dys):
+            packed = PackedTensor(*ctx.saved_tensors[2 * i : 2 * i + 2], *ctx.facts[i])
+            own, dbias = gradients(dy, packed)
+            dx = own if dx is None else dx + own
+            dweights += [None, None, dbias if ctx.has_bias[i] else None]
+    return dx, *dweights, *[None] * (len(dys) + 7)
 
 
 def pointer(tensor):

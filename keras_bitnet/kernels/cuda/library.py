@@ -9,7 +9,7 @@ from keras_bitnet.kernels import cuda
 from keras_bitnet.kernels.cuda import compiler
 from keras_bitnet.kernels.native import find_built
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _lock = threading.Lock()
 
 
@@ -38,6 +38,21 @@ class MatmulStruct(ctypes.Structure):
         ("y", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
     )
+
+
+MAX_JOINT = 4  # products of a joint one
+
+
+class JointStruct(ctypes.Structure):
+    """`kbc_joint` of `src/shim.h`: products of the same activations."""
+
+    _fields_ = (("count", ctypes.c_int32), ("matmuls", ctypes.POINTER(MatmulStruct) * MAX_JOINT))
+
+    @classmethod
+    def of(cls, structs):
+        """Points to `MatmulStruct`s, which the result keeps alive."""
+        pointers = (ctypes.pointer(struct) for struct in structs)
+        return cls(len(structs), (ctypes.POINTER(MatmulStruct) * MAX_JOINT)(*pointers))
 
 
 # Values of `weights`: who may still be writing the tiles.
@@ -115,6 +130,7 @@ class AttentionStruct(ctypes.Structure):
 # What queues a problem, by its struct.
 _RUN = {
     MatmulStruct: "kbc_run",
+    JointStruct: "kbc_run_joint",
     NormStruct: "kbc_run_norm",
     FakeStruct: "kbc_run_fake",
     AttentionStruct: "kbc_run_attention",

@@ -1,5 +1,7 @@
-"""The CUDA kernels for PyTorch: the operator `keras_bitnet::bit_matmul_cuda` and its gradient."""
+"""The CUDA kernels for PyTorch: operators of a product and of several of the same activations."""
 
+import functools
+import math
 import weakref
 
 import torch
@@ -10,11 +12,21 @@ from keras_bitnet.kernels.cuda import library
 from keras_bitnet.kernels.select import Kernel
 from keras_bitnet.kernels.torch_operators import DTYPES, pointer
 
-_SCHEMA = (
-    "bit_matmul_cuda(Tensor x, Tensor tiles, Tensor scale, Tensor? bias, Tensor? x_scale, "
-    "int out_features, int bits, int group_size, int activation_bits, bool per_tensor, "
-    "float offset, float epsilon) -> Tensor"
-)
+# The operators, by how many weights they multiply the same activations.
+_NAMES = {1: "bit_matmul_cuda"} | {
+    weights: f"bit_matmul_cuda_{weights}" for weights in range(2, library.MAX_JOINT + 1)
+}
+
+
+def _schema(weights):
+    ends = [""] if weights == 1 else [f"_{i}" for i in range(weights)]
+    tensors = "".join(f"Tensor tiles{i}, Tensor scale{i}, Tensor? bias{i}, " for i in ends)
+    sizes = "".join(f"int out_features{i}, " for i in ends)
+    results = "Tensor" if weights == 1 else f"({', '.join(['Tensor'] * weights)})"
+    return (
+        f"{_NAMES[weights]}(Tensor x, {tensors}Tensor? x_scale, {sizes}int bits, int group_size, "
+        f"int activation_bits, bool per_tensor, float offset, float epsilon) -> {results}"
+    )
 
 
 def _device_reasons():
@@ -42,47 +54,67 @@ def refuse(problem):
 
 def run(x, packed, activation_quantizer, bias, activation_scale=None):
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
+    return _call(x, [packed], activation_quantizer, [bias], activation_scale)
+
+
+def run_joint(x, packed, activation_quantizer, biases):
+    """As `keras_bitnet.ops.joint_bit_matmul`, for at most four weights that are alike."""
+    if len(packed) > library.MAX_JOINT:
+        return None
+    return list(_call(x, packed, activation_quantizer, biases))
+
+
+def _call(x, packed, activation_quantizer, biases, activation_scale=None):
     activations = cpu.Activations.of(activation_quantizer)
-    return torch.ops.keras_bitnet.bit_matmul_cuda(
+    tensors = (
+        (
+            ops.convert_to_tensor(weight.tiles),
+            ops.convert_to_tensor(weight.scale),
+            None if bias is None else ops.cast(bias, "float32"),
+        )
+        for weight, bias in zip(packed, biases, strict=True)
+    )
+    return getattr(torch.ops.keras_bitnet, _NAMES[len(packed)])(
         x,
-        ops.convert_to_tensor(packed.tiles),
-        ops.convert_to_tensor(packed.scale),
-        None if bias is None else ops.cast(bias, "float32"),
+        *(tensor for weight in tensors for tensor in weight),
         None if activation_scale is None else ops.cast(activation_scale, "float32"),
-        packed.out_features,
-        packed.bits,
-        packed.group_size or 0,
+        *(weight.out_features for weight in packed),
+        packed[0].bits,
+        packed[0].group_size or 0,
         activations.bits,
         activations.per_tensor,
-        packed.offset,
+        packed[0].offset,
         activations.epsilon,
     )
 
 
-def _launch(
-    x, tiles, scale, bias, x_scale, out_features, bits, group_size, activation_bits, per_tensor,
-    offset, epsilon, kernel=0,
-):  # fmt: skip
-    """The operator on CUDA; `kernel` forces a row of the launcher's table, for tests."""
-    device = x.get_device()
-    x, tiles, scale = x.contiguous(), _aligned(tiles), scale.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    y = x.new_empty((*x.shape[:-1], out_features))
-    in_features = x.shape[-1]
-    _check(x, tiles, scale, bias, x_scale, out_features, bits, group_size)
-    weights = _writers(tiles, torch.cuda.current_stream(device).cuda_stream)
-    problem = library.MatmulStruct(
-        y.numel() // out_features, in_features, out_features, group_size, bits, DTYPES[x.dtype],
-        activation_bits, per_tensor, offset, epsilon, scale.shape[1], kernel, weights,
-        x.data_ptr(), tiles.data_ptr(), scale.data_ptr(), pointer(x_scale), pointer(bias),
-        y.data_ptr(), None,
-    )  # fmt: skip
-    size = library.workspace(problem)
+def _launch(*operands, weights=1, kernel=0):
+    """The operators on CUDA; `kernel` forces a row of the launcher's table, for tests."""
+    x, tensors, x_scale, sizes, numbers = torch_operators.matmul_operands(operands, weights)
+    bits, group_size, activation_bits, per_tensor, offset, epsilon = numbers
+    device, x = x.get_device(), x.contiguous()
+    stream = torch.cuda.current_stream(device).cuda_stream
+    rows, in_features = math.prod(x.shape[:-1]), x.shape[-1]
+    results, structs, kept = [], [], []
+    for (tiles, scale, bias), size in zip(tensors, sizes, strict=True):
+        tiles, scale = _aligned(tiles), scale.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        _check(x, tiles, scale, bias, x_scale, size, bits, group_size)
+        y = x.new_empty((*x.shape[:-1], size))
+        structs.append(library.MatmulStruct(
+            rows, in_features, size, group_size, bits, DTYPES[x.dtype], activation_bits, per_tensor,
+            offset, epsilon, scale.shape[1], kernel, _writers(tiles, stream), x.data_ptr(),
+            tiles.data_ptr(), scale.data_ptr(), pointer(x_scale), pointer(bias), y.data_ptr(), None,
+        ))  # fmt: skip
+        results.append(y)
+        kept += tiles, scale, bias
+    size = library.workspace(structs[0])
     if size:
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-        problem.workspace = workspace.data_ptr()
-    queue(problem, bits, device)
-    return y
+        for struct in structs:
+            struct.workspace = workspace.data_ptr()
+    queue(library.JointStruct.of(structs), bits, device)
+    return tuple(results) if weights > 1 else results[0]
 
 
 def queue(problem, kind, device):
@@ -138,13 +170,14 @@ def _check(x, tiles, scale, bias, x_scale, out_features, bits, group_size):
     torch_operators.check(x.device, wanted)
 
 
-torch_operators.define(
-    _SCHEMA,
-    _launch,
-    "CUDA",
-    torch_operators.fake_matmul,
-    torch_operators.matmul_gradient,
-    torch_operators.matmul_context,
-)
+for _weights in _NAMES:
+    torch_operators.define(
+        _schema(_weights),
+        functools.partial(_launch, weights=_weights),
+        "CUDA",
+        functools.partial(torch_operators.fake_matmul, weights=_weights),
+        torch_operators.matmul_gradient,
+        functools.partial(torch_operators.matmul_context, weights=_weights),
+    )
 
 CUDA = Kernel(cuda.NAME, refuse, run)

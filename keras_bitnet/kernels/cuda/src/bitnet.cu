@@ -6,19 +6,17 @@
 #include "quantize.cuh"
 
 #define KERNEL(name, threads, blocks, ...)                                           \
-  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const Matmul p) { __VA_ARGS__; }
+  extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Matmuls p) { __VA_ARGS__; }
 
 #define EVERY_DTYPE(row) row(f32, F32) row(bf16, BF16) row(f16, F16)
 
-// Of the kernels of single rows every multiprocessor holds two times 16 warps: those of two launches. Of
-// those that split the row there are registers for half as many.
+// Of the kernels of single rows a multiprocessor holds two blocks, of one launch or of two.
 // A turn in groups takes TILES and their scales, ten places of 16 bytes in all.
 constexpr int GROUP_STAGES = 10 / (TILES<true> + 1);
 
 #define ROW(suffix, T)                                                               \
-  KERNEL(gemv_4_##suffix, 128, 8, gemv<T, 4, 8, 4, false>(p))                        \
-  KERNEL(gemv_4x2_##suffix, 256, 4, gemv<T, 8, 8, 4, false>(p))                      \
-  KERNEL(gemv_8_##suffix, 256, 4, gemv<T, 8, 8, 8, false>(p))                        \
+  KERNEL(gemv_4x2_##suffix, 256, 2, gemv<T, 8, 8, 4, false>(p))                      \
+  KERNEL(gemv_8_##suffix, 256, 2, gemv<T, 8, 8, 8, false>(p))                        \
   KERNEL(gemv_16_##suffix, 512, 2, gemv<T, 16, 6, 16, false>(p))                     \
   KERNEL(gemv_grouped_8_##suffix, 256, 2, gemv<T, 8, GROUP_STAGES, 8, true>(p))      \
   KERNEL(gemv_grouped_16_##suffix, 512, 1, gemv<T, 16, GROUP_STAGES, 16, true>(p))   \

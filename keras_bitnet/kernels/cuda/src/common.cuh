@@ -181,7 +181,7 @@ template <class P> DEVICE Ratio ratio_of(const P& p, u32 largest, u32 of_row) {
 // may clip: the largest ratio of a scale from the values rounds to `highest`.
 constexpr float PLANE = 254;  // what is left lies in [-1/2, 1/2]: the largest code is 127 again
 template <int PLANES, class T>
-DEVICE void quantize_four(const Matmul& p, const Four<T>& v, float inverse, u32 (&codes)[PLANES]) {
+DEVICE void quantize_four(const Activations& p, const Four<T>& v, float inverse, u32 (&codes)[PLANES]) {
   constexpr float MAGIC = 12582912.f;
   u32 shifted[PLANES][4];
 #pragma unroll
@@ -231,6 +231,18 @@ template <int WARPS> DEVICE int block_sum(int value, int* shared) {
   return value;
 }
 
+// ---- products of the same activations ------------------------------------------------------------
+
+// The one that this block computes. It is looked up at every call, so a kernel that needs the place of the results
+// in the end asks again, and has the registers meanwhile.
+DEVICE Matmul own_product(const Matmuls& all) {
+  int block, i = 0;
+  asm volatile("mov.u32 %0, %%ctaid.y;" : "=r"(block));
+#pragma unroll
+  for (int next = 1; next < MOST_PRODUCTS; ++next) i += block >= all.of[next].first_block;
+  return {all, all.of[i]};
+}
+
 // ---- integer products ------------------------------------------------------------------------
 
 DEVICE int dot_codes(u32 codes, u32 x, int sum) {
@@ -244,16 +256,16 @@ DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
 DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // The result of a sum of codes: (step * codes + step_offset * sum of x) as float, scaled.
-DEVICE float scaled(const Matmul& p, int codes, int row_sum, float weight_scale, float x_scale) {
+DEVICE float scaled(const Activations& p, int codes, int row_sum, float weight_scale, float x_scale) {
   const float exact = (float)(p.step * codes + p.step_offset * row_sum);
   return __fmul_rn(__fmul_rn(exact, __fmul_rn(weight_scale, p.inverse_step)), x_scale);
 }
 
-DEVICE float with_bias(const Matmul& p, float value, int column) {
+DEVICE float with_bias(const Product& p, float value, int column) {
   return p.bias ? __fadd_rn(value, __ldg(p.bias + column)) : value;
 }
 
-DEVICE float column_scale(const Matmul& p, int column) {
+DEVICE float column_scale(const Product& p, int column) {
   return __ldg(p.scale + (p.scale_columns > 1 ? column : 0));
 }
 

@@ -53,11 +53,11 @@ DEVICE void unpack(const uint4 (&w)[QUADS], int s, int set, u32 (&a)[4]) {
 // Sums [set][block of eight rows][register], as the instructions leave them.
 template <class N, int MB> using Tile = N[2][MB][4];
 
-DEVICE float result(const Matmul& p, int sum, int x_sum, float weight_scale, float x_scale) {
+DEVICE float result(const Activations& p, int sum, int x_sum, float weight_scale, float x_scale) {
   return scaled(p, sum, x_sum, weight_scale, x_scale);
 }
 // Sums of groups hold their scale and the offset already.
-DEVICE float result(const Matmul& p, float sum, int, float, float x_scale) {
+DEVICE float result(const Activations& p, float sum, int, float, float x_scale) {
   return __fmul_rn(__fmul_rn(sum, p.inverse_step), x_scale);
 }
 

@@ -87,11 +87,12 @@ template <int MB> struct Accumulator<ALL, MB> {
 };
 
 template <int MB, int WN, int WK, int STAGES, int AHEAD, int SPAN = ALL>
-DEVICE void gemm_mma(const Matmul& p) {
+DEVICE void gemm_mma(const Matmuls& all) {
+  const Matmul p = own_product(all);
   using Number = typename Accumulator<SPAN, MB>::Number;
   constexpr int BM = 8 * MB, THREADS = 32 * WN * WK, STAGE = WK * BM * SLICE;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, wn = warp % WN, wk = warp / WN;
-  const int first_row = blockIdx.x * BM, first_column = (blockIdx.y * WN + wn) * 32;
+  const int first_row = blockIdx.x * BM, first_column = ((blockIdx.y - p.first_block) * WN + wn) * 32;
   const int all_slices = slices(p), turns = (all_slices + WK - 1) / WK;
   const int rows = min(BM, image_rows(p) - first_row);
   const Columns<uint4> columns(p, first_column, 0, all_slices);
@@ -172,11 +173,11 @@ DEVICE void gemm_mma(const Matmul& p) {
 #pragma unroll
       for (int k = 1; k < WK; ++k) sums[i / (4 * MB)][i / 4 % MB][i % 4] += shared_sums[place(k, i)];
   }
-  write_tile<Number, MB>(p, sums, first_row, first_column);
+  write_tile<Number, MB>(own_product(all), sums, first_row, first_column);
 }
 
 // The same for groups. They must not end within a block of four tiles, whose slabs mix their inputs.
-template <int MB, int WN, int WK, int STAGES, int AHEAD> DEVICE void gemm_mma_grouped(const Matmul& p) {
+template <int MB, int WN, int WK, int STAGES, int AHEAD> DEVICE void gemm_mma_grouped(const Matmuls& p) {
   constexpr int LEAST = BITS < 4 ? 4 / BITS : 1;
   if (p.group_size % SLICE == 0)
     gemm_mma<MB, WN, WK, STAGES, AHEAD, SLABS>(p);

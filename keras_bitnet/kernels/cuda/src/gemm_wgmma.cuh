@@ -23,10 +23,11 @@ template <int FACTORS> DEVICE void unpack_scaled(const uint4 (&w)[QUADS], int s,
 }
 
 template <int MB, int STAGES, int AHEAD, int FACTORS>
-DEVICE void consume(const Matmul& p, Share share, int first_row, Ring ring, bool sharing) {
+DEVICE void consume(const Matmuls& all, Share share, int first_row, Ring ring, bool sharing) {
   constexpr int BM = 8 * MB, STAGE = BM * LINE;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_column = (blockIdx.y * CONSUMER_WARPS + warp) * 32;
+  const Matmul p = own_product(all);
+  const int first_column = ((blockIdx.y - p.first_block) * CONSUMER_WARPS + warp) * 32;
   Columns<uint4> columns(p, first_column, share.first, share.first + share.count);
   uint4 weights[AHEAD][QUADS];
   load_first(p, columns, weights);
@@ -64,11 +65,11 @@ DEVICE void consume(const Matmul& p, Share share, int first_row, Ring ring, bool
       sums[i / (4 * MB)][i / 4 % MB][i % 4] += apart[f][i / (4 * MB)][i / 4 % MB][i % 4] >> (BITS * f);
   int begin = 0, end = MB;
   if (sharing) add_shares<CONSUMER_WARPS>(sums, block_memory + STAGES * STAGE, begin, end);
-  write_tile<int, MB>(p, sums, first_row, first_column, begin, end);
+  write_tile<int, MB>(own_product(all), sums, first_row, first_column, begin, end);
 }
 
 template <int MB, int STAGES, int AHEAD, int FACTORS>
-DEVICE void gemm_wgmma(const Matmul& p) {
+DEVICE void gemm_wgmma(const Matmuls& p) {
   constexpr bool SHARING = MB < 16;  // blocks of 128 rows have no memory for the sums of others
   const Share share(slices(p), AHEAD, SHARING);
   const int first_row = blockIdx.x / (SHARING ? cluster_size() : 1) * (8 * MB);

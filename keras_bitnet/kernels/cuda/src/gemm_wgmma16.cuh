@@ -42,7 +42,7 @@ DEVICE u32 twice(u32 half) { return half * 0x00010001u; }
 template <class T> struct Decoder {
   u32 addends[PLACES<T>];
 
-  DEVICE Decoder(const Matmul& p) {
+  DEVICE Decoder(const Activations& p) {
     const float offset = (float)p.step_offset * p.inverse_step;
 #pragma unroll
     for (int i = 0; i < PLACES<T>; ++i) {
@@ -229,9 +229,10 @@ DEVICE void multiply_share(const Matmul& p, const Share& share, const Ring& ring
 }
 
 template <class T, int MB, int WARPS, int STAGES, int AHEAD, bool GROUPED>
-DEVICE void consume16(const Matmul& p, const Share& share, int first_row, const Ring& ring, bool sharing) {
+DEVICE void consume16(const Matmuls& all, const Share& share, int first_row, const Ring& ring, bool sharing) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int first_column = (blockIdx.y * WARPS + warp) * 16;
+  const Matmul p = own_product(all);
+  const int first_column = ((blockIdx.y - p.first_block) * WARPS + warp) * 16;
   const Turns<(MB < 16 ? 1 : WARPS / 4)> turns(__shfl_sync(~0u, warp / 4, 0));
   Columns<uint2> columns(p, first_column, share.first, share.first + share.count);
   uint2 weights[AHEAD][QUADS];
@@ -246,14 +247,15 @@ DEVICE void consume16(const Matmul& p, const Share& share, int first_row, const 
   sums.finish();
   int begin = 0, end = MB;
   if (sharing) add_shares<WARPS>(sums.sums, block_memory + STAGES * 8 * MB * LINE, begin, end);
-  if (p.y_aligned && first_column + 16 <= p.n)
-    write_pairs<T, GROUPED, true>(p, sums.sums[0], first_row, first_column, begin, end);
+  const Matmul last = own_product(all);
+  if (last.y_aligned && first_column + 16 <= last.n)
+    write_pairs<T, GROUPED, true>(last, sums.sums[0], first_row, first_column, begin, end);
   else
-    write_pairs<T, GROUPED, false>(p, sums.sums[0], first_row, first_column, begin, end);
+    write_pairs<T, GROUPED, false>(last, sums.sums[0], first_row, first_column, begin, end);
 }
 
 template <class T, int MB, int WARPS, int STAGES, int AHEAD, bool GROUPED>
-DEVICE void gemm_wgmma16(const Matmul& p) {
+DEVICE void gemm_wgmma16(const Matmuls& p) {
   constexpr bool SHARING = MB < 16;  // blocks of 128 rows have no memory for the sums of others
   const Share share(wide_slices(p), AHEAD, SHARING);
   const int first_row = blockIdx.x / (SHARING ? cluster_size() : 1) * (8 * MB);

@@ -9,7 +9,7 @@
 // Quantizes the row into shared memory, in its own order, padded with zeros to a multiple of 32 inputs; four codes of
 // each plane lie beside each other. Returns its scale; `row_sum` gets the sums of the codes.
 template <class T, int WARPS, int PLANES>
-DEVICE float quantize_row(const Matmul& p, int row, u32* codes, int (&row_sum)[PLANES]) {
+DEVICE float quantize_row(const Activations& p, int row, u32* codes, int (&row_sum)[PLANES]) {
   __shared__ u32 maxima[WARPS];
   __shared__ int sums[PLANES][WARPS];
   constexpr int THREADS = WARPS * 32, HELD = 8;
@@ -84,7 +84,7 @@ template <int PLANES> struct Sums<false, PLANES> {
   static constexpr int PLACES = GROUPS < 4 ? GROUPS : 4;
   int by_place[4][PLACES][PLANES] = {};
 
-  DEVICE void add(const Matmul&, const uint4 (&w)[1], const u32 (&x)[GROUPS * PLANES], const int*, const float*) {
+  DEVICE void add(const Activations&, const uint4 (&w)[1], const u32 (&x)[GROUPS * PLANES], const int*, const float*) {
 #pragma unroll
     for (int c = 0; c < 4; ++c)
 #pragma unroll
@@ -112,7 +112,7 @@ template <int PLANES> struct Sums<true, PLANES> {
   float columns[4] = {0.f, 0.f, 0.f, 0.f};
 
   // `x_sums`: of the codes of x, times the offset. `scales`: of the four columns.
-  DEVICE void add(const Matmul& p, const uint4 (&w)[TILES<true>], const u32 (&x)[WORDS * PLANES], const int* x_sums,
+  DEVICE void add(const Activations& p, const uint4 (&w)[TILES<true>], const u32 (&x)[WORDS * PLANES], const int* x_sums,
                   const float* scales) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
@@ -141,7 +141,8 @@ struct Cursor {
 // WARPS: of the block. KS: warps that share a row of tiles. STAGES: turns of a lane on their way, to places in
 // shared memory that are its own, so that they need no registers and no barrier.
 template <class T, int WARPS, int STAGES, int KS, bool GROUPED, int PLANES = 1>
-DEVICE void gemv(const Matmul& p) {
+DEVICE void gemv(const Matmuls& all) {
+  const Matmul p = own_product(all);
   using Number = typename Sums<GROUPED, PLANES>::Number;
   constexpr int KEPT = Sums<GROUPED, PLANES>::KEPT, EACH = TILES<GROUPED>, WORDS = EACH * GROUPS * PLANES;
   __shared__ Number partial[2][WARPS][32];
@@ -150,7 +151,7 @@ DEVICE void gemv(const Matmul& p) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int team = warp / KS, member = warp % KS, quarter = lane % 4;
   const int tile_rows = (p.n + 15) / 16;
-  const int first_row = blockIdx.x * TEAMS + team, row_step = gridDim.x * TEAMS;
+  const int first_row = (blockIdx.y - p.first_block) * TEAMS + team, row_step = p.blocks * TEAMS;
   const int first_tile = (member * 8 + lane / 4) * EACH;
   const int turns = max(p.k_tiles - member * 8 * EACH + STEP - 1, 0) / STEP;  // the same for all lanes of a warp
   uint4* ring = reinterpret_cast<uint4*>(block_memory) + threadIdx.x;
@@ -214,7 +215,7 @@ DEVICE void gemv(const Matmul& p) {
     }
   }
   int row_sum[PLANES];
-  const float x_scale = quantize_row<T, WARPS>(p, blockIdx.y, x_codes, row_sum);
+  const float x_scale = quantize_row<T, WARPS>(p, blockIdx.x, x_codes, row_sum);
   if (GROUPED) {  // sums of the codes of every turn
     for (int i = threadIdx.x; i < (p.k + 31) / 32 * (8 / (EACH * GROUPS)) * PLANES; i += THREADS) {
       const int turn = i / PLANES;
@@ -271,7 +272,7 @@ DEVICE void gemv(const Matmul& p) {
         else
           y[plane] = scaled(p, total[plane], row_sum[plane], column_scale(p, n), x_scale);
       }
-      store(p.y, (long long)blockIdx.y * p.n + n, p.dtype, with_bias(p, join(y), n));
+      store(p.y, (long long)blockIdx.x * p.n + n, p.dtype, with_bias(p, join(y), n));
     }
   }
 }

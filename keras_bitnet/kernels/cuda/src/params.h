@@ -1,24 +1,39 @@
 // What a launch passes to a kernel, for the compilers of both sides. No header is included.
 #pragma once
 
-struct Matmul {
-  const void* x;             // (rows, k)
+// What each of several products of the same activations has of its own.
+struct Product {
   const void* tiles;         // [ceil(n / 16)][k_tiles][16][4] bytes
   const float* scale;        // (1 or groups, scale_columns)
-  const float* x_scale;      // static activation scale or null
   const float* bias;         // (n) or null
   void* y;                   // (rows, n)
+  int n, scale_columns;
+  int y_aligned;             // whether four neighbours of y can be written at once
+  int first_block, blocks;   // along y of the grid: those that compute this product
+};
+
+// What they share.
+struct Activations {
+  const void* x;             // (rows, k)
+  const float* x_scale;      // static activation scale or null
   unsigned* largest;         // bits of the largest |x| of all rows, or null: of each row
   unsigned char* image;      // quantized activations, see quantize.cuh
   float* row_scale;          // (rows * planes), their scales
   int* row_sum;              // (rows * planes), their sums
-  int rows, n, k, k_tiles, group_size, scale_columns;
+  int rows, k, k_tiles, group_size;
   int planes;                // rows of the image for one of x: 1; 2 or 4 where x stays float
   int dtype;                 // 0 float32, 1 bfloat16, 2 float16
-  int x_aligned, y_aligned;  // whether four neighbours of x, of y can be read and written at once
+  int x_aligned;             // whether four neighbours of x can be read at once
   int weights_ready;         // whether no kernel of the stream that may still run writes the weights
   int step, step_offset;     // the integer sums are of step * (code + offset)
   float epsilon, highest, inverse_highest, inverse_step;
+};
+
+struct Matmul : Activations, Product {};
+
+constexpr int MOST_PRODUCTS = 4;
+struct Matmuls : Activations {
+  Product of[MOST_PRODUCTS];  // those that are not there begin behind the last block
 };
 
 // One root mean square norm of rows, see norm.cuh.

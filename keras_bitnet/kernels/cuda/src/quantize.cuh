@@ -19,11 +19,11 @@ DEVICE int place_of(int unit) {
   return unit / (2 * SHIFTS) * (2 * SHIFTS) + 2 * (unit % SHIFTS) + unit / SHIFTS % 2;
 }
 
-DEVICE int rows(const Matmul& p) { return p.rows * p.planes; }
-DEVICE int image_rows(const Matmul& p) { return (rows(p) + 7) & ~7; }
-DEVICE int slices(const Matmul& p) { return (p.k + SLICE - 1) / SLICE; }
+DEVICE int rows(const Activations& p) { return p.rows * p.planes; }
+DEVICE int image_rows(const Activations& p) { return (rows(p) + 7) & ~7; }
+DEVICE int slices(const Activations& p) { return (p.k + SLICE - 1) / SLICE; }
 // Of 16-bit numbers: kernels make two turns at once, and where there are no inputs they are zeros, as weights are not.
-DEVICE int wide_slices(const Matmul& p) { return (slices(p) + 1) & ~1; }
+DEVICE int wide_slices(const Activations& p) { return (slices(p) + 1) & ~1; }
 
 // The largest |x| of all rows, for activations that share one scale. `p.largest` starts as 0.
 template <class T, class P> DEVICE void largest_of_all(const P& p) {
@@ -43,7 +43,7 @@ DEVICE int first_of(int unit, int part) {
 }
 
 // A block quantizes one row.
-template <class T, int PLANES> DEVICE void quantize(const Matmul& p) {
+template <class T, int PLANES> DEVICE void quantize(const Activations& p) {
   __shared__ u32 maxima[QUANTIZE_WARPS];
   __shared__ int sums[PLANES][QUANTIZE_WARPS];
   constexpr int THREADS = QUANTIZE_WARPS * 32, HELD = T::SIZE == 4 ? 2 : 4;
@@ -109,7 +109,7 @@ template <class T, int PLANES> DEVICE void quantize(const Matmul& p) {
 // A block arranges one row of 16-bit numbers, which stay as they are, for the kernels of gemm_wgmma16.cuh. Its image
 // is [4 * ceil(k / 256)][rows rounded up to 8][128] bytes. The four numbers of a group go to two units of 16 bytes,
 // the first and third of each tile of a block to one, the others to another: the halves of a word of weights.
-template <class T> DEVICE void arrange(const Matmul& p) {
+template <class T> DEVICE void arrange(const Activations& p) {
   constexpr int THREADS = QUANTIZE_WARPS * 32, HELD = 2;
   const int row = blockIdx.x, groups = wide_slices(p) * (SLICE / 16);
   const char* x = static_cast<const char*>(p.x) + (long long)row * p.k * T::SIZE;

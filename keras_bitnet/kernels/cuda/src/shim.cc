@@ -145,7 +145,7 @@ Device* find_device(int number) {
 
 using namespace launcher;
 
-int kbc_abi_version(void) { return 5; }
+int kbc_abi_version(void) { return 6; }
 
 const char* kbc_open(void) { return open_once(); }
 

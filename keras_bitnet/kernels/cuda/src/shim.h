@@ -36,6 +36,14 @@ typedef struct kbc_matmul {
   void* workspace;          // kbc_workspace() bytes, at a multiple of 256
 } kbc_matmul;
 
+// Products of the same activations, which are quantized once: they agree in all but out_features, scale_columns,
+// weights, tiles, scale, bias and y. The workspace is the first one's.
+enum { KBC_MAX_JOINT = 4 };
+typedef struct kbc_joint {
+  int32_t count;  // 1 to KBC_MAX_JOINT
+  const kbc_matmul* matmuls[KBC_MAX_JOINT];
+} kbc_joint;
+
 // One root mean square norm of rows: x / sqrt(mean(x^2) + epsilon) * gain in float32, rounded to the dtype of x.
 typedef struct kbc_norm {
   int64_t rows;
@@ -109,6 +117,8 @@ KBC_API int kbc_loaded(int device, int bits);
 KBC_API int64_t kbc_workspace(const kbc_matmul* problem);
 // Queues the product on a stream of a device. Returns null, or what is wrong.
 KBC_API const char* kbc_run(const kbc_matmul* problem, int device, void* stream);
+// Queues products of the same activations.
+KBC_API const char* kbc_run_joint(const kbc_joint* problem, int device, void* stream);
 // Queues a norm on a stream of a device. Returns null, or what is wrong.
 KBC_API const char* kbc_run_norm(const kbc_norm* problem, int device, void* stream);
 // Queues a fake quantization on a stream of a device. Returns null, or what is wrong.

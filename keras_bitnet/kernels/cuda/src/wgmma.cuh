@@ -137,7 +137,7 @@ struct Share {
 // Asks for the weights of the first slices, and waits until the kernel before has ended: first of the two, where that
 // one does not write them.
 template <class Unit, int AHEAD>
-DEVICE void load_first(const Matmul& p, const Columns<Unit>& columns, Unit (&weights)[AHEAD][QUADS]) {
+DEVICE void load_first(const Activations& p, const Columns<Unit>& columns, Unit (&weights)[AHEAD][QUADS]) {
   if (p.weights_ready)
 #pragma unroll
     for (int j = 0; j < AHEAD; ++j) columns.load(j, weights[j]);
@@ -150,7 +150,7 @@ DEVICE void load_first(const Matmul& p, const Columns<Unit>& columns, Unit (&wei
 // One thread copies the activations, a line at a time, of LINES a slice. Past the end there is nothing to
 // copy, but where all groups make turns of ROUND, so does this.
 template <int MB, int LINES, int ROUND, int STAGES>
-DEVICE void feed(const Matmul& p, Share share, int first_row, u32 shared, u32 full, u32 empty) {
+DEVICE void feed(const Activations& p, Share share, int first_row, u32 shared, u32 full, u32 empty) {
   constexpr int BM = 8 * MB, STAGE = BM * LINE;
   const u32 bytes = min(BM, image_rows(p) - first_row) * LINE;
   const int count = LINES * share.count;
@@ -215,7 +215,7 @@ struct Ring {
 
 // A block: WARPS consume the lines of activations that one thread feeds, whose group leaves them its registers.
 template <int MB, int LINES, int ROUND, int STAGES, int WARPS, bool SHARING, class Consume>
-DEVICE void feed_and_consume(const Matmul& p, Share share, int first_row, Consume consume) {
+DEVICE void feed_and_consume(const Activations& p, Share share, int first_row, Consume consume) {
   __shared__ __align__(8) u64 barriers[2 * STAGES];
   Ring ring = {shared_address(block_memory), shared_address(barriers)};
   ring.empty = ring.full + 8 * STAGES;

@@ -65,23 +65,22 @@ int32_t dtype_of(const Buffer* b) {
 
 // Each fills a problem from what XLA passes, and checks every shape that the kernels trust.
 
-// Operands x, tiles, scale, bias, x_scale; results y and a workspace of kbc_workspace() bytes.
-const char* describe(const CallFrame* frame, kbc_matmul* p) {
-  if (frame->arguments.size != 5 || frame->results.size != 2) return "wrong number of operands";
+// Product `i` of `count`.
+const char* describe(const CallFrame* frame, int64_t i, int64_t count, kbc_matmul* p) {
   int64_t bits, activation_bits, per_tensor;
   double offset, epsilon;
   const Attributes& attributes = frame->attributes;
-  if (!read(attributes, "out_features", kS64, &p->out_features) ||
-      !read(attributes, "group_size", kS64, &p->group_size) ||
-      !read(attributes, "bits", kS64, &bits) ||
+  if (!read(attributes, "group_size", kS64, &p->group_size) || !read(attributes, "bits", kS64, &bits) ||
       !read(attributes, "activation_bits", kS64, &activation_bits) ||
       !read(attributes, "per_tensor", kS64, &per_tensor) ||
       !read(attributes, "offset", kF64, &offset) || !read(attributes, "epsilon", kF64, &epsilon))
     return "an attribute is missing";
   Buffer **in = frame->arguments.buffers, **out = frame->results.buffers;
-  const Buffer *x = in[0], *tiles = in[1], *scale = in[2], *bias = in[3], *x_scale = in[4];
-  if (x->rank < 1 || scale->rank != 2) return "wrong rank of an operand";
+  const Buffer *x = in[0], *tiles = in[1 + 3 * i], *scale = in[2 + 3 * i], *bias = in[3 + 3 * i];
+  const Buffer *x_scale = in[1 + 3 * count], *y = out[i], *workspace = out[count];
+  if (x->rank < 1 || y->rank < 1 || scale->rank != 2) return "wrong rank of an operand";
   p->in_features = x->dims[x->rank - 1];
+  p->out_features = y->dims[y->rank - 1];
   p->rows = 1;
   for (int64_t i = 0; i + 1 < x->rank; ++i) p->rows *= x->dims[i];
   p->bits = static_cast<int32_t>(bits);
@@ -99,18 +98,40 @@ const char* describe(const CallFrame* frame, kbc_matmul* p) {
   if (scale->dims[0] != groups) return "scale must be (1 or groups, 1 or out)";
   if (size(bias) && size(bias) != p->out_features) return "bias must be (out,), or (0,): none";
   if (size(x_scale) > 1) return "x_scale must be (1,), or (0,): computed from x";
-  if (out[0]->dtype != x->dtype || tiles->dtype != kU8 || scale->dtype != kF32 ||
+  if (y->dtype != x->dtype || tiles->dtype != kU8 || scale->dtype != kF32 ||
       bias->dtype != kF32 || x_scale->dtype != kF32)
     return "wrong dtype of an operand";
-  if (size(out[0]) != p->rows * p->out_features) return "wrong shape of the result";
-  if (size(out[1]) < kbc_workspace(p)) return "the workspace is too small";
+  if (size(y) != p->rows * p->out_features) return "wrong shape of the result";
+  if (size(workspace) < kbc_workspace(p)) return "the workspace is too small";
   p->x = x->data;
   p->tiles = tiles->data;
   p->scale = scale->data;
   p->bias = size(bias) ? bias->data : nullptr;
   p->x_scale = size(x_scale) ? x_scale->data : nullptr;
-  p->y = out[0]->data;
-  p->workspace = out[1]->data;
+  p->y = y->data;
+  p->workspace = workspace->data;
+  return nullptr;
+}
+
+struct Joint {
+  kbc_joint problem;
+  kbc_matmul matmuls[KBC_MAX_JOINT];
+};
+const char* run(const Joint* joint, int device, void* stream) {
+  return kbc_run_joint(&joint->problem, device, stream);
+}
+
+// Operands x, then tiles, scale, bias of each weight, x_scale; results y of each weight, and a workspace of
+// kbc_workspace() bytes.
+const char* describe(const CallFrame* frame, Joint* joint) {
+  const int64_t count = frame->results.size - 1;
+  if (count < 1 || count > KBC_MAX_JOINT || frame->arguments.size != 2 + 3 * count)
+    return "wrong number of operands";
+  joint->problem.count = static_cast<int32_t>(count);
+  for (int64_t i = 0; i < count; ++i) {
+    joint->problem.matmuls[i] = &joint->matmuls[i];
+    if (const char* wrong = describe(frame, i, count, &joint->matmuls[i])) return wrong;
+  }
   return nullptr;
 }
 
@@ -195,5 +216,5 @@ void* handle(CallFrame* frame, const char* (*run)(const Problem*, int, void*)) {
 
 }  // namespace
 
-KBC_API void* kbc_xla_matmul(CallFrame* frame) { return handle(frame, kbc_run); }
+KBC_API void* kbc_xla_matmul(CallFrame* frame) { return handle(frame, run); }
 KBC_API void* kbc_xla_attention(CallFrame* frame) { return handle(frame, kbc_run_attention); }
