@@ -1,5 +1,6 @@
 """The native CPU rows as every backend sees them; what only one has is in test_native_<backend>."""
 
+import dataclasses
 import functools
 import math
 import threading
@@ -14,7 +15,7 @@ from keras import ops
 from keras_bitnet import kernels
 from keras_bitnet.kernels import native
 from keras_bitnet.layers import BitLinear
-from keras_bitnet.ops import PackedTensor, bit_matmul
+from keras_bitnet.ops import PackedTensor, bit_matmul, joint_bit_matmul
 from keras_bitnet.ops.window import Window
 from keras_bitnet.quantizers.activations import ActivationInt4, ActivationInt8
 
@@ -117,6 +118,56 @@ def test_leading_axes(shape, rng):
         rows = bit_matmul(x.reshape(-1, 100), packed, ActivationInt8())
     assert tuple(y.shape) == (*shape[:-1], 33)
     np.testing.assert_array_equal(to_numpy(y).reshape(-1, 33), to_numpy(rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("granularity", ["tensor", 32])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_joint_products(count, granularity, dtype, rng):
+    """The bits of one product after another, with their gradients."""
+    quantizer = QUANTIZERS[(count + DTYPES.index(dtype)) % 3]
+    packed = [make_packed(rng, 100, n, 2, granularity)[1] for n in (33, 16, 100, 1)[:count]]
+    biases = [ops.convert_to_tensor(rng.normal(size=33).astype("float32")), *[None] * (count - 1)]
+    x = rng.normal(size=(2, 3, 100)).astype("float32")
+
+    def together(x):
+        return joint_bit_matmul(x, packed, quantizer, biases)
+
+    def apart(x):
+        return [bit_matmul(x, p, quantizer, b) for p, b in zip(packed, biases, strict=True)]
+
+    def loss(products, x):
+        return sum(
+            ops.sum(ops.square(ops.cast(y, "float32"))) for y in products(ops.cast(x, dtype))
+        )
+
+    with kernels.use_kernel("native"):
+        for y, wanted in zip(
+            compiled(together, ops.cast(x, dtype)), compiled(apart, ops.cast(x, dtype)), strict=True
+        ):
+            assert keras.backend.standardize_dtype(y.dtype) == dtype
+            np.testing.assert_array_equal(*(to_numpy(ops.cast(v, "float32")) for v in (y, wanted)))
+        dx, wanted = (gradient(functools.partial(loss, f), x) for f in (together, apart))
+    assert relative_error(dx, wanted) < (1e-6 if dtype == "float32" else 2e-2)
+
+
+def test_joint_products_are_one_operation(rng, monkeypatch):
+    packed = [make_packed(rng, 64, n)[1] for n in (20, 33)]
+    other = make_packed(rng, 64, 20, bits=4)[1]
+    calls = []
+    row = next(row for row in kernels.select.TABLES[BACKEND] if row.name == "native")
+
+    def count(*operands):
+        calls.append(len(operands[1]))
+        return row.run_joint(*operands)
+
+    counted = dataclasses.replace(row, run_joint=count)
+    monkeypatch.setitem(kernels.select.TABLES, BACKEND, (counted, kernels.select.REFERENCE))
+    x = ops.ones((1, 64))
+    assert len(joint_bit_matmul(x, packed, ActivationInt8())) == 2
+    assert calls == [2]
+    assert len(joint_bit_matmul(x, [*packed, other], ActivationInt8())) == 3  # of other bits
+    assert calls == [2]
 
 
 def test_packed_tensor_of_numpy_arrays(rng):

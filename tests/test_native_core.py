@@ -390,6 +390,39 @@ def test_refused_arguments(change, message):
     assert message in native.library().kbn_error(code).decode()
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 64])
+def test_joint_products_are_the_same_bits(isa, weight, granularity):
+    skip_grouped_trits(weight, granularity)
+    native.set_isa(isa)
+    rng = np.random.default_rng(4)
+    for threads, rows, k, outputs in (
+        (1, 1, 100, (33, 1, 17)),
+        (2, 1, 640, (1600, 320, 336)),
+        (2, 3, 640, (96, 640)),
+        (2, 70, 132, (50, 300, 16, 15)),
+        (2, 200, 64, (16, 48)),
+    ):
+        native.set_threads(threads)
+        packed = [make(weight, k, n, granularity, n)[0] for n in outputs]
+        biases = [rng.normal(size=n).astype("f") if n % 2 else None for n in outputs]
+        for dtype, bits in (("float32", 8), ("bfloat16", 4), ("float32", 0)):
+            x = rng.normal(size=(rows, k)).astype(DTYPES[dtype])
+            results = native.joint_matmul(x, packed, bits, biases)
+            for y, one, bias in zip(results, packed, biases, strict=True):
+                assert (y == native.matmul(x, one, bits, bias=bias)).all()
+
+
+def test_joint_products_of_other_weights_are_refused():
+    x = np.ones((2, 64), np.float32)
+    packed = [make(weight, 64, 20)[0] for weight in ("ternary", "int4")]
+    with pytest.raises(ValueError, match=r"agree in all but .* in place 1"):
+        native.joint_matmul(x, packed)
+    with pytest.raises(ValueError, match=r"count must be in \[1, 8\]. Received: count=0"):
+        native.joint_matmul(x, [])
+
+
 def test_no_rows():
     packed, _ = make("ternary", 33, 31)
     assert native.matmul(np.zeros((0, 33), np.float32), packed).shape == (0, 31)

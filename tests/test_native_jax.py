@@ -169,10 +169,11 @@ def test_handler_checks_its_operands(rng):
     from keras_bitnet.kernels import jax as adapter
 
     _, packed = make_packed(rng, 100, 33)
-    facts = cpu.Facts.of(packed, ActivationInt8())
+    facts = (cpu.Facts.of(packed, ActivationInt8()),)
+    weights = ((packed.tiles, packed.scale, None),)
     call = jax.jit(adapter._ffi_call, static_argnums=0)
     with pytest.raises(jax.errors.JaxRuntimeError, match="tiles must be"):
-        call(facts, jnp.ones((2, 50)), packed.tiles, packed.scale, None, None).block_until_ready()
+        jax.block_until_ready(call(facts, jnp.ones((2, 50)), weights, None))
 
 
 def test_threads_of_xla_alone():

@@ -17,7 +17,7 @@ from keras_bitnet import kernels
 from keras_bitnet.kernels import native
 from keras_bitnet.kernels import torch as _registers_the_operator  # noqa: F401
 from keras_bitnet.layers import BitConv2D
-from keras_bitnet.ops import bit_matmul
+from keras_bitnet.ops import bit_matmul, joint_bit_matmul
 from keras_bitnet.ops.window import Window
 from keras_bitnet.quantizers.activations import ActivationInt8
 
@@ -93,6 +93,43 @@ def test_opcheck(granularity, bias, gain, rng):
     torch.library.opcheck(op, (*tensors, *attributes))
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_joint_operators(count, rng):
+    """opcheck, one node of a compiled program, and the operator over ctypes."""
+    from keras_bitnet.kernels import torch as adapter
+
+    packed = [make_packed(rng, 100, n)[1] for n in (33, 16, 20)[:count]]
+    biases = [torch.randn(33), *[torch.empty(0)] * (count - 1)]
+    x, gain, none = torch.randn(2, 5, 100), torch.randn(100), torch.empty(0)
+    weights = [t for p, b in zip(packed, biases, strict=True) for t in (p.tiles, p.scale, b)]
+    sizes = [p.out_features for p in packed]
+    numbers = (*sizes, 2, 0, 0, 8, False, packed[0].offset, 1e-5, 1e-5)
+    operator = getattr(torch.ops.keras_bitnet, f"bit_matmul_{count}").default
+    wanted = operator(x, *weights, none, gain, *numbers)
+    results = adapter._run_through_ctypes(x, *weights, none, gain, *numbers, weights=count)
+    assert all(map(torch.equal, results, wanted))
+    for tensor in (x, biases[0], gain):
+        tensor.requires_grad_()
+    torch.library.opcheck(operator, (x, *weights, none, gain, *numbers))
+
+    def together(x):
+        return joint_bit_matmul(x, packed, ActivationInt8())
+
+    x = torch.randn(1, 100)
+    found = []
+
+    def backend(graph, _):
+        found.extend(
+            str(node.target) for node in graph.graph.nodes if "bit_mat" in str(node.target)
+        )
+        return graph
+
+    with torch.no_grad():
+        results = torch.compile(together, fullgraph=True, backend=backend)(x)
+        assert all(map(torch.equal, results, together(x)))
+    assert found == [f"keras_bitnet.bit_matmul_{count}.default"]
+
+
 def test_opcheck_of_a_convolution(rng):
     _, packed = make_packed(rng, 100, 33)
     numbers = Window.of(2, (2, 5), 2, 1, "same", "channels_last").numbers
@@ -126,12 +163,13 @@ def test_operator_over_ctypes(rng):
     wanted = bit_matmul(x, packed, ActivationInt8(), norm=(gain, 1e-5))
     arguments = (33, 2, 0, 0, 8, False, packed.offset, 1e-5, 1e-5)
     none = torch.empty(0)
-    y = adapter._run_through_ctypes(x, packed.tiles, packed.scale, none, none, gain, *arguments)
+    operands = (x, packed.tiles, packed.scale, none, none, gain, *arguments)
+    y = adapter._run_through_ctypes(*operands, weights=1)
     assert torch.equal(y, wanted)
     x, window = torch.randn(2, 9, 25), Window.of(1, 4, 2, 1, "causal", "channels_last")
     wanted = bit_matmul(x, packed, ActivationInt8(), window=window)
     operands = (x, packed.tiles, packed.scale, none, none, none, *arguments, *window.numbers)
-    assert torch.equal(adapter._run_through_ctypes(*operands), wanted)
+    assert torch.equal(adapter._run_through_ctypes(*operands, weights=1), wanted)
 
 
 def test_operator_checks_its_operands(rng):

@@ -44,7 +44,8 @@ for adapter in (native, cuda):
         facts = Facts.of(packed, quantizer, *window)
         static = jnp.float32(0.02) if quantizer.granularity == "static" else None
         def run(*operands):
-            return traced(adapter.PLACE, facts, *operands, static)
+            x, *weight = operands
+            return traced(adapter.PLACE, (facts,), x, (tuple(weight),), static)[0]
         wanted = np.asarray(jax.jit(run)(x, packed.tiles, packed.scale, bias))
         split = "model" if n == 128 else None
         weights = (put(packed.tiles, split),

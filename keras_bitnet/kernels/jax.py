@@ -3,7 +3,14 @@
 import numpy as np
 
 from keras_bitnet.kernels import cpu, native
-from keras_bitnet.kernels.jax_calls import Place, ffi_matmul, matmul, registration_error, result
+from keras_bitnet.kernels.jax_calls import (
+    Place,
+    ffi_matmul,
+    joint_matmul,
+    matmul,
+    registration_error,
+    result,
+)
 from keras_bitnet.kernels.select import Kernel
 from keras_bitnet.ops.reference import reference_matmul
 
@@ -21,10 +28,19 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None,
     return matmul(PLACE, x, packed, activation_quantizer, bias, activation_scale, window)
 
 
+def run_joint(x, packed, activation_quantizer, biases):
+    """As `keras_bitnet.ops.joint_bit_matmul`, for weights that are alike."""
+    if len(packed) > native.MAX_JOINT:
+        return None
+    return joint_matmul(PLACE, x, packed, activation_quantizer, biases)
+
+
 def _ffi_call(facts, x, *operands):
-    window = {} if facts.window is None else {"window": np.array(facts.window.numbers, np.int64)}
-    trits = np.int64(facts.layout == "trits")
-    return ffi_matmul(TARGET, result(facts, x), facts, x, *operands, trits=trits, **window)
+    first, results = facts[0], tuple(result(own, x) for own in facts)
+    attributes = {"trits": np.int64(first.layout == "trits")}
+    if first.window is not None:
+        attributes["window"] = np.array(first.window.numbers, np.int64)
+    return tuple(ffi_matmul(TARGET, results, first, x, *operands, **attributes))
 
 
 def _reference(facts, x, tiles, scale, bias, x_scale):
@@ -34,4 +50,4 @@ def _reference(facts, x, tiles, scale, bias, x_scale):
 
 
 PLACE = Place("cpu", _ffi_call, _reference)
-NATIVE = Kernel(cpu.NAME, refuse, run, gathers=lambda: True)
+NATIVE = Kernel(cpu.NAME, refuse, run, gathers=lambda: True, run_joint=run_joint)

@@ -35,8 +35,10 @@ class Place(NamedTuple):
 
     Attributes:
         platform: `"cpu"` or `"cuda"`.
-        call: The kernel, `call(facts, x, tiles, scale, bias, x_scale)`; the last two may be `None`.
-        elsewhere: What computes the same on any platform.
+        call: The kernel, `call(facts, x, weights, x_scale)`: a result for each weight, whose facts
+            and arrays `(tiles, scale, bias or None)` come in tuples. `x_scale` may be `None`.
+        elsewhere: What computes the result of one weight on any platform,
+            `elsewhere(facts, x, tiles, scale, bias, x_scale)`.
     """
 
     platform: str
@@ -46,38 +48,56 @@ class Place(NamedTuple):
 
 def matmul(place, x, packed, activation_quantizer, bias, activation_scale, window=None):
     """`keras_bitnet.ops.bit_matmul` by a kernel, with a gradient, under `vmap` and on meshes."""
-    bias = None if bias is None else ops.convert_to_tensor(bias)
     if activation_scale is not None:
         activation_scale = ops.cast(activation_scale, "float32")
-    facts = Facts.of(packed, activation_quantizer, window)
-    return traced(place, facts, x, packed.tiles, packed.scale, bias, activation_scale)
+    facts, weight = Facts.of(packed, activation_quantizer, window), _arrays(packed, bias)
+    return traced(place, (facts,), x, (weight,), activation_scale)[0]
+
+
+def joint_matmul(place, x, packed, activation_quantizer, biases):
+    """`keras_bitnet.ops.joint_bit_matmul` by a kernel, or `None`: it is no operation of a mesh."""
+    if jax.device_count() > 1:
+        return None
+    facts = tuple(Facts.of(weight, activation_quantizer) for weight in packed)
+    weights = tuple(map(_arrays, packed, biases))
+    return list(traced(place, facts, x, weights, None))
+
+
+def _arrays(packed, bias):
+    return packed.tiles, packed.scale, None if bias is None else ops.convert_to_tensor(bias)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def traced(place, facts, x, tiles, scale, bias, x_scale):
-    """The same of what a program holds: arrays and facts."""
-    bias = None if bias is None else bias.astype("float32")
-    return _differentiable(place, facts, x, tiles, scale, bias, x_scale)
+def traced(place, facts, x, weights, x_scale):
+    """The same of what a program holds: arrays and facts, of one weight or more."""
+    weights = tuple(
+        (tiles, scale, None if bias is None else bias.astype("float32"))
+        for tiles, scale, bias in weights
+    )
+    return _differentiable(place, facts, x, weights, x_scale)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable(place, facts, x, tiles, scale, bias, x_scale):
-    return _batched(place, facts)(x, tiles, scale, bias, x_scale)
+def _differentiable(place, facts, x, weights, x_scale):
+    return _batched(place, facts)(x, weights, x_scale)
 
 
 def _forward(place, facts, x, *others):
-    images = None if facts.window is None else x
+    images = None if facts[0].window is None else x
     return _differentiable(place, facts, x, *others), (images, *others)
 
 
-def _backward(place, facts, operands, dy):
-    images, tiles, scale, bias, x_scale = operands
-    dx, dbias = gradients(dy, facts.packed(tiles, scale))
-    if facts.window is not None:
-        dx = facts.window.scatter(dx, images)
-    no_gradient = np.zeros(tiles.shape, jax.dtypes.float0)
-    nothing = None if x_scale is None else jnp.zeros_like(x_scale)
-    return dx, no_gradient, jnp.zeros_like(scale), None if bias is None else dbias, nothing
+def _backward(place, facts, operands, dys):
+    images, weights, x_scale = operands
+    dx, dweights = None, []
+    for own, (tiles, scale, bias), dy in zip(facts, weights, dys, strict=True):
+        part, dbias = gradients(dy, own.packed(tiles, scale))
+        dx = part if dx is None else dx + part
+        no_gradient = np.zeros(tiles.shape, jax.dtypes.float0)
+        dweights.append((no_gradient, jnp.zeros_like(scale), None if bias is None else dbias))
+    if images is not None:
+        dx = facts[0].window.scatter(dx, images)
+    return dx, tuple(dweights), None if x_scale is None else jnp.zeros_like(x_scale)
 
 
 _differentiable.defvjp(_forward, _backward)
@@ -88,21 +108,37 @@ def _batched(place, facts):
     """The call for one set of facts, with its rule for `vmap`."""
 
     @jax.custom_batching.custom_vmap
-    def call(*operands):
-        return partitioned(functools.partial(_on_platform, place), facts, *operands)
+    def call(x, weights, x_scale):
+        function = functools.partial(_on_platform, place)
+        if len(facts) > 1:
+            return function(facts, x, weights, x_scale)
+        return (partitioned(_of_one(function), facts[0], x, *weights[0], x_scale),)
 
     @call.def_vmap
     def rule(axis_size, batched, *operands):
-        if not any(batched[1:]) and not facts.per_tensor:
-            return call(*operands), True  # the new axis of x is one more leading axis
-        mapped = [operand for operand, own in zip(operands, batched, strict=True) if own]
+        own = jax.tree.leaves(batched)
+        if own[0] and not any(own[1:]) and not facts[0].per_tensor:
+            # The new axis of x is one more leading axis.
+            return call(*operands), (True,) * len(facts)
+        leaves, tree = jax.tree.flatten(operands)
+        mapped = [leaf for leaf, is_own in zip(leaves, own, strict=True) if is_own]
 
         def one(slices):
             slices = iter(slices)
-            pairs = zip(operands, batched, strict=True)
-            return call(*(next(slices) if own else operand for operand, own in pairs))
+            pairs = zip(leaves, own, strict=True)
+            operands = [next(slices) if is_own else leaf for leaf, is_own in pairs]
+            return call(*jax.tree.unflatten(tree, operands))
 
-        return jax.lax.map(one, mapped), True
+        return jax.lax.map(one, mapped), (True,) * len(facts)
+
+    return call
+
+
+def _of_one(function):
+    """A function of several weights as that of one which `partitioned` takes."""
+
+    def call(facts, x, tiles, scale, bias, x_scale):
+        return function((facts,), x, ((tiles, scale, bias),), x_scale)[0]
 
     return call
 
@@ -112,20 +148,30 @@ def _on_platform(place, facts, *operands):
     return jax.lax.platform_dependent(
         *operands,
         **{place.platform: functools.partial(place.call, facts)},
-        default=functools.partial(place.elsewhere, facts),
+        default=functools.partial(_elsewhere, place, facts),
     )
 
 
-def ffi_matmul(target, results, facts, x, tiles, scale, bias, x_scale, **attributes):
-    """The results of a registered handler of the packed matmul."""
+def _elsewhere(place, facts, x, weights, x_scale):
+    pairs = zip(facts, weights, strict=True)
+    return tuple(place.elsewhere(own, x, *weight, x_scale) for own, weight in pairs)
+
+
+def ffi_matmul(target, results, facts, x, weights, x_scale, **attributes):
+    """The results of a registered handler of the packed matmul.
+
+    Args:
+        target: Its name.
+        results: Shapes and dtypes of what it returns.
+        facts: What is said by `Facts` that are alike in it.
+        x, weights, x_scale: As `Place.call` takes them.
+        **attributes: Others of the handler.
+    """
     activations = Activations.of(facts.quantizer)
     return jax.ffi.ffi_call(target, results)(
         x,
-        tiles,
-        scale,
-        NOTHING if bias is None else bias,
+        *(NOTHING if array is None else array for weight in weights for array in weight),
         NOTHING if x_scale is None else jnp.reshape(x_scale, 1),
-        out_features=np.int64(facts.out_features),
         bits=np.int64(facts.bits),
         group_size=np.int64(facts.group_size or 0),
         activation_bits=np.int64(activations.bits),

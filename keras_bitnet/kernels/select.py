@@ -107,6 +107,8 @@ class Kernel:
         run: `run(x, packed, activation_quantizer, bias, activation_scale)`, as `ops.bit_matmul`.
         normalizes: `normalizes(activation_quantizer)`: whether `run` takes a `norm` too.
         gathers: `gathers()`: whether `run` takes a `window` too.
+        run_joint: `run_joint(x, packed, activation_quantizer, biases)`, as `ops.joint_bit_matmul`
+            for weights that are alike; `None` where it has nothing faster than one after another.
     """
 
     name: str
@@ -114,6 +116,7 @@ class Kernel:
     run: Callable[..., Any]
     normalizes: Callable[..., bool] = lambda activation_quantizer: False
     gathers: Callable[[], bool] = lambda: False
+    run_joint: Callable[..., Any] = lambda *operands: None
 
 
 # The modules of the rows import their framework, so each is imported with its first question.
@@ -164,6 +167,7 @@ def later(name, row):
         lambda *args: row().run(*args),
         lambda quantizer: row().normalizes(quantizer),
         lambda: row().gathers(),
+        lambda *args: row().run_joint(*args),
     )
 
 

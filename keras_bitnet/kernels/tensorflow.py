@@ -1,6 +1,6 @@
-"""The native CPU kernels for TensorFlow: the ops `KerasBitnetMatmul` and `KerasBitnetConv`.
+"""The native CPU kernels for TensorFlow: ops of a product, of joint ones and of a convolution.
 
-Importing this module registers the op. A process that loads a SavedModel which holds it imports
+Importing this module registers them. A process that loads a SavedModel which holds one imports
 `keras_bitnet.kernels.tensorflow` first, or the model is exported with the reference, see
 `keras_bitnet.kernels.use_kernel`.
 """
@@ -17,7 +17,7 @@ from keras_bitnet.kernels.select import Kernel
 from keras_bitnet.ops.packed_tensor import PackedTensor
 from keras_bitnet.ops.window import Window
 
-_OP, _CONV_OP = "KerasBitnetMatmul", "KerasBitnetConv"
+_OP, _JOINT_OP, _CONV_OP = "KerasBitnetMatmul", "KerasBitnetJointMatmul", "KerasBitnetConv"
 
 
 def refuse(problem):
@@ -41,23 +41,15 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None,
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
     none = _zeros(0)
     gain, norm_epsilon = norm or (none, 0.0)
-    activations = cpu.Activations.of(activation_quantizer)
-    bias = _zeros(packed.out_features) if bias is None else ops.cast(bias, "float32")
-    x_scale = none if activation_scale is None else tf.reshape(activation_scale, (1,))
+    tiles, scale, bias = _weight(packed, bias)
     operands = {
         "x": x,
-        "tiles": tf.convert_to_tensor(packed.tiles),  # a Variable would take TensorFlow's slow path
-        "scale": tf.convert_to_tensor(packed.scale),
+        "tiles": tiles,
+        "scale": scale,
         "bias": bias,
-        "x_scale": x_scale,
+        "x_scale": none if activation_scale is None else tf.reshape(activation_scale, (1,)),
         "gain": tf.cast(gain, "float32"),
-        "bits": packed.bits,
-        "trits": int(packed.layout == "trits"),
-        "group_size": packed.group_size or 0,
-        "activation_bits": activations.bits,
-        "per_tensor": int(activations.per_tensor),
-        "offset": packed.offset,
-        "epsilon": activations.epsilon,
+        **_attributes(packed, activation_quantizer),
         "norm_epsilon": norm_epsilon,
     }
     if window is None:
@@ -66,6 +58,45 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None,
     if not tf.executing_eagerly() and x.shape.rank is not None:
         y.set_shape((*window.positions(x.shape), packed.out_features))
     return y
+
+
+def run_joint(x, packed, activation_quantizer, biases):
+    """As `keras_bitnet.ops.joint_bit_matmul`, for weights that are alike."""
+    if len(packed) > native.MAX_JOINT:
+        return None
+    none = _zeros(0)
+    tiles, scale, bias = zip(*map(_weight, packed, biases), strict=True)
+    return MODULE.keras_bitnet_joint_matmul(
+        x=x,
+        tiles=tiles,
+        scale=scale,
+        bias=bias,
+        x_scale=none,
+        gain=none,
+        **_attributes(packed[0], activation_quantizer),
+        norm_epsilon=0.0,
+    )
+
+
+def _weight(packed, bias):
+    """The operands of one weight."""
+    # A Variable would take TensorFlow's slow path.
+    tiles, scale = tf.convert_to_tensor(packed.tiles), tf.convert_to_tensor(packed.scale)
+    return tiles, scale, _zeros(packed.out_features) if bias is None else ops.cast(bias, "float32")
+
+
+def _attributes(packed, activation_quantizer):
+    """The attributes of a product that come from its weight and its activations."""
+    activations = cpu.Activations.of(activation_quantizer)
+    return {
+        "bits": packed.bits,
+        "trits": int(packed.layout == "trits"),
+        "group_size": packed.group_size or 0,
+        "activation_bits": activations.bits,
+        "per_tensor": int(activations.per_tensor),
+        "offset": packed.offset,
+        "epsilon": activations.epsilon,
+    }
 
 
 def _zeros(size):
@@ -80,29 +111,25 @@ def _eager_zeros(size):
     return tf.zeros((size,))
 
 
-def _gradient(op, dy):
-    x, tiles, scale, bias, _, gain = op.inputs
+def _gradient(op, *dys):
+    x, *others, gain = op.inputs
+    tiles, scales, biases = (others[i * len(dys) : (i + 1) * len(dys)] for i in range(3))
     window = Window.of_numbers(op.get_attr("window")) if op.type == _CONV_OP else None
     in_features = x.shape[-1] * (1 if window is None else window.count)
-    group_size = op.get_attr("group_size") or None
-    packed = PackedTensor(
-        tiles,
-        scale,
-        op.get_attr("offset"),
-        op.get_attr("bits"),
-        in_features,
-        bias.shape[0],
-        group_size,
-        "trits" if op.get_attr("trits") else "tiles",
-    )
-    dx, dbias = cpu.gradients(dy, packed)
-    dgain = None
+    offset, bits, group_size = map(op.get_attr, ("offset", "bits", "group_size"))
+    layout = "trits" if op.get_attr("trits") else "tiles"
+    dx, dbiases, dgain = None, [], None
+    for dy, *tensors, bias in zip(dys, tiles, scales, biases, strict=True):
+        facts = offset, bits, in_features, bias.shape[0], group_size or None, layout
+        own, dbias = cpu.gradients(dy, PackedTensor(*tensors, *facts))
+        dx = own if dx is None else dx + own
+        dbiases.append(dbias)
     if gain.shape[0] != 0:
         rows = x if window is None else window.patches(x)
         dx, dgain = cpu.norm_gradients(dx, rows, gain, op.get_attr("norm_epsilon"))
     if window is not None:
         dx = window.scatter(dx, x)
-    return dx, None, None, dbias, None, dgain
+    return dx, *[None] * (2 * len(dys)), *dbiases, None, dgain
 
 
 def _load():
@@ -121,7 +148,7 @@ def _load():
         return None, f"TensorFlow {tf.__version__} does not take the op: {refusal}"
     # TensorFlow fixes this number when it starts; 0 leaves it to the machine.
     library.kbn_tensorflow_set_threads(tf.config.threading.get_intra_op_parallelism_threads())
-    for op in (_OP, _CONV_OP):
+    for op in (_OP, _JOINT_OP, _CONV_OP):
         tf.RegisterGradient(op)(_gradient)
     return module, None
 
@@ -129,4 +156,11 @@ def _load():
 # TensorFlow's wrappers of the ops, or `None` and why.
 MODULE, _error = _load()
 
-NATIVE = Kernel(cpu.NAME, refuse, run, normalizes=cpu.normalizes, gathers=lambda: True)
+NATIVE = Kernel(
+    cpu.NAME,
+    refuse,
+    run,
+    normalizes=cpu.normalizes,
+    gathers=lambda: True,
+    run_joint=run_joint,
+)

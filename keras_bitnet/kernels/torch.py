@@ -1,6 +1,8 @@
-"""The native CPU kernels for PyTorch: two operators, of a product and a convolution."""
+"""The native CPU kernels for PyTorch: operators of a product, of joint ones and a convolution."""
 
 import ctypes
+import functools
+import math
 
 import keras
 import torch
@@ -12,18 +14,29 @@ from keras_bitnet.kernels.torch_operators import DTYPES, missing
 from keras_bitnet.ops.packed_tensor import PackedTensor
 from keras_bitnet.ops.window import Window
 
-_OPERANDS = (
-    "(Tensor x, Tensor tiles, Tensor scale, Tensor bias, Tensor x_scale, Tensor gain, "
-    "int out_features, int bits, int trits, int group_size, int activation_bits, "
-    "bool per_tensor, float offset, float epsilon, float norm_epsilon"
-)
+
+def _operands(weights):
+    """What an operator takes that multiplies the same activations by so many weights."""
+    ends = [""] if weights == 1 else [f"_{i}" for i in range(weights)]
+    tensors = "".join(f"Tensor tiles{i}, Tensor scale{i}, Tensor bias{i}, " for i in ends)
+    sizes = "".join(f"int out_features{i}, " for i in ends)
+    return (
+        f"(Tensor x, {tensors}Tensor x_scale, Tensor gain, {sizes}int bits, int trits, "
+        "int group_size, int activation_bits, bool per_tensor, float offset, float epsilon, "
+        "float norm_epsilon"
+    )
+
+
 _WINDOW = ", int axes, int padding" + "".join(
     f", int {name}_{axis}" for name in ("size", "stride", "dilation") for axis in range(3)
 )
-# Operators of the library, and what they take. That of a convolution takes a window too.
+# Operators of the library: what they take, and of how many weights. That of a convolution takes a
+# window too.
 _SCHEMAS = {
-    "bit_matmul": f"{_OPERANDS}) -> Tensor",
-    "bit_conv": f"{_OPERANDS}{_WINDOW}) -> Tensor",
+    "bit_matmul": (f"{_operands(1)}) -> Tensor", 1),
+    "bit_matmul_2": (f"{_operands(2)}) -> (Tensor, Tensor)", 2),
+    "bit_matmul_3": (f"{_operands(3)}) -> (Tensor, Tensor, Tensor)", 3),
+    "bit_conv": (f"{_operands(1)}{_WINDOW}) -> Tensor", 1),
 }
 
 
@@ -31,29 +44,51 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None,
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
     none = missing(x)
     x_scale = none if activation_scale is None else ops.reshape(activation_scale, (1,))
-    bias = none if bias is None else ops.cast(bias, "float32")
     gain, norm_epsilon = norm or (none, 0.0)
-    activations = cpu.Activations.of(activation_quantizer)
     operators, numbers = torch.ops.keras_bitnet, () if window is None else window.numbers
     operator = operators.bit_matmul.default if window is None else operators.bit_conv.default
     return operator(
         x.contiguous(),
-        _contiguous(packed.tiles),
-        _contiguous(packed.scale),
-        bias.contiguous(),
+        *_weight(packed, bias, none),
         x_scale,
         _contiguous(gain).to(torch.float32),
         packed.out_features,
-        packed.bits,
-        int(packed.layout == "trits"),
-        packed.group_size or 0,
-        activations.bits,
-        activations.per_tensor,
-        packed.offset,
-        activations.epsilon,
+        *_attributes(packed, activation_quantizer),
         norm_epsilon,
         *numbers,
     )
+
+
+def run_joint(x, packed, activation_quantizer, biases):
+    """As `keras_bitnet.ops.joint_bit_matmul`, for two or three weights that are alike."""
+    operators = {2: torch.ops.keras_bitnet.bit_matmul_2, 3: torch.ops.keras_bitnet.bit_matmul_3}
+    if len(packed) not in operators:
+        return None
+    none = missing(x)
+    weights = [_weight(w, bias, none) for w, bias in zip(packed, biases, strict=True)]
+    return operators[len(packed)].default(
+        x.contiguous(),
+        *(tensor for weight in weights for tensor in weight),
+        none,
+        none,
+        *(weight.out_features for weight in packed),
+        *_attributes(packed[0], activation_quantizer),
+        0.0,
+    )
+
+
+def _weight(packed, bias, none):
+    """The operands of one weight."""
+    bias = none if bias is None else ops.cast(bias, "float32")
+    return _contiguous(packed.tiles), _contiguous(packed.scale), bias.contiguous()
+
+
+def _attributes(packed, activation_quantizer):
+    """The numbers of a product from `bits` to `epsilon`."""
+    activations = cpu.Activations.of(activation_quantizer)
+    trits, group_size = int(packed.layout == "trits"), packed.group_size or 0
+    bits, per_tensor, epsilon = activations
+    return packed.bits, trits, group_size, bits, per_tensor, packed.offset, epsilon
 
 
 def _contiguous(array):
@@ -62,82 +97,100 @@ def _contiguous(array):
     return tensor.contiguous()
 
 
-def _setup_context(ctx, inputs, output):
-    x, tiles, scale, bias, _, gain, out_features, bits, trits, group_size, _, _, *others = inputs
-    offset, _, ctx.norm_epsilon, *numbers = others
-    ctx.window = Window.of_numbers(numbers) if numbers else None
-    ctx.has_bias, ctx.has_gain = bias.shape[0] > 0, gain.shape[0] > 0
-    saved = (x, gain) if ctx.has_gain else (x,) if numbers else ()
-    ctx.save_for_backward(tiles, scale, *saved)
+def _parts(operands, weights):
+    """The operands of an operator: x, `(tiles, scale, bias)` of each weight, the other two tensors,
+    outputs of each weight, and the other numbers.
+    """
+    x, *others = operands
+    tensors = [others[3 * i : 3 * i + 3] for i in range(weights)]
+    others = others[3 * weights :]
+    return x, tensors, others[:2], others[2 : 2 + weights], others[2 + weights :]
+
+
+def _setup_context(ctx, inputs, output, weights):
+    x, tensors, (_, gain), sizes, numbers = _parts(inputs, weights)
+    bits, trits, group_size, _, _, offset, _, ctx.norm_epsilon, *window = numbers
+    ctx.window = Window.of_numbers(window) if window else None
+    ctx.has_bias, ctx.has_gain = [bias.shape[0] > 0 for *_, bias in tensors], gain.shape[0] > 0
+    saved = (x, gain) if ctx.has_gain else (x,) if window else ()
+    ctx.save_for_backward(
+        *(tensor for tiles, scale, _ in tensors for tensor in (tiles, scale)), *saved
+    )
     layout = "trits" if trits else "tiles"
-    in_features = x.shape[-1] * (ctx.window.count if numbers else 1)
-    ctx.facts = (offset, bits, in_features, out_features, group_size or None, layout)
+    in_features = x.shape[-1] * (ctx.window.count if window else 1)
+    ctx.facts = [(offset, bits, in_features, n, group_size or None, layout) for n in sizes]
 
 
-def _backward(ctx, dy):
-    tiles, scale, *saved = ctx.saved_tensors
+def _backward(ctx, *dys):
+    *saved, weights = *ctx.saved_tensors, len(dys)
+    others = saved[2 * weights :]
+    dx, dweights = None, []
     with keras.device("cpu"):  # where the operator ran, whatever Keras's default device
-        dx, dbias = cpu.gradients(dy, PackedTensor(tiles, scale, *ctx.facts))
-        dgain = dbias.new_zeros(0)
+        for i, dy in enumerate(dys):
+            own, dbias = cpu.gradients(dy, PackedTensor(*saved[2 * i : 2 * i + 2], *ctx.facts[i]))
+            dx = own if dx is None else dx + own
+            dweights += [None, None, dbias if ctx.has_bias[i] else dbias.new_zeros(0)]
+        dgain = dx.new_zeros(0, dtype=torch.float32)
         if ctx.has_gain:
-            x, gain = saved
+            x, gain = others
             x = x if ctx.window is None else ctx.window.patches(x)
             dx, dgain = cpu.norm_gradients(dx, x, gain, ctx.norm_epsilon)
         if ctx.window is not None:
-            dx = ctx.window.scatter(dx, saved[0])
-    if not ctx.has_bias:
-        dbias = dbias.new_zeros(0)
-    return dx, None, None, dbias, None, dgain, *[None] * (9 if ctx.window is None else 20)
+            dx = ctx.window.scatter(dx, others[0])
+    return dx, *dweights, None, dgain, *[None] * (weights + (8 if ctx.window is None else 19))
 
 
-def _run_through_ctypes(
-    x, tiles, scale, bias, x_scale, gain, out_features, bits, trits, group_size, activation_bits,
-    per_tensor, offset, epsilon, norm_epsilon, *numbers,
-):  # fmt: skip
+def _run_through_ctypes(*operands, weights):
     """The operators for a PyTorch without the stable C functions that the library needs."""
-    y = _empty_result(x, out_features, numbers)
-    window = Window.of_numbers(numbers) if numbers else None
-    placed = None if window is None else native.WindowStruct.of(window, x.shape)
-    problem = native.MatmulStruct(
-        rows=y.numel() // out_features,
-        in_features=x.shape[-1] * (1 if window is None else window.count),
-        out_features=out_features,
-        group_size=group_size,
-        bits=bits,
-        layout=trits,
-        dtype=DTYPES[x.dtype],
-        activation_bits=activation_bits,
-        per_tensor=per_tensor,
-        offset=offset,
-        epsilon=epsilon,
-        norm_epsilon=norm_epsilon,
-        scale_columns=scale.shape[1],
-        x=x.data_ptr(),
-        tiles=tiles.data_ptr(),
-        scale=scale.data_ptr(),
-        bias=bias.data_ptr() if bias.numel() else None,
-        x_scale=x_scale.data_ptr() if x_scale.numel() else None,
-        window=None if placed is None else ctypes.addressof(placed),
-        gain=gain.data_ptr() if gain.numel() else None,
-        y=y.data_ptr(),
+    x, tensors, (x_scale, gain), sizes, numbers = _parts(operands, weights)
+    bits, trits, group_size, activation_bits, per_tensor, offset, epsilon, norm_epsilon, *window = (
+        numbers
     )
-    library = native.library()
-    wrong = library.kbn_run_limited(ctypes.byref(problem), torch.get_num_threads())
+    window = Window.of_numbers(window) if window else None
+    placed = None if window is None else native.WindowStruct.of(window, x.shape)
+    results = _empty_results(x, sizes, window)
+    structs = [
+        native.MatmulStruct(
+            rows=math.prod(y.shape[:-1]),
+            in_features=x.shape[-1] * (1 if window is None else window.count),
+            out_features=out_features,
+            group_size=group_size,
+            bits=bits,
+            layout=trits,
+            dtype=DTYPES[x.dtype],
+            activation_bits=activation_bits,
+            per_tensor=per_tensor,
+            offset=offset,
+            epsilon=epsilon,
+            norm_epsilon=norm_epsilon,
+            scale_columns=scale.shape[1],
+            x=x.data_ptr(),
+            tiles=tiles.data_ptr(),
+            scale=scale.data_ptr(),
+            bias=bias.data_ptr() if bias.numel() else None,
+            x_scale=x_scale.data_ptr() if x_scale.numel() else None,
+            window=None if placed is None else ctypes.addressof(placed),
+            gain=gain.data_ptr() if gain.numel() else None,
+            y=y.data_ptr(),
+        )
+        for (tiles, scale, bias), out_features, y in zip(tensors, sizes, results, strict=True)
+    ]
+    joint = native.JointStruct.of(structs)
+    wrong = native.library().kbn_run_limited(ctypes.byref(joint), torch.get_num_threads())
     if wrong is not None:
         raise RuntimeError(f"keras_bitnet: {wrong.decode()}")
-    return y
+    return results if weights > 1 else results[0]
 
 
-def _fake(
-    x, tiles, scale, bias, x_scale, gain, out_features, bits, trits, group_size, activation_bits,
-    per_tensor, offset, epsilon, norm_epsilon, *numbers,
-):  # fmt: skip
-    return _empty_result(x, out_features, numbers)
+def _fake(*operands, weights):
+    x, _, _, sizes, numbers = _parts(operands, weights)
+    results = _empty_results(x, sizes, Window.of_numbers(numbers[8:]) if numbers[8:] else None)
+    return results if weights > 1 else results[0]
 
 
-def _empty_result(x, out_features, numbers):
-    rows = Window.of_numbers(numbers).positions(x.shape) if numbers else x.shape[:-1]
-    return x.new_empty((*rows, out_features))
+def _empty_results(x, sizes, window):
+    rows = x.shape[:-1] if window is None else window.positions(x.shape)
+    return tuple(x.new_empty((*rows, size)) for size in sizes)
 
 
 def _define(library):
@@ -145,13 +198,15 @@ def _define(library):
     library.kbn_run_limited.restype = ctypes.c_char_p
     register = getattr(library, "kbn_torch_register", None)  # not built on Windows
     registered = register is not None and register() == 0
-    for name, schema in _SCHEMAS.items():
-        operator = f"keras_bitnet::{name}"
+    for name, (schema, weights) in _SCHEMAS.items():
+        operator, of_weights = f"keras_bitnet::{name}", {"weights": weights}
         if not registered:
             torch_operators.library.define(name + schema)
-            torch_operators.library.impl(operator, _run_through_ctypes, "CPU")
-        torch.library.register_fake(operator, _fake)
-        torch.library.register_autograd(operator, _backward, setup_context=_setup_context)
+            run = functools.partial(_run_through_ctypes, **of_weights)
+            torch_operators.library.impl(operator, run, "CPU")
+        torch.library.register_fake(operator, functools.partial(_fake, **of_weights))
+        context = functools.partial(_setup_context, **of_weights)
+        torch.library.register_autograd(operator, _backward, setup_context=context)
     return registered
 
 
@@ -164,4 +219,11 @@ def not_registered():
     return cpu.NO_LIBRARY or f"PyTorch {torch.__version__} lacks the stable C functions"
 
 
-NATIVE = Kernel(cpu.NAME, cpu.refuse, run, normalizes=cpu.normalizes, gathers=lambda: True)
+NATIVE = Kernel(
+    cpu.NAME,
+    cpu.refuse,
+    run,
+    normalizes=cpu.normalizes,
+    gathers=lambda: True,
+    run_joint=run_joint,
+)

@@ -13,6 +13,7 @@ from keras import activations, ops
 
 from keras_bitnet.checks import check_choice, check_count, check_own_names
 from keras_bitnet.layers.inputs import InputTreatment
+from keras_bitnet.layers.joint import joint_product
 from keras_bitnet.layers.kernel_weights import KernelWeights
 from keras_bitnet.layers.lora import LowRankAdaptation
 from keras_bitnet.layers.rms_normalization import RMSNormalization
@@ -81,12 +82,11 @@ class BitLayer(SharedArguments, InputTreatment, LowRankAdaptation, KernelWeights
                 norm, epsilon=self.norm_epsilon, dtype=self.dtype_policy, name="normalization"
             )
 
-    def product(self, x, bias=None, window=None):
-        """Multiplies rows by the kernel: normalized, quantized or packed, with LoRA.
+    def product(self, x, window=None):
+        """Multiplies rows by the kernel: normalized, quantized or packed, with bias and LoRA.
 
         Args:
             x: Tensor `(..., in_features)`.
-            bias: Tensor `(out_features,)` or `None`.
             window: Of a packed layer without LoRA that only quantizes its rows, maybe after an RMS
                 norm: the `keras_bitnet.ops.window.Window` that sees them in images `x`.
 
@@ -96,7 +96,7 @@ class BitLayer(SharedArguments, InputTreatment, LowRankAdaptation, KernelWeights
         norm = self._norm_of_product()
         if norm is None:
             x = self.normalize_inputs(x)
-        y = self._quantized_product(self.smooth(x), bias, norm, window)
+        y = self._quantized_product(self.smooth(x), norm, window)
         if self.lora_enabled:
             low_rank = ops.matmul(ops.matmul(x, self.lora_kernel_a), self.lora_kernel_b)
             y = y + ops.cast(low_rank * (self.lora_alpha / self.lora_rank), y.dtype)
@@ -104,6 +104,20 @@ class BitLayer(SharedArguments, InputTreatment, LowRankAdaptation, KernelWeights
         if self.normalization is not None and self.norm_position == "post":
             y = self.normalization.call(y)
         return y
+
+    def row_bias(self):
+        """The bias `(out_features,)` of a product, or `None`."""
+        return self.bias
+
+    def multiplies_alone(self, x):
+        """Whether a call with `x` quantizes it, multiplies it by a packed kernel, and does nothing
+        before: `keras_bitnet.layers.joint` may then do both beside other layers.
+        """
+        if not (self.built and self.packed) or self._norm_first or not self.quantized_alone:
+            return False
+        rows = x.shape[-1] == self.in_features
+        rows = rows and keras.backend.standardize_dtype(x.dtype) == self.compute_dtype
+        return rows and not self.static and self._look is None
 
     def shape_outputs(self, y):
         """What a subclass does to a product before the norm after it; nothing here."""
@@ -114,8 +128,11 @@ class BitLayer(SharedArguments, InputTreatment, LowRankAdaptation, KernelWeights
         alone = self.packed and self.norm_alone and not self.lora_enabled and self._look is None
         return (self.normalization.scale, self.norm_epsilon) if alone else None
 
-    def _quantized_product(self, x, bias, norm, window):
-        quantizer = self.activation_quantizer
+    def _quantized_product(self, x, norm, window):
+        together = joint_product(self, x)
+        if together is not None:
+            return together
+        quantizer, bias = self.activation_quantizer, self.row_bias()
         if self._look is not None:  # calibration: it sees the inputs, and they stay float
             self._look(self, x)
             quantizer = None

@@ -137,9 +137,9 @@ class BitConv(BitLayer):
         if self._convolves and not (self.packed and self._few_positions(x)):
             y = self._convolution(x)
         elif self.packed and self._plain:
-            y = self.product(x, self.bias, self.window)
+            y = self.product(x, self.window)
         else:
-            y = self.product(self._patches(x), self.bias)
+            y = self.product(self._patches(x))
         y = self.window.restore(y)
         return y if self.activation is None else self.activation(y)
 

@@ -107,7 +107,7 @@ class BitEinsumDense(BitLayer):
         x = _transposed(inputs, kept + [axes.inputs.index(a) for a in axes.summed])
         if len(self._summed_shape) > 1:
             x = ops.reshape(x, (*leading, self.in_features))
-        y = self.product(x, self._row_bias(axes))
+        y = self.product(x)
         if len(self._added_shape) > 1:
             y = ops.reshape(y, (*leading, *self._added_shape))
         y = _transposed(y, [(axes.kept + axes.added).index(a) for a in axes.output])
@@ -129,10 +129,11 @@ class BitEinsumDense(BitLayer):
         inverse = sorted(range(len(self._kernel_order)), key=self._kernel_order.__getitem__)
         return ops.transpose(kernel, inverse)
 
-    def _row_bias(self, axes):
-        """The bias, of any of the added axes, as a vector `(out_features,)`."""
+    def row_bias(self):
+        """The bias, of any of the added axes, as a vector `(out_features,)`, or `None`."""
         if self.bias is None:
             return None
+        axes = self._axes(rank=None)
         present = [a for a in axes.output if a in self.bias_axes]
         bias = ops.reshape(self.bias, [self._added_shape[axes.added.index(a)] for a in present])
         bias = ops.transpose(bias, [present.index(a) for a in axes.added if a in present])

@@ -9,6 +9,7 @@ from keras_bitnet.checks import check_choice, check_count
 from keras_bitnet.layers.base import NORMS
 from keras_bitnet.layers.bit_linear import BitLinear
 from keras_bitnet.layers.block import BitBlock
+from keras_bitnet.layers.joint import call_jointly
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
@@ -98,7 +99,8 @@ class BitFeedForward(BitBlock):
         if self.gate_dense is None:
             x = self.activation(self.up_dense(inputs))
         else:
-            x = self.activation(self.gate_dense(inputs)) * self.up_dense(inputs)
+            gate, up = call_jointly([self.gate_dense, self.up_dense], inputs)
+            x = self.activation(gate) * up
         y = self.down_dense(x)
         return self.dropout_layer(y, training=training) if self.dropout else y
 

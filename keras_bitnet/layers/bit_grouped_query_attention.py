@@ -10,6 +10,7 @@ from keras_bitnet.layers import key_value_cache
 from keras_bitnet.layers.base import NORMS
 from keras_bitnet.layers.bit_einsum_dense import BitEinsumDense
 from keras_bitnet.layers.block import BitBlock
+from keras_bitnet.layers.joint import call_jointly
 from keras_bitnet.layers.rotary import rotary_tables, rotate
 
 
@@ -203,8 +204,10 @@ class BitGroupedQueryAttention(BitBlock):
         return *_turned(query, key, rotary), value
 
     def _project(self, query, value, key):
-        key = self.key_dense(value if key is None else key)
-        return self.query_dense(query), key, self.value_dense(value)
+        key = value if key is None else key
+        if key is query and value is query:
+            return call_jointly([self.query_dense, self.key_dense, self.value_dense], query)
+        return self.query_dense(query), self.key_dense(key), self.value_dense(value)
 
     def _rotary(self, length, positions, rotary, cache_index):
         """The tables for queries and keys, or `None` where they are not turned."""

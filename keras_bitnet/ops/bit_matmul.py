@@ -49,3 +49,39 @@ def bit_matmul(
     if window is not None:
         return kernel.run(x, *operands, norm, window)
     return kernel.run(x, *operands) if norm is None else kernel.run(x, *operands, norm)
+
+
+def joint_bit_matmul(x, packed, activation_quantizer=None, biases=None):
+    """Multiplies the same activations by several packed weights.
+
+        [bit_matmul(x, p, activation_quantizer, b) for p, b in zip(packed, biases)]
+
+    Where the weights are alike and a kernel can, it quantizes the activations once and is one
+    operation: of a single row the calls take a good part of the time.
+
+    Args:
+        x: Float tensor `(..., in_features)`.
+        packed: List of `keras_bitnet.ops.PackedTensor` of the same `in_features`.
+        activation_quantizer: `ActivationQuantizer` that is not static, or `None`: `x` stays float.
+        biases: List of tensors `(out_features,)` or `None`, one for each weight; none by default.
+
+    Returns:
+        List of tensors `(..., out_features)` of the dtype of `x`.
+
+    Raises:
+        ValueError: As `bit_matmul`.
+    """
+    if not ops.is_tensor(x):
+        x = ops.convert_to_tensor(x)
+    biases = biases or [None] * len(packed)
+    kernels = {select.choose(x, weight, activation_quantizer) for weight in packed}
+    alike = {(w.bits, w.offset, w.group_size, w.layout) for w in packed}
+    if len(kernels) == len(alike) == 1:
+        (kernel,) = kernels
+        results = kernel.run_joint(x, packed, activation_quantizer, biases)
+        if results is not None:
+            return list(results)
+    return [
+        bit_matmul(x, weight, activation_quantizer, bias)
+        for weight, bias in zip(packed, biases, strict=True)
+    ]

@@ -276,6 +276,22 @@ void check_normalized_product(Example& example) {
   require(within == example.y, "norm within " + example.name());
 }
 
+// A joint product gives the bits of one after another.
+void check_joint(int64_t m, int64_t k, int bits, float offset, int64_t group, uint32_t seed) {
+  Example first(m, k, 33, bits, offset, group, seed), second(m, k, 100, bits, offset, group, seed + 1);
+  second.problem.x = first.problem.x;
+  for (Example* example : {&first, &second}) {
+    require(kbn_run(&example->problem, nullptr) == 0, example->name() + ": " + kbn_error(1));
+  }
+  const std::vector<float> wanted[] = {first.y, second.y};
+  std::fill(first.y.begin(), first.y.end(), NAN), std::fill(second.y.begin(), second.y.end(), NAN);
+  const kbn_joint both{2, {&first.problem, &second.problem}};
+  require(kbn_run_joint(&both, nullptr) == 0, first.name() + ": " + kbn_error(1));
+  require(first.y == wanted[0] && second.y == wanted[1], "joint " + first.name());
+  second.problem.epsilon = 2;
+  require(kbn_run_joint(&both, nullptr) != 0, "joint matmuls that do not agree");
+}
+
 // Patches of images give the bits of the same patches as rows.
 void check_window(int64_t size, int64_t stride, int64_t dilation, int64_t before, uint32_t seed) {
   const int64_t images = 2, length = 5, channels = 3, span = dilation * (size - 1) + 1;
@@ -346,6 +362,14 @@ void check_isa() {
     }
   }
   for (int64_t features : {1, 15, 2560}) check_norm(40, features, ++seed), ++count;
+  for (int64_t m : {1, 2, 70}) {
+    for (int64_t k : {100, 512}) {
+      for (int64_t group : {0, 64}) {
+        check_joint(m, k, 2, -1, group, seed += 2), check_joint(m, k, 8, -128, group, seed += 2);
+        count += 2;
+      }
+    }
+  }
   std::printf("%s: %d problems agree\n", kbn_isa(), count);
 }
 

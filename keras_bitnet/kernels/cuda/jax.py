@@ -56,10 +56,12 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None):
     return matmul(PLACE, x, packed, activation_quantizer, bias, activation_scale)
 
 
-def _ffi_call(facts, x, tiles, scale, *others):
+def _ffi_call(facts, x, weights, x_scale):
+    (facts,) = facts
     y = result(facts, x)
     workspace = jax.ShapeDtypeStruct((_workspace(facts, y),), jnp.uint8)
-    return ffi_matmul(TARGET, (y, workspace), facts, x, tiles, scale, *others)[0]
+    size = np.int64(facts.out_features)
+    return ffi_matmul(TARGET, (y, workspace), facts, x, weights, x_scale, out_features=size)[:1]
 
 
 def _workspace(facts, y):

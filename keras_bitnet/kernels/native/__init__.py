@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_bitnet.ops import layout
 
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _lock = threading.Lock()
@@ -68,6 +68,21 @@ class MatmulStruct(ctypes.Structure):
         ("bias", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
     )
+
+
+MAX_JOINT = 8  # matmuls of a joint one
+
+
+class JointStruct(ctypes.Structure):
+    """`kbn_joint` of `src/bitnet.h`: what of these `MatmulStruct`s is alike is computed once."""
+
+    _fields_ = (("count", ctypes.c_int32), ("matmuls", ctypes.POINTER(MatmulStruct) * MAX_JOINT))
+
+    @classmethod
+    def of(cls, structs):
+        """Points to structs, which the result keeps alive."""
+        pointers = (ctypes.pointer(struct) for struct in structs)
+        return cls(len(structs), (ctypes.POINTER(MatmulStruct) * MAX_JOINT)(*pointers))
 
 
 def library_path(name="libbitnet"):
@@ -167,6 +182,42 @@ def matmul(
         ValueError: The library refuses an argument; it says which.
     """
     x = np.ascontiguousarray(x)
+    activations = x, activation_bits, per_tensor, epsilon, x_scale
+    problem = _product(activations, packed, bias, out, window)
+    _check(_required().kbn_run(ctypes.byref(problem.struct), None))
+    return problem.y
+
+
+def joint_matmul(x, packed, activation_bits=8, biases=None):
+    """Multiplies NumPy activations by several packed weights at once; they are quantized once.
+
+    Args:
+        x: Array `(..., in_features)` of float32, bfloat16 or float16.
+        packed: `PackedTensor`s of NumPy arrays that differ in scales, codes and outputs alone, at
+            most `MAX_JOINT`.
+        activation_bits: 8 or 4, or 0: `x` stays float.
+        biases: Arrays `(out_features,)` or `None`, one for each weight; none by default.
+
+    Returns:
+        A list of arrays `(..., out_features)` of the dtype of `x`.
+
+    Raises:
+        ValueError: The library refuses an argument; it says which.
+    """
+    x = np.ascontiguousarray(x)
+    activations = x, activation_bits, False, 1e-5, None
+    biases = biases or [None] * len(packed)
+    problems = [
+        _product(activations, weight, bias) for weight, bias in zip(packed, biases, strict=True)
+    ]
+    joint = JointStruct.of([problem.struct for problem in problems])
+    _check(_required().kbn_run_joint(ctypes.byref(joint), None))
+    return [problem.y for problem in problems]
+
+
+def _product(activations, packed, bias, out=None, window=None):
+    """The problem of one weight, with its result as `y`."""
+    x, *_ = activations
     last = packed.in_features // (1 if window is None else window.count)
     if x.dtype.name not in _DTYPES or x.shape[-1:] != (last,):
         raise ValueError(
@@ -181,7 +232,7 @@ def matmul(
             f"`out` must be a contiguous {x.dtype} array of shape {shape}. "
             f"Received: {out.dtype} array of shape {out.shape}"
         )
-    problem = _activations(x, activation_bits, per_tensor, epsilon, x_scale)
+    problem = _activations(*activations)
     problem.weights(packed)
     if window is not None:
         placed = WindowStruct.of(window, x.shape)
@@ -192,8 +243,8 @@ def matmul(
     if bias is not None:
         problem.point("bias", np.ascontiguousarray(bias, np.float32), (packed.out_features,))
     problem.point("y", out, shape)
-    _check(_required().kbn_run(ctypes.byref(problem.struct), None))
-    return out
+    problem.y = out
+    return problem
 
 
 def quantize(x, activation_bits=8, per_tensor=False, epsilon=1e-5, x_scale=None):
@@ -251,6 +302,7 @@ class _Problem:
     def __init__(self, rows, in_features):
         self.struct = MatmulStruct(rows=rows, in_features=in_features)
         self.arrays = []
+        self.y = None
 
     def point(self, field, array, shape):
         if array.shape != tuple(shape):
@@ -330,6 +382,7 @@ def _load_once():
     pointer = ctypes.c_void_p
     for name, result, arguments in (
         ("kbn_run", ctypes.c_int, (pointer, pointer)),
+        ("kbn_run_joint", ctypes.c_int, (pointer, pointer)),
         ("kbn_quantize", ctypes.c_int, (pointer, pointer, pointer)),
         ("kbn_accumulate", ctypes.c_int, (pointer, pointer, pointer)),
         ("kbn_tiles_from_trits", ctypes.c_int, (pointer, ctypes.c_int64, ctypes.c_int64, pointer)),

@@ -21,7 +21,7 @@ const char* run_on(const Problem& problem, int32_t threads) {
 
 }  // namespace
 
-const char* kbn_run_limited(const kbn_matmul* problem, int32_t threads) {
+const char* kbn_run_limited(const kbn_joint* problem, int32_t threads) {
   return run_on(*problem, threads);
 }
 

@@ -148,9 +148,9 @@ inline const char* describe(const Attributes& a, Shape x, Shape tiles, Shape sca
 }
 
 // Runs what `describe` filled, without the empty cases. Returns what is wrong, or null.
-inline const char* run(const kbn_matmul& problem, const kbn_parallel* parallel) {
-  if (problem.rows == 0) return nullptr;
-  const int code = kbn_run(&problem, parallel);
+inline const char* run(const kbn_joint& problem, const kbn_parallel* parallel) {
+  if (problem.matmuls[0]->rows == 0) return nullptr;
+  const int code = kbn_run_joint(&problem, parallel);
   return code ? kbn_error(code) : nullptr;
 }
 
@@ -259,6 +259,6 @@ inline const char* run(const kbn_norm& problem, const kbn_parallel* parallel) {
 }  // namespace kbn_adapter
 
 // `kbn_adapter::run` on the library's own pool, on at most `threads` of its threads (0: on all).
-KBN_API const char* kbn_run_limited(const kbn_matmul* problem, int32_t threads);
+KBN_API const char* kbn_run_limited(const kbn_joint* problem, int32_t threads);
 KBN_API const char* kbn_attend_limited(const kbn_attention* problem, int32_t threads);
 KBN_API const char* kbn_normalize_limited(const kbn_norm* problem, int32_t threads);

@@ -57,6 +57,14 @@ typedef struct kbn_matmul {
   void* y;                 // (m, n)
 } kbn_matmul;
 
+// Matmuls of the same activations, which are quantized once: they agree in all but out_features,
+// scale_columns, tiles, scale, bias and y.
+enum { KBN_MAX_JOINT = 8 };
+typedef struct kbn_joint {
+  int32_t count;           // 1 to KBN_MAX_JOINT
+  const kbn_matmul* matmuls[KBN_MAX_JOINT];
+} kbn_joint;
+
 // Runs task(arg, i) for every i in [0, count), in any order, on any threads; returns when all
 // are done. Null in place of a `kbn_parallel` means the library's own thread pool.
 typedef struct kbn_parallel {
@@ -110,6 +118,7 @@ KBN_API int kbn_abi_version(void);
 // Runs the matmul. Returns 0, or a code for `kbn_error`; on error y is untouched. The text belongs
 // to the calling thread, until its next call.
 KBN_API int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel);
+KBN_API int kbn_run_joint(const kbn_joint* problem, const kbn_parallel* parallel);
 KBN_API const char* kbn_error(int code);
 
 // Runs the attention, or the norm; as `kbn_run`.

@@ -125,6 +125,32 @@ int check_output(const kbn_matmul& p) {
   return kOk;
 }
 
+// Whether two matmuls are of the same activations, and of weights of one kind.
+bool agree(const kbn_matmul& a, const kbn_matmul& b) {
+  return a.rows == b.rows && a.in_features == b.in_features && a.group_size == b.group_size &&
+         a.bits == b.bits && a.dtype == b.dtype && a.activation_bits == b.activation_bits &&
+         a.per_tensor == b.per_tensor && a.offset == b.offset && a.epsilon == b.epsilon &&
+         a.layout == b.layout && a.norm_epsilon == b.norm_epsilon && a.x == b.x &&
+         a.x_scale == b.x_scale && a.window == b.window && a.gain == b.gain;
+}
+
+int check_joint(const kbn_joint& p) {
+  if (p.count < 1 || p.count > KBN_MAX_JOINT) {
+    return fail(kInvalid, "count must be in [1, %d]. Received: count=%d", KBN_MAX_JOINT, p.count);
+  }
+  int error = kOk;
+  for (int i = 0; i < p.count && !error; ++i) {
+    error = check_weights(*p.matmuls[i]);
+    if (!error && i == 0) error = check_activations(*p.matmuls[i]);
+    if (!error) error = check_output(*p.matmuls[i]);
+    if (!error && i > 0 && !agree(*p.matmuls[0], *p.matmuls[i])) {
+      error = fail(kInvalid, "joint matmuls must agree in all but out_features, scale_columns, "
+                   "tiles, scale, bias and y. Received: another one in place %d", i);
+    }
+  }
+  return error;
+}
+
 int check_attention(const kbn_attention& p) {
   const bool sizes = p.batch >= 0 && p.length > 0 && p.heads > 0 && p.key_heads > 0 &&
                      p.head_dim > 0 && p.head_dim < (1 << 24) && p.heads % p.key_heads == 0;
@@ -180,22 +206,28 @@ int run_checked(bool nothing, const Run& run) {
   return kOk;
 }
 
-int run_checked(const kbn_matmul& problem, const kbn_parallel* parallel, const Probe& probe) {
+int run_checked(const kbn_matmul& problem, const Probe& probe) {
   return run_checked(problem.rows == 0, [&](const Kernels& kernels) {
-    run(problem, kernels, parallel, probe);
+    run({1, {&problem}}, kernels, nullptr, probe);
   });
 }
 
 }  // namespace
 }  // namespace kbn
 
-int kbn_abi_version(void) { return 7; }
+int kbn_abi_version(void) { return 8; }
 
 int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel) {
-  int error = kbn::check_weights(*problem);
-  if (!error) error = kbn::check_activations(*problem);
-  if (!error) error = kbn::check_output(*problem);
-  return error ? error : kbn::run_checked(*problem, parallel, {});
+  const kbn_joint one{1, {problem}};
+  return kbn_run_joint(&one, parallel);
+}
+
+int kbn_run_joint(const kbn_joint* problem, const kbn_parallel* parallel) {
+  const int error = kbn::check_joint(*problem);
+  if (error) return error;
+  return kbn::run_checked(problem->matmuls[0]->rows == 0, [&](const kbn::Kernels& kernels) {
+    kbn::run(*problem, kernels, parallel, {});
+  });
 }
 
 int kbn_attend(const kbn_attention* problem, const kbn_parallel* parallel) {
@@ -224,7 +256,7 @@ int kbn_quantize(const kbn_matmul* problem, int8_t* x_codes, float* x_scales) {
   kbn::Probe probe;
   probe.quantized = x_codes;
   probe.x_scales = x_scales;
-  return error ? error : kbn::run_checked(p, nullptr, probe);
+  return error ? error : kbn::run_checked(p, probe);
 }
 
 int kbn_accumulate(const kbn_matmul* problem, const int8_t* x_codes, int32_t* sums) {
@@ -234,7 +266,7 @@ int kbn_accumulate(const kbn_matmul* problem, const int8_t* x_codes, int32_t* su
   kbn_matmul p = *problem;
   p.per_tensor = 0, p.activation_bits = 8;
   const int error = kbn::check_weights(p);
-  return error ? error : kbn::run_checked(p, nullptr, probe);
+  return error ? error : kbn::run_checked(p, probe);
 }
 
 int kbn_tiles_from_trits(const uint8_t* packed, int64_t in_features, int64_t out_features,

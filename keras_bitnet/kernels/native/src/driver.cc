@@ -23,36 +23,41 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 class Matmul {
  public:
-  Matmul(const kbn_matmul& problem, const Kernels& kernels, const kbn_parallel* parallel,
+  Matmul(const kbn_joint& problem, const Kernels& kernels, const kbn_parallel* parallel,
          const Probe& probe)
-      : p_(problem),
+      : p_(*problem.matmuls[0]),
+        count_(problem.count),
         kernels_(kernels),
         parallel_(parallel),
         probe_(probe),
-        format_(format_of(problem)),
-        planes_(planes_of(problem)),
-        rows_(problem.rows * planes_),
+        format_(format_of(p_)),
+        planes_(planes_of(p_)),
+        rows_(p_.rows * planes_),
         tile_inputs_(4 * operands(format_)),
-        tiles_in_(ceil_div(problem.in_features, tile_inputs_)),
-        tiles_out_(ceil_div(problem.out_features, kTileOutputs)),
-        groups_(problem.group_size ? ceil_div(problem.in_features, problem.group_size) : 1),
-        row_blocks_(ceil_div(problem.rows, kernels.rows / planes_)),
-        shape_(kernels.shape(static_cast<int>(ceil_div(problem.rows, row_blocks_) * planes_))),
+        tiles_in_(ceil_div(p_.in_features, tile_inputs_)),
+        groups_(p_.group_size ? ceil_div(p_.in_features, p_.group_size) : 1),
+        row_blocks_(ceil_div(p_.rows, kernels.rows / planes_)),
+        shape_(kernels.shape(static_cast<int>(ceil_div(p_.rows, row_blocks_) * planes_))),
         columns_(shape_.columns),
         packed_inputs_(round_up(tiles_in_ * tile_inputs_, shape_.chunk)),
-        factor_(problem.offset == std::floor(problem.offset) ? 1 : 2),
-        shift_(static_cast<int32_t>(factor_ * problem.offset)),
+        factor_(p_.offset == std::floor(p_.offset) ? 1 : 2),
+        shift_(static_cast<int32_t>(factor_ * p_.offset)),
         unit_(1.0f / static_cast<float>(factor_)) {
-    const int64_t segment = problem.group_size ? problem.group_size : kLongestSegment;
+    const int64_t segment = p_.group_size ? p_.group_size : kLongestSegment;
     segment_tiles_ = std::min(tiles_in_, segment / tile_inputs_);
-    slot_bytes_ = ceil_div(problem.rows, row_blocks_) * planes_ * packed_inputs_;
-    row_bytes_ = problem.gain || problem.window ? problem.in_features * size_of(problem.dtype) : 0;
+    for (int i = 0; i < count_; ++i) {
+      weights_[i].p = problem.matmuls[i];
+      weights_[i].tiles = ceil_div(weights_[i].p->out_features, kTileOutputs);
+      tiles_out_ += weights_[i].tiles;
+    }
+    slot_bytes_ = ceil_div(p_.rows, row_blocks_) * planes_ * packed_inputs_;
+    row_bytes_ = p_.gain || p_.window ? p_.in_features * size_of(p_.dtype) : 0;
   }
 
   void run() {
     const int threads = parallel_ ? parallel_->threads : pool_threads();
     const bool small =
-        threads < 2 || rows_ * packed_inputs_ < kSmall / std::max<int64_t>(p_.out_features, 1);
+        threads < 2 || rows_ * packed_inputs_ < kSmall / (tiles_out_ * kTileOutputs);
     const bool few = small || rows_ * packed_inputs_ < kSmall / 16;
     const int64_t shares = threads * 8;  // small enough to share the work evenly
     shares_ = few ? 1 : std::min(row_blocks_, shares);
@@ -91,14 +96,27 @@ class Matmul {
     return p.bits == 1 ? kBits1 : p.bits == 2 ? kBits2 : p.bits == 4 ? kBits4 : kBits8;
   }
 
+  // The weights of one matmul: blocks of columns, and the tasks that share them.
+  struct Weights {
+    const kbn_matmul* p = nullptr;
+    int64_t tiles = 0;  // along the outputs
+    int64_t blocks = 0;
+    int64_t tasks = 0;
+  };
+
   // Blocks and tasks: small enough to share the work evenly, large enough to stream. The columns of
   // a block of one row are streams, which go on in the next block of a task (decision note 7).
   void plan_columns(int threads) {
     while (columns_ > 1 && tiles_out_ < 4 * threads * columns_) columns_ /= 2;
-    blocks_ = ceil_div(tiles_out_, columns_);
-    const int64_t streams = std::clamp<int64_t>(blocks_ / (5 * threads), 2, 8);
-    const int64_t tasks = threads * (rows_ == 1 ? streams : 8);
-    tasks_ = std::min(blocks_, std::max(tasks, ceil_div(blocks_, 16)));
+    int64_t blocks = 0;
+    for (int i = 0; i < count_; ++i) blocks += weights_[i].blocks = ceil_div(weights_[i].tiles, columns_);
+    const int64_t streams = std::clamp<int64_t>(blocks / (5 * threads), 2, 8);
+    const int64_t least = threads * (rows_ == 1 ? streams : 8);
+    const int64_t tasks = std::min(blocks, std::max(least, ceil_div(blocks, 16)));
+    for (int i = 0; i < count_; ++i) {
+      weights_[i].tasks = std::max<int64_t>(1, (2 * tasks * weights_[i].blocks + blocks) / (2 * blocks));
+      tasks_ += weights_[i].tasks;
+    }
   }
 
   // Rows of codes that a row of x becomes.
@@ -202,8 +220,10 @@ class Matmul {
       int8_t* packed = x_codes_ + (by_rows_ ? share : block) * slot_bytes_;
       quantize_block(block, share, packed);
       if (!by_rows_ || probe_.quantized) continue;
-      for (int64_t tile = 0; tile < tiles_out_; tile += columns_) {
-        multiply_block(block, packed, tile);
+      for (int i = 0; i < count_; ++i) {
+        for (int64_t tile = 0; tile < weights_[i].tiles; tile += columns_) {
+          multiply_block(weights_[i], block, packed, tile);
+        }
       }
     }
     leave();
@@ -265,22 +285,25 @@ class Matmul {
   // One task: some columns of tiles, all rows. The columns are read again for each pass of rows
   // that fits in the cache.
   void multiply_columns(int64_t task) {
-    const int64_t begin = blocks_ * task / tasks_ * columns_;
-    const int64_t end = std::min(blocks_ * (task + 1) / tasks_ * columns_, tiles_out_);
+    const Weights* found = weights_;
+    for (; task >= found->tasks; ++found) task -= found->tasks;
+    const Weights& w = *found;
+    const int64_t begin = w.blocks * task / w.tasks * columns_;
+    const int64_t end = std::min(w.blocks * (task + 1) / w.tasks * columns_, w.tiles);
     const int64_t pass =
         std::max<int64_t>(1, kActivationBytes / (packed_inputs_ * kernels_.rows));
     for (int64_t first = 0; first < row_blocks_; first += pass) {
       const int64_t last = std::min(first + pass, row_blocks_);
       int64_t tile = begin;
       if (rows_ == 1) {  // an odd distance keeps the streams out of each other's cache sets
-        const int64_t whole = (std::min(end, p_.out_features / kTileOutputs) - begin) / columns_;
+        const int64_t whole = (std::min(end, w.p->out_features / kTileOutputs) - begin) / columns_;
         const int64_t spread = whole > 1 && whole % 2 == 0 ? whole - 1 : whole;
-        for (; tile < begin + spread; ++tile) multiply_block(0, x_codes_, tile, spread);
+        for (; tile < begin + spread; ++tile) multiply_block(w, 0, x_codes_, tile, spread);
         tile = begin + spread * columns_;
       }
       for (; tile < end; tile += columns_) {
         for (int64_t block = first; block < last; ++block) {
-          multiply_block(block, x_codes_ + block * slot_bytes_, tile);
+          multiply_block(w, block, x_codes_ + block * slot_bytes_, tile);
         }
       }
     }
@@ -292,18 +315,21 @@ class Matmul {
   }
 
   // A block of columns from a tile on: the next ones, or each `spread`-th, all of which exist.
-  void multiply_block(int64_t row_block, const int8_t* x_codes, int64_t tile, int64_t spread = 1) {
+  void multiply_block(const Weights& weights, int64_t row_block, const int8_t* x_codes, int64_t tile,
+                      int64_t spread = 1) {
+    const kbn_matmul& w = *weights.p;
     const int64_t row = first_row(row_block);
     Block block;
     block.rows = static_cast<int>(first_row(row_block + 1) - row);
     block.columns = columns_;
-    if (spread == 1) block.columns = static_cast<int>(std::min<int64_t>(columns_, tiles_out_ - tile));
+    if (spread == 1) block.columns = static_cast<int>(std::min<int64_t>(columns_, weights.tiles - tile));
     block.spread = spread;
     block.tile_stride = spread * tiles_in_ * kTileBytes;
-    p_.group_size ? multiply_groups(block, row, x_codes, tile) : multiply_whole(block, row, x_codes, tile);
+    p_.group_size ? multiply_groups(w, block, row, x_codes, tile)
+                  : multiply_whole(w, block, row, x_codes, tile);
   }
 
-  void multiply_whole(Block& block, int64_t row, const int8_t* x_codes, int64_t tile) {
+  void multiply_whole(const kbn_matmul& w, Block& block, int64_t row, const int8_t* x_codes, int64_t tile) {
     const int size = block.rows * block.columns * kTileOutputs;
     alignas(64) int32_t total[kMaxRows * kMaxColumns];
     block.segments = 1;
@@ -311,21 +337,21 @@ class Matmul {
       alignas(64) int32_t sums[kMaxRows * kMaxColumns];
       block.segment_steps = std::min(segment_tiles_, tiles_in_ - step);
       block.sums = step == 0 ? total : sums;
-      multiply_segments(block, x_codes, tile, step, 0);
+      multiply_segments(w, block, x_codes, tile, step, 0);
       if (step > 0) add(sums, size, total);
     }
     block.sums = total;
-    if (probe_.sums) return hand_out(block, row, tile, 0);
-    const Scaling scaling = scaling_of(block, row, tile, 0);
-    if (planes_ == 1) return kernels_.finish(block, scaling, outputs_of(row, tile));
+    if (probe_.sums) return hand_out(w, block, row, tile, 0);
+    const Scaling scaling = scaling_of(w, block, row, tile, 0);
+    if (planes_ == 1) return kernels_.finish(block, scaling, outputs_of(w, row, tile));
     alignas(64) float y[kMaxRows * kMaxColumns];
     std::memset(y, 0, sizeof(float) * size);
     kernels_.add_scaled(block, scaling, y);
-    store(block, row, tile, y);
+    store(w, block, row, tile, y);
   }
 
   // The sums of every group of inputs have scales of their own.
-  void multiply_groups(Block& block, int64_t row, const int8_t* x_codes, int64_t tile) {
+  void multiply_groups(const kbn_matmul& w, Block& block, int64_t row, const int8_t* x_codes, int64_t tile) {
     const int size = block.rows * block.columns * kTileOutputs;
     alignas(64) int32_t sums[kSumsPerBlock];
     alignas(64) float y[kMaxRows * kMaxColumns];
@@ -337,25 +363,25 @@ class Matmul {
       const int64_t whole = (tiles_in_ - step) / segment_tiles_;
       block.segments = whole > 0 ? std::min(whole, most) : 1;
       block.segment_steps = whole > 0 ? segment_tiles_ : tiles_in_ - step;
-      multiply_segments(block, x_codes, tile, step, segment);
+      multiply_segments(w, block, x_codes, tile, step, segment);
       if (probe_.sums) {
-        hand_out(block, row, tile, segment);
+        hand_out(w, block, row, tile, segment);
       } else {
-        kernels_.add_scaled(block, scaling_of(block, row, tile, segment), y);
+        kernels_.add_scaled(block, scaling_of(w, block, row, tile, segment), y);
       }
       step += block.segments * block.segment_steps;
     }
-    if (!probe_.sums) store(block, row, tile, y);
+    if (!probe_.sums) store(w, block, row, tile, y);
   }
 
   // The sums of some segments of a block, from a tile along k on.
-  void multiply_segments(Block& block, const int8_t* x_codes, int64_t tile, int64_t step,
-                         int64_t segment) const {
-    block.tiles = p_.tiles + (tile * tiles_in_ + step) * kTileBytes;
+  void multiply_segments(const kbn_matmul& w, Block& block, const int8_t* x_codes, int64_t tile,
+                         int64_t step, int64_t segment) const {
+    block.tiles = w.tiles + (tile * tiles_in_ + step) * kTileBytes;
     block.x_codes = x_codes + step * tile_inputs_ * block.rows;
-    block.ahead_stride = p_.scale_columns * int64_t{sizeof(float)};
-    block.ahead = reinterpret_cast<uintptr_t>(p_.scale) + segment * block.ahead_stride +
-                  next_column(block, tile) * sizeof(float);
+    block.ahead_stride = w.scale_columns * int64_t{sizeof(float)};
+    block.ahead = reinterpret_cast<uintptr_t>(w.scale) + segment * block.ahead_stride +
+                  next_column(w, block, tile) * sizeof(float);
     kernels_.multiply[format_](block);
   }
 
@@ -368,50 +394,52 @@ class Matmul {
   }
 
   // Columns of the block that exist.
-  int valid_columns(const Block& block, int64_t tile) const {
-    const int64_t left = p_.out_features - tile * kTileOutputs;
+  int valid_columns(const kbn_matmul& w, const Block& block, int64_t tile) const {
+    const int64_t left = w.out_features - tile * kTileOutputs;
     return static_cast<int>(std::min<int64_t>(block.columns * kTileOutputs, left));
   }
 
   // Where the scales of the columns after this block begin.
-  int64_t next_column(const Block& block, int64_t tile) const {
-    return p_.scale_columns == 1 ? 0 : (tile + (block.spread > 1 ? 1 : block.columns)) * kTileOutputs;
+  int64_t next_column(const kbn_matmul& w, const Block& block, int64_t tile) const {
+    return w.scale_columns == 1 ? 0 : (tile + (block.spread > 1 ? 1 : block.columns)) * kTileOutputs;
   }
 
-  Scaling scaling_of(const Block& block, int64_t row, int64_t tile, int64_t group) const {
-    const bool shared = p_.scale_columns == 1;
+  Scaling scaling_of(const kbn_matmul& w, const Block& block, int64_t row, int64_t tile,
+                     int64_t group) const {
+    const bool shared = w.scale_columns == 1;
     Scaling scaling;
     scaling.factor = factor_;
     scaling.shift = shift_;
-    scaling.valid = valid_columns(block, tile);
+    scaling.valid = valid_columns(w, block, tile);
     scaling.x_sums = x_sums_ + row * groups_ + group;
     scaling.x_sums_stride = groups_;
-    scaling.scale = p_.scale + group * p_.scale_columns + (shared ? 0 : tile * kTileOutputs);
-    scaling.scale_stride = p_.scale_columns;
+    scaling.scale = w.scale + group * w.scale_columns + (shared ? 0 : tile * kTileOutputs);
+    scaling.scale_stride = w.scale_columns;
     scaling.shared = shared;
     return scaling;
   }
 
   // Of rows that are one plane each.
-  Outputs outputs_of(int64_t row, int64_t tile) const {
+  Outputs outputs_of(const kbn_matmul& w, int64_t row, int64_t tile) const {
     const int64_t column = tile * kTileOutputs, size = size_of(p_.dtype);
     Outputs outputs;
     outputs.x_scales = x_scales_ + row;
-    outputs.bias = p_.bias ? p_.bias + column : nullptr;
+    outputs.bias = w.bias ? w.bias + column : nullptr;
     outputs.dtype = p_.dtype;
-    outputs.y = static_cast<char*>(p_.y) + (row * p_.out_features + column) * size;
-    outputs.stride = p_.out_features * size;
+    outputs.y = static_cast<char*>(w.y) + (row * w.out_features + column) * size;
+    outputs.stride = w.out_features * size;
     return outputs;
   }
 
-  void hand_out(const Block& block, int64_t row, int64_t tile, int64_t group) const {
-    const int width = block.columns * kTileOutputs, valid = valid_columns(block, tile);
+  void hand_out(const kbn_matmul& w, const Block& block, int64_t row, int64_t tile,
+                int64_t group) const {
+    const int width = block.columns * kTileOutputs, valid = valid_columns(w, block, tile);
     const int32_t* sums = block.sums;
     for (int64_t segment = 0; segment < block.segments; ++segment) {
       for (int r = 0; r < block.rows; ++r, sums += width) {
         const int64_t place = (row + r) * groups_ + group + segment;
         const auto shift = static_cast<uint32_t>(shift_) * static_cast<uint32_t>(x_sums_[place]);
-        int32_t* to = probe_.sums + place * p_.out_features + tile * kTileOutputs;
+        int32_t* to = probe_.sums + place * w.out_features + tile * kTileOutputs;
         for (int i = 0; i < valid; ++i) {
           const auto sum = static_cast<uint32_t>(factor_) * static_cast<uint32_t>(sums[i]);
           to[output(block, i / kTileOutputs) + i % kTileOutputs] = static_cast<int32_t>(sum + shift);
@@ -421,8 +449,8 @@ class Matmul {
   }
 
   // Joins the planes of each row of x and writes it.
-  void store(const Block& block, int64_t row, int64_t tile, float* y) const {
-    const int width = block.columns * kTileOutputs, valid = valid_columns(block, tile);
+  void store(const kbn_matmul& w, const Block& block, int64_t row, int64_t tile, float* y) const {
+    const int width = block.columns * kTileOutputs, valid = valid_columns(w, block, tile);
     for (int r = 0; r < block.rows; r += planes_, y += planes_ * width) {
       for (int plane = planes_ - 1; plane > 0; --plane) {
         float* to = y + (plane - 1) * width;
@@ -431,15 +459,16 @@ class Matmul {
       const int64_t x_row = (row + r) / planes_;
       for (int i = 0, c = 0; i < valid; i += kTileOutputs, ++c) {
         const int64_t column = tile * kTileOutputs + output(block, c);
-        const float* bias = p_.bias ? p_.bias + column : nullptr;
-        char* out = static_cast<char*>(p_.y) +
-                    (x_row * p_.out_features + column) * size_of(p_.dtype);
+        const float* bias = w.bias ? w.bias + column : nullptr;
+        char* out = static_cast<char*>(w.y) +
+                    (x_row * w.out_features + column) * size_of(p_.dtype);
         kernels_.store(y + i, x_scales_[x_row], bias, p_.dtype, std::min(kTileOutputs, valid - i), out);
       }
     }
   }
 
-  const kbn_matmul& p_;
+  const kbn_matmul& p_;          // the first: what all agree in
+  const int count_;
   const Kernels& kernels_;
   const kbn_parallel* parallel_;
   const Probe& probe_;
@@ -447,7 +476,7 @@ class Matmul {
   const int planes_;             // rows of codes to a row of x
   const int64_t rows_;           // of codes
   const int64_t tile_inputs_;
-  const int64_t tiles_in_, tiles_out_;
+  const int64_t tiles_in_;
   const int64_t groups_;
   const int64_t row_blocks_;
   const Shape shape_;            // of a block
@@ -456,13 +485,14 @@ class Matmul {
   const int32_t factor_;         // makes factor * (code + offset) whole
   const int32_t shift_;          // factor * offset
   const float unit_;             // 1 / factor
+  Weights weights_[KBN_MAX_JOINT];
+  int64_t tiles_out_ = 0;   // of all weights
   int64_t segment_tiles_ = 0;
   int64_t slot_bytes_ = 0;  // codes of a block of rows
   int64_t row_bytes_ = 0;   // a row of x that is gathered or normalized
   int64_t shares_ = 1;      // tasks of `take_rows`
   bool by_rows_ = false;    // whether they multiply too
-  int64_t blocks_ = 0;      // of columns
-  int64_t tasks_ = 0;       // of `multiply_columns`, which share them
+  int64_t tasks_ = 0;       // of `multiply_columns`
   float tensor_absmax_ = 0.0f;
   int8_t* x_codes_ = nullptr;        // (row blocks, or shares; slot_bytes), as `Block::x_codes`
   float* x_scales_ = nullptr;        // (rows of x), of sums without the factor
@@ -473,9 +503,9 @@ class Matmul {
 
 }  // namespace
 
-void run(const kbn_matmul& problem, const Kernels& kernels, const kbn_parallel* parallel,
+void run(const kbn_joint& problem, const Kernels& kernels, const kbn_parallel* parallel,
          const Probe& probe) {
-  const bool odd = kernels.odd_groups && problem.group_size % 64 != 0;
+  const bool odd = kernels.odd_groups && problem.matmuls[0]->group_size % 64 != 0;
   Matmul(problem, odd ? *kernels.odd_groups : kernels, parallel, probe).run();
 }
 

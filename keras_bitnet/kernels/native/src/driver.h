@@ -14,8 +14,9 @@ struct Probe {
   float* x_scales = nullptr;        // the scales
 };
 
-// The problem must have passed the checks of core.cc. Throws std::bad_alloc.
-void run(const kbn_matmul& problem, const Kernels& kernels, const kbn_parallel* parallel,
+// The problem must have passed the checks of core.cc. Throws std::bad_alloc. A probe is of one
+// matmul.
+void run(const kbn_joint& problem, const Kernels& kernels, const kbn_parallel* parallel,
          const Probe& probe);
 
 void run(const kbn_attention& problem, const Kernels& kernels, const kbn_parallel* parallel);

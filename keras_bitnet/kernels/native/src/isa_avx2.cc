@@ -67,7 +67,7 @@ void multiply_columns(const Block& block, int first) {
           add_tiles<F>(tile, stride, x, tiles, sums);
         } else {
           KBN_UNROLL for (int c = 0; c < Columns; ++c) {
-            fetch_ahead<Columns>(tile + c * stride);
+            fetch_ahead<F, Columns>(tile + c * stride);
             add_tile_of_bytes(tile + c * stride, x, sums[c]);
           }
         }

@@ -97,8 +97,7 @@ const void* scalar(const xla_ffi::Attributes& attributes, const char* name, int3
 
 bool read(const xla_ffi::Attributes& attributes, kbn_adapter::Attributes* out) {
   const struct { const char* name; int64_t* value; } integers[] = {
-      {"out_features", &out->out_features}, {"bits", &out->bits},
-      {"trits", &out->trits},               {"group_size", &out->group_size},
+      {"bits", &out->bits}, {"trits", &out->trits}, {"group_size", &out->group_size},
       {"activation_bits", &out->activation_bits}, {"per_tensor", &out->per_tensor},
   };
   const struct { const char* name; double* value; } floats[] = {
@@ -160,31 +159,38 @@ void* run(const CallFrame* frame, const Problem& problem) {
 
 }  // namespace
 
-// Operands x, tiles, scale, bias, x_scale; result y.
+// Operands x, then tiles, scale, bias of each weight, x_scale; results y of each weight.
 KBN_API void* kbn_xla_matmul(xla_ffi::CallFrame* frame) {
   if (answer_metadata(frame) || frame->stage != kExecuteStage) return nullptr;
   kbn_adapter::Attributes attributes;
-  if (frame->arguments.size != 5 || frame->results.size != 1 ||
+  const int64_t count = frame->results.size;
+  if (count < 1 || count > KBN_MAX_JOINT || frame->arguments.size != 2 + 3 * count ||
       !read(frame->attributes, &attributes))
     return error(frame, kInvalidArgument, "wrong number of operands or attributes");
-  Buffer **in = frame->arguments.buffers, *y = frame->results.buffers[0];
-  Buffer *x = in[0], *tiles = in[1], *scale = in[2], *bias = in[3], *x_scale = in[4];
-  kbn_adapter::Matmul problem;
-  const char* wrong = kbn_adapter::describe(attributes, shape(x), shape(tiles), shape(scale),
-                                            shape(bias), shape(x_scale), kbn_adapter::kNothing,
-                                            &problem);
-  if (wrong) return error(frame, kInvalidArgument, wrong);
-  problem.dtype = dtype_of(x->dtype);
-  if (problem.dtype < 0 || y->dtype != x->dtype || tiles->dtype != kU8 || scale->dtype != kF32 ||
-      bias->dtype != kF32 || x_scale->dtype != kF32 || shape(y).rows() != problem.rows ||
-      shape(y)[-1] != problem.out_features)
-    return error(frame, kInvalidArgument, "wrong dtype of an operand, or shape of the result");
-  problem.x = x->data;
-  problem.tiles = static_cast<const uint8_t*>(tiles->data);
-  problem.scale = static_cast<const float*>(scale->data);
-  problem.bias = bias->dims[0] ? static_cast<const float*>(bias->data) : nullptr;
-  problem.x_scale = x_scale->dims[0] ? static_cast<const float*>(x_scale->data) : nullptr;
-  problem.y = y->data;
+  Buffer **in = frame->arguments.buffers, *x = in[0], *x_scale = in[1 + 3 * count];
+  kbn_adapter::Matmul matmuls[KBN_MAX_JOINT];
+  kbn_joint problem{static_cast<int32_t>(count), {}};
+  for (int64_t i = 0; i < count; ++i) {
+    Buffer *tiles = in[1 + 3 * i], *scale = in[2 + 3 * i], *bias = in[3 + 3 * i];
+    Buffer* y = frame->results.buffers[i];
+    kbn_adapter::Matmul& matmul = matmuls[i];
+    attributes.out_features = y->rank ? shape(y)[-1] : 0;
+    const char* wrong = kbn_adapter::describe(attributes, shape(x), shape(tiles), shape(scale),
+                                              shape(bias), shape(x_scale), kbn_adapter::kNothing,
+                                              &matmul);
+    if (wrong) return error(frame, kInvalidArgument, wrong);
+    matmul.dtype = dtype_of(x->dtype);
+    if (matmul.dtype < 0 || y->dtype != x->dtype || tiles->dtype != kU8 || scale->dtype != kF32 ||
+        bias->dtype != kF32 || x_scale->dtype != kF32 || shape(y).rows() != matmul.rows)
+      return error(frame, kInvalidArgument, "wrong dtype of an operand, or shape of the result");
+    matmul.x = x->data;
+    matmul.tiles = static_cast<const uint8_t*>(tiles->data);
+    matmul.scale = static_cast<const float*>(scale->data);
+    matmul.bias = bias->dims[0] ? static_cast<const float*>(bias->data) : nullptr;
+    matmul.x_scale = x_scale->dims[0] ? static_cast<const float*>(x_scale->data) : nullptr;
+    matmul.y = y->data;
+    problem.matmuls[i] = &matmul;
+  }
   return run(frame, problem);
 }
 

@@ -58,6 +58,7 @@ using Delete = void (*)(void*);
   X(void, TF_ShapeInferenceContextSetOutput,                                                     \
     (TF_ShapeInferenceContext*, int, TF_ShapeHandle*, TF_Status*))                               \
   X(void, TF_ShapeInferenceContextSetUnknownShape, (TF_ShapeInferenceContext*, TF_Status*))      \
+  X(int64_t, TF_ShapeInferenceContextNumInputs, (TF_ShapeInferenceContext*))                     \
   X(void, TF_ShapeInferenceContextWithRank,                                                      \
     (TF_ShapeInferenceContext*, TF_ShapeHandle*, int64_t, TF_ShapeHandle*, TF_Status*))          \
   X(void, TF_ShapeInferenceContextWithRankAtLeast,                                               \
@@ -77,6 +78,7 @@ using Delete = void (*)(void*);
   X(void, TF_OpKernelConstruction_GetAttrFloat,                                                  \
     (TF_OpKernelConstruction*, const char*, float*, TF_Status*))                                 \
   X(void, TF_OpKernelConstruction_Failure, (TF_OpKernelConstruction*, TF_Status*))               \
+  X(int, TF_NumInputs, (TF_OpKernelContext*))                                                    \
   X(void, TF_GetInput, (TF_OpKernelContext*, int, TF_Tensor**, TF_Status*))                      \
   X(TF_Tensor*, TF_AllocateOutput,                                                               \
     (TF_OpKernelContext*, int, int, const int64_t*, int, size_t, TF_Status*))                    \
@@ -93,9 +95,9 @@ using Delete = void (*)(void*);
 KBN_TF_FUNCTIONS(X)
 #undef X
 
-constexpr char kOp[] = "KerasBitnetMatmul", kConvOp[] = "KerasBitnetConv", kAttentionOp[] = "KerasBitnetAttendNext",
+constexpr char kOp[] = "KerasBitnetMatmul", kJointOp[] = "KerasBitnetJointMatmul",
+               kConvOp[] = "KerasBitnetConv", kAttentionOp[] = "KerasBitnetAttendNext",
                kNormOp[] = "KerasBitnetRmsNorm";
-constexpr int kInputs = 6;  // x, tiles, scale, bias, x_scale, gain
 std::atomic<int32_t> max_threads{0};
 
 struct StatusDeleter {
@@ -111,29 +113,41 @@ using Status = std::unique_ptr<TF_Status, StatusDeleter>;
 using ShapeOwner = std::unique_ptr<TF_ShapeHandle, ShapeDeleter>;
 using TensorOwner = std::unique_ptr<TF_Tensor, TensorDeleter>;
 
+// The inputs of a product: x, the tiles of each weight, their scales, their biases, x_scale and gain.
+int weights_of(int64_t inputs) { return static_cast<int>(inputs - 3) / 3; }
+
 // (..., in), tiles, scale, (out,), x_scale, gain -> (..., out). The stable API shows a shape function no
 // integer attribute, so `out` is read off the bias, which is therefore always there.
 void infer_shape(TF_ShapeInferenceContext* context, TF_Status* status) {
-  const int64_t ranks[kInputs] = {1, 4, 2, 1, 1, 1};
-  ShapeOwner in[kInputs], out(TF_NewShapeHandle());
-  for (int i = 0; i < kInputs; ++i) {
+  const int inputs = static_cast<int>(TF_ShapeInferenceContextNumInputs(context));
+  const int weights = weights_of(inputs);
+  const int64_t ranks[] = {4, 2, 1, 1};  // of tiles, scales, biases; x_scale and gain
+  std::vector<ShapeOwner> in(inputs);
+  for (int i = 0; i < inputs; ++i) {
     in[i].reset(TF_NewShapeHandle());
     TF_ShapeInferenceContextGetInput(context, i, in[i].get(), status);
     if (TF_GetCode(status)) return;
-    auto with_rank = i == 0 ? TF_ShapeInferenceContextWithRankAtLeast
-                            : TF_ShapeInferenceContextWithRank;
-    with_rank(context, in[i].get(), ranks[i], in[i].get(), status);
+    if (i == 0)
+      TF_ShapeInferenceContextWithRankAtLeast(context, in[i].get(), 1, in[i].get(), status);
+    else
+      TF_ShapeInferenceContextWithRank(context, in[i].get(), ranks[std::min((i - 1) / weights, 3)],
+                                       in[i].get(), status);
     if (TF_GetCode(status)) return;
   }
   if (!TF_ShapeInferenceContextRankKnown(context, in[0].get())) {
     TF_ShapeInferenceContextSetUnknownShape(context, status);
     return;
   }
-  TF_ShapeInferenceContextSubshape(context, in[0].get(), 0, -1, out.get(), status);
-  if (TF_GetCode(status)) return;
-  TF_ShapeInferenceContextConcatenateShapes(context, out.get(), in[3].get(), out.get(), status);
-  if (TF_GetCode(status)) return;
-  TF_ShapeInferenceContextSetOutput(context, 0, out.get(), status);
+  for (int i = 0; i < weights; ++i) {
+    ShapeOwner out(TF_NewShapeHandle());
+    TF_ShapeInferenceContextSubshape(context, in[0].get(), 0, -1, out.get(), status);
+    if (TF_GetCode(status)) return;
+    TF_ShapeInferenceContextConcatenateShapes(context, out.get(), in[1 + 2 * weights + i].get(),
+                                              out.get(), status);
+    if (TF_GetCode(status)) return;
+    TF_ShapeInferenceContextSetOutput(context, i, out.get(), status);
+    if (TF_GetCode(status)) return;
+  }
 }
 
 // Where the window stands is known once images are: Python says it while it traces.
@@ -212,39 +226,49 @@ struct Input {
   }
 };
 
-// The first output of an op: of the dtype of an input, and these sizes.
+// An output of an op: of the dtype of an input, and these sizes.
 TensorOwner allocate_like(const Input& input, const std::vector<int64_t>& sizes,
-                          TF_OpKernelContext* context, TF_Status* status) {
+                          TF_OpKernelContext* context, TF_Status* status, int output = 0) {
   const int type = TF_TensorType(input.tensor.get());
   size_t bytes = TF_DataTypeSize(type);
   for (int64_t size : sizes) bytes *= static_cast<size_t>(size);
-  return TensorOwner(TF_AllocateOutput(context, 0, type, sizes.data(),
+  return TensorOwner(TF_AllocateOutput(context, output, type, sizes.data(),
                                        static_cast<int>(sizes.size()), bytes, status));
 }
 
 void run(Attributes attributes, TF_OpKernelContext* context, TF_Status* status) {
+  const int inputs = TF_NumInputs(context), weights = weights_of(inputs);
+  if (weights > KBN_MAX_JOINT) return TF_SetStatus(status, kInvalidArgument, "too many weights");
   std::vector<Input> in;
-  for (int i = 0; i < kInputs; ++i) in.emplace_back(context, i, status);
+  for (int i = 0; i < inputs; ++i) in.emplace_back(context, i, status);
   if (TF_GetCode(status)) return;
-  auto shape = [&](int i) { return in[i].operand().shape; };
-  attributes.out_features = in[3].sizes.size() == 1 ? in[3].sizes[0] : 0;
-  kbn_adapter::Matmul problem;
-  const char* wrong = kbn_adapter::describe(attributes, shape(0), shape(1), shape(2), shape(3),
-                                            shape(4), shape(5), &problem);
-  if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
-  problem.dtype = in[0].operand().dtype;
-  std::vector<int64_t> result = in[0].sizes;
-  problem.shape_of_y(shape(0), result.data());
-  TensorOwner y = allocate_like(in[0], result, context, status);
-  if (TF_GetCode(status)) return;
-  problem.x = in[0].operand().data;
-  problem.tiles = static_cast<const uint8_t*>(in[1].operand().data);
-  problem.scale = static_cast<const float*>(in[2].operand().data);
-  problem.bias = static_cast<const float*>(in[3].operand().data);
-  if (in[4].sizes[0]) problem.x_scale = static_cast<const float*>(in[4].operand().data);
-  if (in[5].sizes[0]) problem.gain = static_cast<const float*>(in[5].operand().data);
-  problem.y = TF_TensorData(y.get());
-  wrong = kbn_run_limited(&problem, max_threads.load(std::memory_order_relaxed));
+  const Input &x = in[0], &x_scale = in[inputs - 2], &gain = in[inputs - 1];
+  kbn_adapter::Matmul matmuls[KBN_MAX_JOINT];
+  TensorOwner results[KBN_MAX_JOINT];
+  kbn_joint problem{weights, {}};
+  for (int i = 0; i < weights; ++i) {
+    const Input &tiles = in[1 + i], &scale = in[1 + weights + i], &bias = in[1 + 2 * weights + i];
+    kbn_adapter::Matmul& matmul = matmuls[i];
+    attributes.out_features = bias.sizes.size() == 1 ? bias.sizes[0] : 0;
+    const char* wrong = kbn_adapter::describe(
+        attributes, x.operand().shape, tiles.operand().shape, scale.operand().shape,
+        bias.operand().shape, x_scale.operand().shape, gain.operand().shape, &matmul);
+    if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
+    matmul.dtype = x.operand().dtype;
+    std::vector<int64_t> sizes = x.sizes;
+    matmul.shape_of_y(x.operand().shape, sizes.data());
+    results[i] = allocate_like(x, sizes, context, status, i);
+    if (TF_GetCode(status)) return;
+    matmul.x = x.operand().data;
+    matmul.tiles = static_cast<const uint8_t*>(tiles.operand().data);
+    matmul.scale = static_cast<const float*>(scale.operand().data);
+    matmul.bias = static_cast<const float*>(bias.operand().data);
+    if (x_scale.sizes[0]) matmul.x_scale = static_cast<const float*>(x_scale.operand().data);
+    if (gain.sizes[0]) matmul.gain = static_cast<const float*>(gain.operand().data);
+    matmul.y = TF_TensorData(results[i].get());
+    problem.matmuls[i] = &matmul;
+  }
+  const char* wrong = kbn_run_limited(&problem, max_threads.load(std::memory_order_relaxed));
   if (wrong) TF_SetStatus(status, kInternal, wrong);
 }
 
@@ -369,8 +393,17 @@ Op matmul_op(const char* name, const char* kernel, ShapeFunction infer_shapes, C
   return op;
 }
 
+Op joint_op() {
+  Op op = matmul_op(kJointOp, "KerasBitnetJointMatmulCPU", infer_shape, create<false>, {"N: int >= 1"});
+  op.inputs = {"x: T", "tiles: N * uint8", "scale: N * float", "bias: N * float", "x_scale: float",
+               "gain: float"};
+  op.outputs = {"y: N * T"};
+  return op;
+}
+
 const Op kOps[] = {
     matmul_op(kOp, "KerasBitnetMatmulCPU", infer_shape, create<false>),
+    joint_op(),
     matmul_op(kConvOp, "KerasBitnetConvCPU", infer_no_shape, create<true>, {"window: list(int)"}),
     {kAttentionOp, "KerasBitnetAttendNextCPU",
      {"T: {float, bfloat16, half}", "C: {float, bfloat16, half, int8}", "scale: float"},

@@ -51,21 +51,28 @@ int (*get_num_threads)();
 void (*openmp_parallel)(void (*)(void*), void*, unsigned, unsigned);
 std::atomic<bool> forked{false};  // a child process has none of the threads of OpenMP
 
-#define KBN_OPERANDS                                                                        \
-  "(Tensor x, Tensor tiles, Tensor scale, Tensor bias, Tensor x_scale, Tensor gain, "       \
-  "int out_features, int bits, int trits, int group_size, int activation_bits, "            \
-  "bool per_tensor, float offset, float epsilon, float norm_epsilon"
-constexpr char kSchema[] = "bit_matmul" KBN_OPERANDS ") -> Tensor";
+// Of a product with one weight, or of a joint product with several.
+#define KBN_WEIGHT(i) "Tensor tiles" i ", Tensor scale" i ", Tensor bias" i ", "
+#define KBN_OUT(i) "int out_features" i ", "
+#define KBN_OPERANDS(weights, outs)                                                           \
+  "(Tensor x, " weights "Tensor x_scale, Tensor gain, " outs "int bits, int trits, "          \
+  "int group_size, int activation_bits, bool per_tensor, float offset, float epsilon, "       \
+  "float norm_epsilon"
+constexpr char kSchema[] = "bit_matmul" KBN_OPERANDS(KBN_WEIGHT(""), KBN_OUT("")) ") -> Tensor";
+constexpr char kSchema2[] = "bit_matmul_2" KBN_OPERANDS(
+    KBN_WEIGHT("_0") KBN_WEIGHT("_1"), KBN_OUT("_0") KBN_OUT("_1")) ") -> (Tensor, Tensor)";
+constexpr char kSchema3[] = "bit_matmul_3" KBN_OPERANDS(
+    KBN_WEIGHT("_0") KBN_WEIGHT("_1") KBN_WEIGHT("_2"), KBN_OUT("_0") KBN_OUT("_1") KBN_OUT("_2"))
+    ") -> (Tensor, Tensor, Tensor)";
 constexpr char kConvSchema[] =
-    "bit_conv" KBN_OPERANDS ", int axes, int padding, int size_0, int size_1, int size_2, "
-    "int stride_0, int stride_1, int stride_2, int dilation_0, int dilation_1, int dilation_2) "
-    "-> Tensor";
+    "bit_conv" KBN_OPERANDS(KBN_WEIGHT(""), KBN_OUT("")) ", int axes, int padding, int size_0, "
+    "int size_1, int size_2, int stride_0, int stride_1, int stride_2, int dilation_0, "
+    "int dilation_1, int dilation_2) -> Tensor";
 constexpr char kAttentionSchema[] =
     "attend_next(Tensor query, Tensor key, Tensor value, Tensor cosines, Tensor sines, Tensor mask, "
     "Tensor index, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) key_scale, "
     "Tensor(d!) value_scale, float scale) -> Tensor";
 constexpr char kNormSchema[] = "rms_norm(Tensor x, Tensor scale, float epsilon) -> Tensor";
-constexpr int kTensors = 6;
 constexpr int64_t kMaxRank = 32;
 
 // A tensor of the stack; the kernel owns it.
@@ -146,42 +153,52 @@ const char* run(const Problem& problem, const char* (*otherwise)(const Problem*,
   return kbn_adapter::run(problem, &team);
 }
 
-template <bool kConvolves>
+// Tensors of an operator of so many weights: x, three for each weight, x_scale and gain.
+constexpr int tensors_of(int weights) { return 3 * weights + 3; }
+
+template <int kWeights, bool kConvolves>
 const char* compute(Slot* stack, Tensor* tensors, Tensor* y) {
-  Tensor &x = tensors[0], &tiles = tensors[1], &scale = tensors[2], &bias = tensors[3],
-         &x_scale = tensors[4], &gain = tensors[5];
+  constexpr int kTensors = tensors_of(kWeights);
+  const Tensor &x = tensors[0], &x_scale = tensors[kTensors - 2], &gain = tensors[kTensors - 1];
   if (const char* wrong = read_all(tensors, kTensors)) return wrong;
+  const Slot *outs = stack + kTensors, *others = outs + kWeights;
   kbn_adapter::Attributes attributes;
-  int64_t* integers[] = {&attributes.out_features, &attributes.bits, &attributes.trits,
-                         &attributes.group_size, &attributes.activation_bits,
-                         &attributes.per_tensor};
-  for (int i = 0; i < 6; ++i) *integers[i] = static_cast<int64_t>(stack[kTensors + i]);
+  int64_t* integers[] = {&attributes.bits, &attributes.trits, &attributes.group_size,
+                         &attributes.activation_bits, &attributes.per_tensor};
+  for (int i = 0; i < 5; ++i) *integers[i] = static_cast<int64_t>(others[i]);
   attributes.per_tensor &= 1;  // of a bool only the lowest byte is defined
-  attributes.offset = float_of(stack[kTensors + 6]);
-  attributes.epsilon = float_of(stack[kTensors + 7]);
-  attributes.norm_epsilon = float_of(stack[kTensors + 8]);
-  if (kConvolves) memcpy(&attributes.window, stack + kTensors + 9, sizeof attributes.window);
-  kbn_adapter::Matmul problem;
-  const char* wrong = kbn_adapter::describe(attributes, x.shape(), tiles.shape(), scale.shape(),
-                                            bias.shape(), x_scale.shape(), gain.shape(), &problem);
-  if (wrong) return wrong;
-  problem.dtype = kbn_dtype_of(x.dtype);
-  if (problem.dtype < 0 || tiles.dtype != aoti_torch_dtype_uint8() ||
-      scale.dtype != aoti_torch_dtype_float32() || bias.dtype != scale.dtype ||
-      x_scale.dtype != scale.dtype || gain.dtype != scale.dtype)
-    return "wrong dtype of an operand";
+  attributes.offset = float_of(others[5]);
+  attributes.epsilon = float_of(others[6]);
+  attributes.norm_epsilon = float_of(others[7]);
+  if (kConvolves) memcpy(&attributes.window, others + 8, sizeof attributes.window);
   if (x.rank > kMaxRank) return "x has too many axes";
-  int64_t sizes[kMaxRank];
-  problem.shape_of_y(x.shape(), sizes);
-  if (!allocate(x, sizes, y)) return "no memory for the result";
-  problem.x = x.data;
-  problem.tiles = static_cast<const uint8_t*>(tiles.data);
-  problem.scale = static_cast<const float*>(scale.data);
-  problem.bias = bias.dims[0] ? static_cast<const float*>(bias.data) : nullptr;
-  problem.x_scale = x_scale.dims[0] ? static_cast<const float*>(x_scale.data) : nullptr;
-  problem.gain = gain.dims[0] ? static_cast<const float*>(gain.data) : nullptr;
-  problem.y = y->data;
-  return run<kbn_matmul>(problem, kbn_run_limited);
+  kbn_adapter::Matmul matmuls[kWeights];
+  kbn_joint problem{kWeights, {}};
+  for (int i = 0; i < kWeights; ++i) {
+    const Tensor *weight = tensors + 1 + 3 * i, &tiles = weight[0], &scale = weight[1], &bias = weight[2];
+    kbn_adapter::Matmul& matmul = matmuls[i];
+    attributes.out_features = static_cast<int64_t>(outs[i]);
+    const char* wrong = kbn_adapter::describe(attributes, x.shape(), tiles.shape(), scale.shape(),
+                                              bias.shape(), x_scale.shape(), gain.shape(), &matmul);
+    if (wrong) return wrong;
+    matmul.dtype = kbn_dtype_of(x.dtype);
+    if (matmul.dtype < 0 || tiles.dtype != aoti_torch_dtype_uint8() ||
+        scale.dtype != aoti_torch_dtype_float32() || bias.dtype != scale.dtype ||
+        x_scale.dtype != scale.dtype || gain.dtype != scale.dtype)
+      return "wrong dtype of an operand";
+    int64_t sizes[kMaxRank];
+    matmul.shape_of_y(x.shape(), sizes);
+    if (!allocate(x, sizes, y + i)) return "no memory for the result";
+    matmul.x = x.data;
+    matmul.tiles = static_cast<const uint8_t*>(tiles.data);
+    matmul.scale = static_cast<const float*>(scale.data);
+    matmul.bias = bias.dims[0] ? static_cast<const float*>(bias.data) : nullptr;
+    matmul.x_scale = x_scale.dims[0] ? static_cast<const float*>(x_scale.data) : nullptr;
+    matmul.gain = gain.dims[0] ? static_cast<const float*>(gain.data) : nullptr;
+    matmul.y = y[i].data;
+    problem.matmuls[i] = &matmul;
+  }
+  return run<kbn_joint>(problem, kbn_run_limited);
 }
 
 const char* attend(Slot* stack, Tensor* tensors, Tensor* y) {
@@ -215,15 +232,20 @@ const char* normalize(Slot* stack, Tensor* tensors, Tensor* y) {
 
 // One operator: `run(stack, tensors, y)` says what is wrong. Errors leave as an exception, the way in
 // which PyTorch's own stable headers report them.
-template <int kCount, const char* (*run)(Slot*, Tensor*, Tensor*)>
+template <int kCount, int kResults, const char* (*run)(Slot*, Tensor*, Tensor*)>
 void kernel(Slot* stack, uint64_t, uint64_t) {
-  Tensor tensors[kCount], y;
+  Tensor tensors[kCount], y[kResults];
   for (int i = 0; i < kCount; ++i) tensors[i].handle = tensor_of(stack[i]);
-  if (const char* wrong = run(stack, tensors, &y))
+  if (const char* wrong = run(stack, tensors, y))
     throw std::runtime_error(std::string("keras_bitnet: ") + wrong);
-  stack[0] = static_cast<Slot>(reinterpret_cast<uintptr_t>(y.handle));
-  y.handle = nullptr;  // the stack owns it now
+  for (int i = 0; i < kResults; ++i) {
+    stack[i] = static_cast<Slot>(reinterpret_cast<uintptr_t>(y[i].handle));
+    y[i].handle = nullptr;  // the stack owns it now
+  }
 }
+
+template <int kWeights, bool kConvolves = false>
+constexpr auto matmul_kernel = kernel<tensors_of(kWeights), kWeights, compute<kWeights, kConvolves>>;
 
 bool resolve() {
   void* library = kbn_symbols::loaded("libtorch_cpu.");
@@ -250,23 +272,26 @@ bool register_operator() {
   return resolve() &&
          !aoti_torch_library_init_fragment("keras_bitnet", "torch_adapter.cc", __LINE__, &definition) &&
          !aoti_torch_library_def(definition, kSchema) &&
+         !aoti_torch_library_def(definition, kSchema2) &&
+         !aoti_torch_library_def(definition, kSchema3) &&
          !aoti_torch_library_def(definition, kConvSchema) &&
          !aoti_torch_library_def(definition, kAttentionSchema) &&
          !aoti_torch_library_def(definition, kNormSchema) &&
          !aoti_torch_library_init_impl("keras_bitnet", "CPU", "torch_adapter.cc", __LINE__,
                                        &implementation) &&
-         !aoti_torch_library_impl(implementation, "bit_matmul",
-                                  kernel<kTensors, compute<false>>) &&
-         !aoti_torch_library_impl(implementation, "bit_conv", kernel<kTensors, compute<true>>) &&
+         !aoti_torch_library_impl(implementation, "bit_matmul", matmul_kernel<1>) &&
+         !aoti_torch_library_impl(implementation, "bit_matmul_2", matmul_kernel<2>) &&
+         !aoti_torch_library_impl(implementation, "bit_matmul_3", matmul_kernel<3>) &&
+         !aoti_torch_library_impl(implementation, "bit_conv", matmul_kernel<1, true>) &&
          !aoti_torch_library_impl(implementation, "attend_next",
-                                  kernel<kbn_adapter::kAttentionOperands, attend>) &&
-         !aoti_torch_library_impl(implementation, "rms_norm", kernel<2, normalize>);
+                                  kernel<kbn_adapter::kAttentionOperands, 1, attend>) &&
+         !aoti_torch_library_impl(implementation, "rms_norm", kernel<2, 1, normalize>);
 }
 
 }  // namespace
 
-// Defines `keras_bitnet::bit_matmul`, `bit_conv`, `attend_next` and `rms_norm`. Returns 0, or 1: this
-// PyTorch lacks the stable functions.
+// Defines `keras_bitnet::bit_matmul` and those beside it. Returns 0, or 1: this PyTorch lacks the stable
+// functions.
 KBN_API int kbn_torch_register(void) {
   static const bool registered = register_operator();
   return registered ? 0 : 1;
