@@ -170,6 +170,40 @@ def test_gradient(granularity, quantizer, rng):
     assert relative_error(found[1], found[3]) < 1e-5
 
 
+@pytest.mark.parametrize("quantizer", [ActivationInt8(), None])
+@pytest.mark.parametrize("granularity", ["channel", 64])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_joint_products(rows, granularity, quantizer, rng):
+    """One operation gives what one product after another does, and so does its gradient."""
+    weights = [make_packed(rng, 260, n, 2, granularity)[1] for n in (33, 100, 7)]
+    x, first, last = (rng.normal(size=size).astype("float32") for size in ((rows, 260), 33, 7))
+
+    def joint(x, last):
+        biases = [ops.convert_to_tensor(first), None, last]
+        return kernels.select.TABLES[BACKEND][0].run_joint(x, weights, quantizer, biases)
+
+    def apart(x, last):
+        with kernels.use_kernel("cuda"):
+            return [
+                bit_matmul(x, weight, quantizer, bias)
+                for weight, bias in zip(weights, [first, None, last], strict=True)
+            ]
+
+    def of(multiply):
+        def loss(x, last):
+            return sum(ops.sum(ops.square(y)) for y in multiply(x, last))
+
+        tensors = [ops.convert_to_tensor(v) for v in (x, last)]
+        return [
+            *map(to_numpy, multiply(*tensors)),
+            gradient(lambda v: loss(v, tensors[1]), x),
+            gradient(lambda v: loss(tensors[0], v), last),
+        ]
+
+    for y, wanted in zip(of(joint), of(apart), strict=True):
+        assert relative_error(y, wanted) < 5e-6
+
+
 @pytest.mark.parametrize("quantizer", ["int8", None])
 def test_layer_runs_the_kernel_by_itself(quantizer, rng, monkeypatch):
     layer = packed_layer(rng, activation_quantizer=quantizer)

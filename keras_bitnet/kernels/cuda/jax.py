@@ -11,7 +11,14 @@ from keras_bitnet.kernels import cuda
 from keras_bitnet.kernels.cpu import DTYPES, Activations
 from keras_bitnet.kernels.cuda import library
 from keras_bitnet.kernels.jax import NATIVE
-from keras_bitnet.kernels.jax_calls import Place, ffi_matmul, matmul, registration_error, result
+from keras_bitnet.kernels.jax_calls import (
+    Place,
+    ffi_matmul,
+    joint_matmul,
+    matmul,
+    registration_error,
+    result,
+)
 from keras_bitnet.kernels.select import REFERENCE, Kernel, Problem
 
 TARGET = "keras_bitnet_matmul_cuda"
@@ -56,12 +63,19 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None):
     return matmul(PLACE, x, packed, activation_quantizer, bias, activation_scale)
 
 
-def _ffi_call(facts, x, weights, x_scale):
-    (facts,) = facts
-    y = result(facts, x)
-    workspace = jax.ShapeDtypeStruct((_workspace(facts, y),), jnp.uint8)
-    size = np.int64(facts.out_features)
-    return ffi_matmul(TARGET, (y, workspace), facts, x, weights, x_scale, out_features=size)[:1]
+def run_joint(x, packed, activation_quantizer, biases):
+    """As `keras_bitnet.ops.joint_bit_matmul`, for weights that are alike."""
+    if len(packed) > library.MAX_JOINT:
+        return None
+    for device in devices()[0]:
+        library.load(device, packed[0].bits)
+    return joint_matmul(PLACE, x, packed, activation_quantizer, biases)
+
+
+def _ffi_call(facts, x, *operands):
+    first, results = facts[0], [result(own, x) for own in facts]
+    workspace = jax.ShapeDtypeStruct((_workspace(first, results[0]),), jnp.uint8)
+    return tuple(ffi_matmul(TARGET, (*results, workspace), first, x, *operands)[:-1])
 
 
 def _workspace(facts, y):
@@ -87,4 +101,4 @@ def _elsewhere(facts, x, tiles, scale, bias, x_scale):
 
 
 PLACE = Place("cuda", _ffi_call, _elsewhere)
-CUDA = Kernel(cuda.NAME, refuse, run)
+CUDA = Kernel(cuda.NAME, refuse, run, run_joint=run_joint)

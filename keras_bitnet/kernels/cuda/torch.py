@@ -180,4 +180,4 @@ for _weights in _NAMES:
         functools.partial(torch_operators.matmul_context, weights=_weights),
     )
 
-CUDA = Kernel(cuda.NAME, refuse, run)
+CUDA = Kernel(cuda.NAME, refuse, run, run_joint=run_joint)
