@@ -16,7 +16,7 @@ from test_native_adapters import make_packed, packed_layer
 from keras_bitnet import kernels
 from keras_bitnet.kernels import native
 from keras_bitnet.kernels import torch as _registers_the_operator  # noqa: F401
-from keras_bitnet.layers import BitConv2D
+from keras_bitnet.layers import BitConv2D, BitFeedForward, BitGroupedQueryAttention
 from keras_bitnet.ops import bit_matmul, joint_bit_matmul
 from keras_bitnet.ops.window import Window
 from keras_bitnet.quantizers.activations import ActivationInt8
@@ -128,6 +128,30 @@ def test_joint_operators(count, rng):
         results = torch.compile(together, fullgraph=True, backend=backend)(x)
         assert all(map(torch.equal, results, together(x)))
     assert found == [f"keras_bitnet.bit_matmul_{count}.default"]
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_blocks_compile_to_joint_operators(use_bias):
+    x = torch.randn(2, 3, 64)
+    feed_forward = BitFeedForward(96, use_bias=use_bias, packed=True)
+    feed_forward.build(x.shape)
+    attention = BitGroupedQueryAttention(
+        16, 4, 2, use_bias=use_bias, flash_attention=False, packed=True
+    )
+    attention.build(x.shape, x.shape)
+    for function, weights in ((feed_forward, 2), (lambda x: attention(x, x), 3)):
+        found = []
+
+        def backend(graph, _, found=found):
+            found.extend(str(node.target) for node in graph.graph.nodes)
+            return graph
+
+        with torch.no_grad():
+            y = torch.compile(function, fullgraph=True, backend=backend)(x)
+            assert torch.equal(y, function(x))
+        products = [target for target in found if "bit_matmul" in target]
+        one, joint = (f"keras_bitnet.bit_matmul{i}.default" for i in ("", f"_{weights}"))
+        assert products == [joint, one]
 
 
 def test_opcheck_of_a_convolution(rng):

@@ -80,14 +80,15 @@ class BitEinsumDense(BitLayer):
         """Creates the weights for inputs of this shape."""
         axes = self._axes(len(input_shape))
         sizes = axes.sizes(input_shape, self.partial_output_shape, self.equation)
-        self._summed_shape = [sizes[a] for a in axes.summed]
-        self._added_shape = [sizes[a] for a in axes.added]
+        # Tuples: of lists Keras makes its own, which `torch.compile` does not take for shapes.
+        self._summed_shape = tuple(sizes[a] for a in axes.summed)
+        self._added_shape = tuple(sizes[a] for a in axes.added)
         if None in self._summed_shape + self._added_shape:
             raise ValueError(
                 f"The axes of the kernel of '{self.equation}' must be known. Received: "
                 f"input_shape={tuple(input_shape)}, output_shape={self.partial_output_shape}"
             )
-        self._kernel_order = [axes.kernel.index(a) for a in axes.summed + axes.added]
+        self._kernel_order = tuple(axes.kernel.index(a) for a in axes.summed + axes.added)
         self.build_kernel(
             math.prod(self._summed_shape),
             math.prod(self._added_shape),
