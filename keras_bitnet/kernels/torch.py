@@ -10,33 +10,30 @@ from keras import ops
 
 from keras_bitnet.kernels import cpu, native, torch_operators
 from keras_bitnet.kernels.select import Kernel
-from keras_bitnet.kernels.torch_operators import DTYPES, missing
+from keras_bitnet.kernels.torch_operators import DTYPES, matmul_operands, matmul_schema, missing
 from keras_bitnet.ops.packed_tensor import PackedTensor
 from keras_bitnet.ops.window import Window
 
 
-def _operands(weights):
-    """What an operator takes that multiplies the same activations by so many weights."""
-    ends = [""] if weights == 1 else [f"_{i}" for i in range(weights)]
-    tensors = "".join(f"Tensor tiles{i}, Tensor scale{i}, Tensor bias{i}, " for i in ends)
-    sizes = "".join(f"int out_features{i}, " for i in ends)
+def _schema(weights, more=""):
+    """What an operator takes that multiplies the same activations by so many weights, and gives."""
+    tensors, sizes, results = matmul_schema(weights, "Tensor")
     return (
         f"(Tensor x, {tensors}Tensor x_scale, Tensor gain, {sizes}int bits, int trits, "
         "int group_size, int activation_bits, bool per_tensor, float offset, float epsilon, "
-        "float norm_epsilon"
+        f"float norm_epsilon{more}) -> {results}"
     )
 
 
 _WINDOW = ", int axes, int padding" + "".join(
     f", int {name}_{axis}" for name in ("size", "stride", "dilation") for axis in range(3)
 )
-# Operators of the library: what they take, and of how many weights. That of a convolution takes a
-# window too.
-_SCHEMAS = {
-    "bit_matmul": (f"{_operands(1)}) -> Tensor", 1),
-    "bit_matmul_2": (f"{_operands(2)}) -> (Tensor, Tensor)", 2),
-    "bit_matmul_3": (f"{_operands(3)}) -> (Tensor, Tensor, Tensor)", 3),
-    "bit_conv": (f"{_operands(1)}{_WINDOW}) -> Tensor", 1),
+# Operators of the library by name: what they take, and of how many weights.
+_OPERATORS = {
+    "bit_matmul": (_schema(1), 1),
+    "bit_matmul_2": (_schema(2), 2),
+    "bit_matmul_3": (_schema(3), 3),
+    "bit_conv": (_schema(1, _WINDOW), 1),
 }
 
 
@@ -97,32 +94,20 @@ def _contiguous(array):
     return tensor.contiguous()
 
 
-def _parts(operands, weights):
-    """The operands of an operator: x, `(tiles, scale, bias)` of each weight, the other two tensors,
-    outputs of each weight, and the other numbers.
-    """
-    x, *others = operands
-    tensors = [others[3 * i : 3 * i + 3] for i in range(weights)]
-    others = others[3 * weights :]
-    return x, tensors, others[:2], others[2 : 2 + weights], others[2 + weights :]
-
-
 def _setup_context(ctx, inputs, output, weights):
-    x, tensors, (_, gain), sizes, numbers = _parts(inputs, weights)
+    x, tensors, (_, gain), sizes, numbers = matmul_operands(inputs, weights, shared=2)
     bits, trits, group_size, _, _, offset, _, ctx.norm_epsilon, *window = numbers
     ctx.window = Window.of_numbers(window) if window else None
     ctx.has_bias, ctx.has_gain = [bias.shape[0] > 0 for *_, bias in tensors], gain.shape[0] > 0
     saved = (x, gain) if ctx.has_gain else (x,) if window else ()
-    ctx.save_for_backward(
-        *(tensor for tiles, scale, _ in tensors for tensor in (tiles, scale)), *saved
-    )
+    ctx.save_for_backward(*(tensor for weight in tensors for tensor in weight[:2]), *saved)
     layout = "trits" if trits else "tiles"
     in_features = x.shape[-1] * (ctx.window.count if window else 1)
     ctx.facts = [(offset, bits, in_features, n, group_size or None, layout) for n in sizes]
 
 
 def _backward(ctx, *dys):
-    *saved, weights = *ctx.saved_tensors, len(dys)
+    saved, weights = ctx.saved_tensors, len(dys)
     others = saved[2 * weights :]
     dx, dweights = None, []
     with keras.device("cpu"):  # where the operator ran, whatever Keras's default device
@@ -142,7 +127,7 @@ def _backward(ctx, *dys):
 
 def _run_through_ctypes(*operands, weights):
     """The operators for a PyTorch without the stable C functions that the library needs."""
-    x, tensors, (x_scale, gain), sizes, numbers = _parts(operands, weights)
+    x, tensors, (x_scale, gain), sizes, numbers = matmul_operands(operands, weights, shared=2)
     bits, trits, group_size, activation_bits, per_tensor, offset, epsilon, norm_epsilon, *window = (
         numbers
     )
@@ -183,7 +168,7 @@ def _run_through_ctypes(*operands, weights):
 
 
 def _fake(*operands, weights):
-    x, _, _, sizes, numbers = _parts(operands, weights)
+    x, _, _, sizes, numbers = matmul_operands(operands, weights, shared=2)
     results = _empty_results(x, sizes, Window.of_numbers(numbers[8:]) if numbers[8:] else None)
     return results if weights > 1 else results[0]
 
@@ -198,7 +183,7 @@ def _define(library):
     library.kbn_run_limited.restype = ctypes.c_char_p
     register = getattr(library, "kbn_torch_register", None)  # not built on Windows
     registered = register is not None and register() == 0
-    for name, (schema, weights) in _SCHEMAS.items():
+    for name, (schema, weights) in _OPERATORS.items():
         operator, of_weights = f"keras_bitnet::{name}", {"weights": weights}
         if not registered:
             torch_operators.library.define(name + schema)

@@ -40,18 +40,41 @@ def fake_like(x, *others):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def matmul_operands(operands, weights):
-    """The operands of an operator that multiplies the same activations by so many packed weights.
+def matmul_schema(weights, bias):
+    """What the schema of an operator that multiplies by so many packed weights says of each.
+
+    Args:
+        weights: How many.
+        bias: The type of a bias, `"Tensor"` or `"Tensor?"`.
 
     Returns:
-        `(x, tensors, x_scale, sizes, numbers)`: `(tiles, scale, bias)` of each weight, outputs of
-        each weight, and what they share: bits, group_size, activation_bits, per_tensor, offset,
-        epsilon.
+        `(tensors, sizes, results)`: tiles, scales and biases, and numbers of outputs, both with a
+        comma at the end.
+    """
+    ends = [""] if weights == 1 else [f"_{i}" for i in range(weights)]
+    tensors = "".join(f"Tensor tiles{i}, Tensor scale{i}, {bias} bias{i}, " for i in ends)
+    sizes = "".join(f"int out_features{i}, " for i in ends)
+    results = "Tensor" if weights == 1 else f"({', '.join(['Tensor'] * weights)})"
+    return tensors, sizes, results
+
+
+def matmul_operands(operands, weights, shared=1):
+    """The operands of such an operator.
+
+    Args:
+        operands: All of them.
+        weights: How many weights.
+        shared: How many tensors follow those of the weights.
+
+    Returns:
+        `(x, tensors, others, sizes, numbers)`: `(tiles, scale, bias)` of each weight, the tensors
+        that follow, outputs of each weight, and the numbers that all share.
     """
     x, *others = operands
     tensors = [others[3 * i : 3 * i + 3] for i in range(weights)]
-    x_scale, *numbers = others[3 * weights :]
-    return x, tensors, x_scale, numbers[:weights], numbers[weights:]
+    others = others[3 * weights :]
+    end = shared + weights
+    return x, tensors, others[:shared], others[shared:end], others[end:]
 
 
 def fake_matmul(*operands, weights=1):

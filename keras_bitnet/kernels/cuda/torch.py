@@ -19,10 +19,7 @@ _NAMES = {1: "bit_matmul_cuda"} | {
 
 
 def _schema(weights):
-    ends = [""] if weights == 1 else [f"_{i}" for i in range(weights)]
-    tensors = "".join(f"Tensor tiles{i}, Tensor scale{i}, Tensor? bias{i}, " for i in ends)
-    sizes = "".join(f"int out_features{i}, " for i in ends)
-    results = "Tensor" if weights == 1 else f"({', '.join(['Tensor'] * weights)})"
+    tensors, sizes, results = torch_operators.matmul_schema(weights, "Tensor?")
     return (
         f"{_NAMES[weights]}(Tensor x, {tensors}Tensor? x_scale, {sizes}int bits, int group_size, "
         f"int activation_bits, bool per_tensor, float offset, float epsilon) -> {results}"
@@ -90,7 +87,7 @@ def _call(x, packed, activation_quantizer, biases, activation_scale=None):
 
 def _launch(*operands, weights=1, kernel=0):
     """The operators on CUDA; `kernel` forces a row of the launcher's table, for tests."""
-    x, tensors, x_scale, sizes, numbers = torch_operators.matmul_operands(operands, weights)
+    x, tensors, (x_scale,), sizes, numbers = torch_operators.matmul_operands(operands, weights)
     bits, group_size, activation_bits, per_tensor, offset, epsilon = numbers
     device, x = x.get_device(), x.contiguous()
     stream = torch.cuda.current_stream(device).cuda_stream
