@@ -1,5 +1,7 @@
 """The native CPU kernels for JAX: an XLA FFI call."""
 
+from typing import Any
+
 import numpy as np
 
 from keras_bitnet.kernels import cpu, native
@@ -37,7 +39,7 @@ def run_joint(x, packed, activation_quantizer, biases):
 
 def _ffi_call(facts, x, *operands):
     first, results = facts[0], tuple(result(own, x) for own in facts)
-    attributes = {"trits": np.int64(first.layout == "trits")}
+    attributes: dict[str, Any] = {"trits": np.int64(first.layout == "trits")}
     if first.window is not None:
         attributes["window"] = np.array(first.window.numbers, np.int64)
     return tuple(ffi_matmul(TARGET, results, first, x, *operands, **attributes))

@@ -119,9 +119,9 @@ def _gradient(op, *dys):
     offset, bits, group_size = map(op.get_attr, ("offset", "bits", "group_size"))
     layout = "trits" if op.get_attr("trits") else "tiles"
     dx, dbiases, dgain = None, [], None
-    for dy, *tensors, bias in zip(dys, tiles, scales, biases, strict=True):
+    for dy, codes, scale, bias in zip(dys, tiles, scales, biases, strict=True):
         facts = offset, bits, in_features, bias.shape[0], group_size or None, layout
-        own, dbias = cpu.gradients(dy, PackedTensor(*tensors, *facts))
+        own, dbias = cpu.gradients(dy, PackedTensor(codes, scale, *facts))
         dx = own if dx is None else dx + own
         dbiases.append(dbias)
     if gain.shape[0] != 0:

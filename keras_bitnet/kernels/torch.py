@@ -115,7 +115,7 @@ def _backward(ctx, *dys):
             own, dbias = cpu.gradients(dy, PackedTensor(*saved[2 * i : 2 * i + 2], *ctx.facts[i]))
             dx = own if dx is None else dx + own
             dweights += [None, None, dbias if ctx.has_bias[i] else dbias.new_zeros(0)]
-        dgain = dx.new_zeros(0, dtype=torch.float32)
+        dgain = dys[0].new_zeros(0, dtype=torch.float32)
         if ctx.has_gain:
             x, gain = others
             x = x if ctx.window is None else ctx.window.patches(x)

@@ -30,8 +30,10 @@ def call_jointly(layers, x):
 
 def joint_product(layer, x):
     """What a layer's kernel makes of inputs `x` if that was computed with others', or `None`."""
-    inputs, products = getattr(_scope, "products", None) or (None, {})
-    return products.get(id(layer)) if x is inputs else None
+    found = getattr(_scope, "products", None)
+    if found is None or found[0] is not x:
+        return None
+    return found[1].get(id(layer))
 
 
 def _products(layers, x):

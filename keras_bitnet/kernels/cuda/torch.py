@@ -92,7 +92,8 @@ def _launch(*operands, weights=1, kernel=0):
     device, x = x.get_device(), x.contiguous()
     stream = torch.cuda.current_stream(device).cuda_stream
     rows, in_features = math.prod(x.shape[:-1]), x.shape[-1]
-    results, structs, kept = [], [], []
+    results, structs = [], []
+    kept: list = []  # until the launch
     for (tiles, scale, bias), size in zip(tensors, sizes, strict=True):
         tiles, scale = _aligned(tiles), scale.contiguous()
         bias = None if bias is None else bias.contiguous()
