@@ -1,6 +1,8 @@
 """What the native CPU rows of the three backends share; each adds its own way into the library."""
 
 import dataclasses
+import functools
+import operator
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -193,22 +195,28 @@ class Facts(NamedTuple):
         return Activations.of(self.quantizer).per_tensor
 
 
-def gradients(dy, packed):
-    """The straight-through gradients of the matmul, those that autodiff gives the reference.
+def gradients(dys, packed):
+    """The straight-through gradients of matmuls of the same activations, those that autodiff gives
+    the reference.
 
-        dx = dy @ dequantize(packed)^T,   dbias = sum over rows of dy
+        dx = sum over weights of dy @ dequantize(packed)^T,   dbias = sum over rows of dy
 
     Args:
-        dy: Float tensor `(..., out_features)`.
-        packed: `PackedTensor`; its codes and scale are constants here.
+        dys: Float tensors `(..., out_features)`, one for each weight.
+        packed: `PackedTensor`s; their codes and scales are constants here.
 
     Returns:
-        `(dx, dbias)`: `(..., in_features)` of the dtype of `dy`, `float32 (out_features,)`.
+        `(dx, dbiases)`: `(..., in_features)` of the dtype of `dys`, a list of
+        `float32 (out_features,)`.
     """
-    dtype = dy.dtype
-    dy = ops.cast(dy, "float32")
-    dx = ops.matmul(dy, ops.transpose(packed.dequantize()))
-    return ops.cast(dx, dtype), ops.sum(dy, axis=tuple(range(len(dy.shape) - 1)))
+    parts, dbiases = [], []
+    for dy, weight in zip(dys, packed, strict=True):
+        dtype = dy.dtype
+        dy = ops.cast(dy, "float32")
+        dx = ops.matmul(dy, ops.transpose(weight.dequantize()))
+        parts.append(ops.cast(dx, dtype))
+        dbiases.append(ops.sum(dy, axis=tuple(range(len(dy.shape) - 1))))
+    return functools.reduce(operator.add, parts), dbiases
 
 
 def norm_gradients(dy, x, gain, epsilon):

@@ -89,10 +89,10 @@ def _forward(place, facts, x, *others):
 
 def _backward(place, facts, operands, dys):
     images, weights, x_scale = operands
-    dx, dweights = None, []
-    for own, (tiles, scale, bias), dy in zip(facts, weights, dys, strict=True):
-        part, dbias = gradients(dy, own.packed(tiles, scale))
-        dx = part if dx is None else dx + part
+    packed = [own.packed(*weight[:2]) for own, weight in zip(facts, weights, strict=True)]
+    dx, dbiases = gradients(dys, packed)
+    dweights = []
+    for (tiles, scale, bias), dbias in zip(weights, dbiases, strict=True):
         no_gradient = np.zeros(tiles.shape, jax.dtypes.float0)
         dweights.append((no_gradient, jnp.zeros_like(scale), None if bias is None else dbias))
     if images is not None:

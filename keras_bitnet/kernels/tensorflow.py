@@ -118,12 +118,12 @@ def _gradient(op, *dys):
     in_features = x.shape[-1] * (1 if window is None else window.count)
     offset, bits, group_size = map(op.get_attr, ("offset", "bits", "group_size"))
     layout = "trits" if op.get_attr("trits") else "tiles"
-    dx, dbiases, dgain = None, [], None
-    for dy, codes, scale, bias in zip(dys, tiles, scales, biases, strict=True):
-        facts = offset, bits, in_features, bias.shape[0], group_size or None, layout
-        own, dbias = cpu.gradients(dy, PackedTensor(codes, scale, *facts))
-        dx = own if dx is None else dx + own
-        dbiases.append(dbias)
+    packed = [
+        PackedTensor(codes, scale, offset, bits, in_features, size, group_size or None, layout)
+        for codes, scale, size in zip(tiles, scales, (b.shape[0] for b in biases), strict=True)
+    ]
+    dx, dbiases = cpu.gradients(dys, packed)
+    dgain = None
     if gain.shape[0] != 0:
         rows = x if window is None else window.patches(x)
         dx, dgain = cpu.norm_gradients(dx, rows, gain, op.get_attr("norm_epsilon"))

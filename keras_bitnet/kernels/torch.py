@@ -10,8 +10,13 @@ from keras import ops
 
 from keras_bitnet.kernels import cpu, native, torch_operators
 from keras_bitnet.kernels.select import Kernel
-from keras_bitnet.kernels.torch_operators import DTYPES, matmul_operands, matmul_schema, missing
-from keras_bitnet.ops.packed_tensor import PackedTensor
+from keras_bitnet.kernels.torch_operators import (
+    DTYPES,
+    matmul_operands,
+    matmul_schema,
+    missing,
+    saved_weights,
+)
 from keras_bitnet.ops.window import Window
 
 
@@ -108,13 +113,11 @@ def _setup_context(ctx, inputs, output, weights):
 
 def _backward(ctx, *dys):
     saved, weights = ctx.saved_tensors, len(dys)
-    others = saved[2 * weights :]
-    dx, dweights = None, []
+    others, dweights = saved[2 * weights :], []
     with keras.device("cpu"):  # where the operator ran, whatever Keras's default device
-        for i, dy in enumerate(dys):
-            own, dbias = cpu.gradients(dy, PackedTensor(*saved[2 * i : 2 * i + 2], *ctx.facts[i]))
-            dx = own if dx is None else dx + own
-            dweights += [None, None, dbias if ctx.has_bias[i] else dbias.new_zeros(0)]
+        dx, dbiases = cpu.gradients(dys, saved_weights(ctx))
+        for dbias, given in zip(dbiases, ctx.has_bias, strict=True):
+            dweights += [None, None, dbias if given else dbias.new_zeros(0)]
         dgain = dys[0].new_zeros(0, dtype=torch.float32)
         if ctx.has_gain:
             x, gain = others

@@ -95,14 +95,18 @@ def matmul_context(ctx, inputs, output, weights=1):
 
 def matmul_gradient(ctx, *dys):
     """The gradient of such an operator with respect to activations and biases."""
-    dx, dweights = None, []
+    dweights = []
     with keras.device(str(dys[0].device)):  # where it ran, whatever Keras's default device
-        for i, dy in enumerate(dys):
-            packed = PackedTensor(*ctx.saved_tensors[2 * i : 2 * i + 2], *ctx.facts[i])
-            own, dbias = gradients(dy, packed)
-            dx = own if dx is None else dx + own
-            dweights += [None, None, dbias if ctx.has_bias[i] else None]
+        dx, dbiases = gradients(dys, saved_weights(ctx))
+    for dbias, given in zip(dbiases, ctx.has_bias, strict=True):
+        dweights += [None, None, dbias if given else None]
     return dx, *dweights, *[None] * (len(dys) + 7)
+
+
+def saved_weights(ctx):
+    """The `PackedTensor`s of the tiles and scales that a context saved first, by its `facts`."""
+    saved = ctx.saved_tensors
+    return [PackedTensor(*saved[2 * i : 2 * i + 2], *facts) for i, facts in enumerate(ctx.facts)]
 
 
 def pointer(tensor):

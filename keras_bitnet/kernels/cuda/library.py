@@ -7,7 +7,7 @@ import threading
 
 from keras_bitnet.kernels import cuda
 from keras_bitnet.kernels.cuda import compiler
-from keras_bitnet.kernels.native import find_built
+from keras_bitnet.kernels.native import find_built, joint_struct
 
 _ABI_VERSION = 6
 _lock = threading.Lock()
@@ -41,18 +41,7 @@ class MatmulStruct(ctypes.Structure):
 
 
 MAX_JOINT = 4  # products of a joint one
-
-
-class JointStruct(ctypes.Structure):
-    """`kbc_joint` of `src/shim.h`: products of the same activations."""
-
-    _fields_ = (("count", ctypes.c_int32), ("matmuls", ctypes.POINTER(MatmulStruct) * MAX_JOINT))
-
-    @classmethod
-    def of(cls, structs):
-        """Points to `MatmulStruct`s, which the result keeps alive."""
-        pointers = (ctypes.pointer(struct) for struct in structs)
-        return cls(len(structs), (ctypes.POINTER(MatmulStruct) * MAX_JOINT)(*pointers))
+JointStruct = joint_struct(MatmulStruct, MAX_JOINT)  # `kbc_joint` of `src/shim.h`
 
 
 # Values of `weights`: who may still be writing the tiles.

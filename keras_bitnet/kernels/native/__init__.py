@@ -70,19 +70,23 @@ class MatmulStruct(ctypes.Structure):
     )
 
 
+def joint_struct(matmul, most):
+    """The structure of up to `most` matmuls of the same activations, each a structure `matmul`."""
+    pointers = ctypes.POINTER(matmul) * most
+
+    class JointStruct(ctypes.Structure):
+        _fields_ = (("count", ctypes.c_int32), ("matmuls", pointers))
+
+        @classmethod
+        def of(cls, structs):
+            """Points to structs, which the result keeps alive."""
+            return cls(len(structs), pointers(*map(ctypes.pointer, structs)))
+
+    return JointStruct
+
+
 MAX_JOINT = 8  # matmuls of a joint one
-
-
-class JointStruct(ctypes.Structure):
-    """`kbn_joint` of `src/bitnet.h`: what of these `MatmulStruct`s is alike is computed once."""
-
-    _fields_ = (("count", ctypes.c_int32), ("matmuls", ctypes.POINTER(MatmulStruct) * MAX_JOINT))
-
-    @classmethod
-    def of(cls, structs):
-        """Points to structs, which the result keeps alive."""
-        pointers = (ctypes.pointer(struct) for struct in structs)
-        return cls(len(structs), (ctypes.POINTER(MatmulStruct) * MAX_JOINT)(*pointers))
+JointStruct = joint_struct(MatmulStruct, MAX_JOINT)  # `kbn_joint` of `src/bitnet.h`
 
 
 def library_path(name="libbitnet"):
