@@ -1,4 +1,4 @@
-"""The CUDA kernels under JAX's transformations."""
+"""The CUDA kernels under JAX's transformations: products and norms."""
 
 import pytest
 from helpers import BACKEND, relative_error
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from test_native_adapters import make_packed
 
 from keras_bitnet import kernels
-from keras_bitnet.kernels.cuda import library
+from keras_bitnet.kernels import norm
+from keras_bitnet.kernels.cuda import jax_norm, library
 from keras_bitnet.ops import bit_matmul
 from keras_bitnet.quantizers.activations import ActivationInt8
 
@@ -102,6 +103,57 @@ def test_scan_over_stacked_weights(rng):
         return jax.jit(lambda x, tiles: jax.lax.scan(turn, x, tiles)[0])(x, tiles)
 
     assert relative_error(run("cuda"), run("reference")) < 1e-3
+
+
+def norm_by(name):
+    def function(x, gain):
+        with kernels.use_kernel(name):
+            return norm.rms_norm(x, gain, 1e-5)
+
+    return function
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transformations_of_a_norm(name, rng):
+    x = jnp.asarray(rng.normal(size=(4, 5, 128)).astype("float32"))
+    gain = jnp.asarray(rng.normal(size=128).astype("float32"))
+    transform = TRANSFORMED[name]
+    same(transform(norm_by("cuda"))(x, gain), transform(norm_by("reference"))(x, gain))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_norms_between_products_in_a_command_buffer(rows, functions, rng):
+    # A launch may start before the kernel before it ends; it must not read its rows too early.
+    x = jnp.asarray(rng.normal(size=(rows, 128)).astype("float32"))
+    gain = jnp.asarray(rng.normal(size=128).astype("float32"))
+
+    def chain(product, normalize):
+        def apply(x):
+            for _ in range(12):
+                x = product(normalize(x, gain))
+            return x
+
+        return jax.jit(apply)
+
+    ours, reference = (
+        chain(functions[0], norm_by("cuda")),
+        chain(functions[1], norm_by("reference")),
+    )
+    assert jax_norm.TARGET in ours.lower(x).compile().as_text()
+    for i in range(6):
+        v = x * (1 + i)
+        assert relative_error(ours(v), reference(v)) < 1e-2
+
+
+def test_refusals_of_norms(rng):
+    x, gain = jnp.ones((3, 20)), jnp.ones(20)
+
+    def reason(x):
+        return jax_norm.refuse(norm.Norm.of(x, gain))
+
+    assert reason(x) is None
+    assert "int32" in reason(x.astype("int32"))
+    assert "not on a CUDA device" in reason(jax.device_put(x, jax.devices("cpu")[0]))
 
 
 def test_on_the_cpu_the_kernel_of_the_cpu_runs(functions, rng):

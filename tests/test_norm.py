@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.skipif(native.library() is None, reason=str(native.reason())),
     pytest.mark.usefixtures("on_cpu"),
 ]
-HAS_ROW = BACKEND in norm.TABLES
+HAS_ROW = any(row.name == "native" for row in norm.TABLES[BACKEND])
 TOLERANCE = {"float32": 1e-6, "bfloat16": 8e-3, "float16": 1e-3}
 
 

@@ -1,8 +1,8 @@
 """Which kernel computes a root mean square norm, and why: tables as in `select`.
 
-One operator takes the place of six to ten of a framework on a CPU, and on a GPU of one that lets no
-other start early: where a token is decoded they cost more than the numbers do. XLA makes one of
-them by itself.
+One operator takes the place of six to ten of a framework on a CPU, and on a GPU of one or two that
+let no other start early: where a token is decoded they cost more than the numbers do. XLA makes one
+of them by itself on a CPU.
 """
 
 import dataclasses
@@ -21,11 +21,13 @@ class Norm:
         dtype: Dtype of the numbers.
         gradient: Whether PyTorch records the operation for a gradient.
         device: Where the numbers are, or `None` when not known.
+        static_shape: Whether the shape of the numbers is known while tracing.
     """
 
     dtype: str
     gradient: bool
     device: str | None
+    static_shape: bool = True
 
     @classmethod
     def of(cls, x, scale):
@@ -35,7 +37,9 @@ class Norm:
             import torch
 
             gradient = torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)
-        return cls(keras.backend.standardize_dtype(x.dtype), gradient, select.device_of(x))
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        static = all(isinstance(size, int) for size in x.shape)
+        return cls(dtype, gradient, select.device_of(x), static)
 
 
 def rms_norm(x, scale, epsilon):
@@ -54,6 +58,12 @@ def rms_norm(x, scale, epsilon):
     # What is forced is the kernel of the products: a norm that needs a gradient is no error.
     row = select.first_or_forced(table, Norm.of(x, scale), strict=False)
     return row.run(x, scale, epsilon)
+
+
+def _jax_cuda():
+    from keras_bitnet.kernels.cuda import jax_norm
+
+    return jax_norm.CUDA
 
 
 def _torch_cuda():
@@ -81,6 +91,7 @@ def _reference(x, scale, epsilon):
 REFERENCE = select.Kernel("reference", lambda problem: None, _reference)
 
 TABLES: dict[str, tuple[select.Kernel, ...]] = {
+    "jax": (select.later("cuda", _jax_cuda), REFERENCE),
     "torch": (select.later("cuda", _torch_cuda), select.later("native", _torch), REFERENCE),
     "tensorflow": (select.later("native", _tensorflow), REFERENCE),
 }

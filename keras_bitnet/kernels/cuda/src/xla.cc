@@ -1,4 +1,4 @@
-// The product and the attention as XLA FFI handlers, for JAX. An empty operand means none.
+// The product, the norm and the attention as XLA FFI handlers, for JAX. An empty operand means none.
 #include <string.h>
 
 #include <string>
@@ -135,6 +135,26 @@ const char* describe(const CallFrame* frame, Joint* joint) {
   return nullptr;
 }
 
+// Operands x and gain; result y.
+const char* describe(const CallFrame* frame, kbc_norm* p) {
+  if (frame->arguments.size != 2 || frame->results.size != 1) return "wrong number of operands";
+  double epsilon;
+  if (!read(frame->attributes, "epsilon", kF64, &epsilon)) return "an attribute is missing";
+  const Buffer *x = frame->arguments.buffers[0], *gain = frame->arguments.buffers[1], *y = frame->results.buffers[0];
+  if (x->rank < 1) return "wrong rank of an operand";
+  p->features = x->dims[x->rank - 1];
+  if (p->features < 1) return "a size is out of range";
+  p->rows = size(x) / p->features;
+  p->dtype = dtype_of(x);
+  p->epsilon = static_cast<float>(epsilon);
+  if (size(gain) != p->features || size(y) != size(x)) return "wrong shape of an operand";
+  if (gain->dtype != kF32 || y->dtype != x->dtype) return "wrong dtype of an operand";
+  p->x = x->data;
+  p->gain = gain->data;
+  p->y = y->data;
+  return nullptr;
+}
+
 // Operands query, key, value, cosines, sines, mask, index and the two or, of int8, four tensors of the
 // cache; results y and those tensors again, in the same memory.
 const char* describe(const CallFrame* frame, kbc_attention* p) {
@@ -217,4 +237,5 @@ void* handle(CallFrame* frame, const char* (*run)(const Problem*, int, void*)) {
 }  // namespace
 
 KBC_API void* kbc_xla_matmul(CallFrame* frame) { return handle(frame, run); }
+KBC_API void* kbc_xla_norm(CallFrame* frame) { return handle(frame, kbc_run_norm); }
 KBC_API void* kbc_xla_attention(CallFrame* frame) { return handle(frame, kbc_run_attention); }
