@@ -6,7 +6,7 @@ from keras import ops
 from test_models import make_model
 
 import keras_bitnet
-from keras_bitnet.models import Sampler, compiled
+from keras_bitnet.models import Sampler, compiled, generation
 from keras_bitnet.models.sampling import argmax
 
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2], [6]]
@@ -62,6 +62,20 @@ def test_stop_tokens_end_sequences(model):
     assert model.generate(PROMPTS, max_new_tokens=8, strip_prompt=True, stop_tokens=stop) == cut
     steps = list(model.stream(PROMPTS, max_new_tokens=8, stop_tokens=[stop]))
     assert [[s[i] for s in steps if s[i] is not None] for i in range(3)] == cut
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="a call gives one token")
+def test_several_tokens_of_a_call(model, monkeypatch):
+    monkeypatch.setattr(generation, "_steps", lambda: 1)
+    options = {"temperature": 0.9, "seed": 3, "strip_prompt": True}
+    wanted = model.generate(PROMPTS, max_new_tokens=10, **options)
+    monkeypatch.setattr(generation, "_steps", lambda: generation.STEPS)
+    for count in (1, 2, 5, 6, 10):
+        rows = model.generate(PROMPTS, max_new_tokens=count, **options)
+        assert rows == [row[:count] for row in wanted]
+    stop = wanted[0][2]
+    cut = [row[: row.index(stop) + 1] if stop in row else row for row in wanted]
+    assert model.generate(PROMPTS, max_new_tokens=10, stop_tokens=stop, **options) == cut
 
 
 def test_int8_cache_is_close(model):

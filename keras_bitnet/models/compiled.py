@@ -54,7 +54,7 @@ def read_weights(model):
 
 def is_asynchronous(tensor):
     """Whether a program that gives this tensor returns before it is there: more can be queued."""
-    return BACKEND == "jax" or (BACKEND == "torch" and _on_gpu(tensor))
+    return BACKEND == "jax" or (BACKEND == "torch" and is_on_gpu(tensor))
 
 
 def start_copy(tensor):
@@ -70,7 +70,7 @@ def start_copy(tensor):
         copy = ops.copy(tensor)
         copy.copy_to_host_async()
         return functools.partial(ops.convert_to_numpy, copy)
-    if BACKEND == "torch" and _on_gpu(tensor):
+    if BACKEND == "torch" and is_on_gpu(tensor):
         return _torch_copy(tensor)
     copy = ops.convert_to_numpy(ops.copy(tensor))
     return lambda: copy
@@ -91,7 +91,10 @@ def _torch_copy(tensor):
     return wait
 
 
-def _on_gpu(tensor):
+def is_on_gpu(tensor):
+    """Whether a tensor of JAX or PyTorch lies on a CUDA device."""
+    if BACKEND == "jax":
+        return all(device.platform == "gpu" for device in tensor.devices())
     return tensor.device.type == "cuda"
 
 
@@ -245,7 +248,7 @@ class _Torch(_Recorded):
         _drop_empty_conversions(step.graph)
         if not self.repeated:
             return functools.partial(_run_as_it_is, step)
-        return _CudaGraph(step, leaves, inputs) if _on_gpu(leaves[0]) else step
+        return _CudaGraph(step, leaves, inputs) if is_on_gpu(leaves[0]) else step
 
 
 def _drop_empty_conversions(graph):

@@ -1,6 +1,7 @@
-"""Generation of text: prompts in, tokens out, one compiled program a token."""
+"""Generation of text: prompts in, tokens out, one compiled program a token, or a few of them."""
 
 import functools
+import itertools
 import operator
 
 import keras
@@ -10,6 +11,8 @@ from keras import ops
 from keras_bitnet.checks import check_count
 from keras_bitnet.models import beam, compiled
 from keras_bitnet.models.sampling import Sampler
+
+STEPS = 4  # of a call of `several_tokens`
 
 
 class Generation(keras.Model):
@@ -83,27 +86,34 @@ class Generation(keras.Model):
 
     def _tokens(self, request):
         """Yields a list of one token for each sequence, `None` for those that have ended."""
-        padding, uniform = (ops.convert_to_tensor(x) for x in (request.padding, request.uniform()))
-        prefill, step = self.programs(first_tokens, next_tokens, request.sampler)
-        cache = self.backbone.make_cache(
-            len(request.prompts), request.cache_length, request.cache_dtype
-        )
-        _, state = prefill({"cache": cache}, request.tokens, padding, uniform)
         active = [True] * len(request.prompts)
-        for i in range(request.new_tokens):
-            tokens, last = compiled.start_copy(state["tokens"]), i + 1 == request.new_tokens
-            ahead = not last and compiled.is_asynchronous(state["tokens"])
-            if ahead:
-                _, state = step(state, padding, uniform)
-            row = [int(t) for t in tokens()]
+        for row in itertools.islice(self._rows(request), request.new_tokens):
             yield [t if on else None for t, on in zip(row, active, strict=True)]
             active = [
                 on and t not in request.stop_tokens for t, on in zip(row, active, strict=True)
             ]
-            if last or not any(active):
+            if not any(active):
                 return
+
+    def _rows(self, request):
+        """Yields a list of the tokens of each place; where that saves time, a call ahead."""
+        padding, uniform = (ops.convert_to_tensor(x) for x in (request.padding, request.uniform()))
+        following = next_tokens if request.steps == 1 else several_tokens
+        prefill, step = self.programs(first_tokens, following, request.sampler)
+        cache = self.backbone.make_cache(
+            len(request.prompts), request.cache_length, request.cache_dtype
+        )
+        _, state = prefill({"cache": cache}, request.tokens, padding, uniform)
+        tokens = compiled.start_copy(state["tokens"])
+        ahead = compiled.is_asynchronous(state["tokens"])
+        for _ in range(request.calls):
+            if ahead:
+                chosen, state = step(state, padding, uniform)
+            yield from np.reshape(tokens(), (-1, len(request.prompts))).tolist()
             if not ahead:
-                _, state = step(state, padding, uniform)
+                chosen, state = step(state, padding, uniform)
+            tokens = compiled.start_copy(state["tokens"] if request.steps == 1 else chosen)
+        yield from np.reshape(tokens(), (-1, len(request.prompts))).tolist()
 
     def programs(self, first, following, *arguments):
         """Functions `(model, *arguments, state, *tensors)` of prompts and of each token after them.
@@ -157,6 +167,17 @@ def next_tokens(model, sampler, state, padding, uniform):
     return _chosen(model, sampler, x[:, 0], cache, index + 1, uniform)
 
 
+def several_tokens(model, sampler, state, padding, uniform):
+    """As `next_tokens`, `STEPS` times. Returns `(tokens, state)`, tokens `(STEPS, batch)`."""
+
+    def turn(state, _):
+        _, state = next_tokens(model, sampler, state, padding, uniform)
+        return state, state["tokens"]
+
+    state, tokens = ops.scan(turn, state, length=STEPS)
+    return tokens, state
+
+
 def _chosen(model, sampler, x, cache, index, uniform):
     tokens = sampler(model.backbone.logits(x), ops.take(uniform, index, axis=0))
     return (), {"cache": cache, "tokens": tokens, "index": index}
@@ -198,7 +219,10 @@ class Request:
         limit = model.backbone.max_sequence_length
         self.new_tokens = _new_tokens(longest, max_length, max_new_tokens, limit)
         start = longest if _takes_any_length() else _padded_length(longest)
-        self.cache_length = -(-(start + self.new_tokens) // 64) * 64  # so programs are reused
+        self.steps = _steps()
+        self.calls = -(-(self.new_tokens - 1) // self.steps)  # the prompt gives the first token
+        length = start + 1 + self.calls * self.steps
+        self.cache_length = -(-length // 64) * 64  # so programs are reused
         self.tokens = np.zeros((len(self.prompts), start), "int32")
         self.padding = np.array([start - len(prompt) for prompt in self.prompts], "int32")
         for row, prompt in zip(self.tokens, self.prompts, strict=True):
@@ -304,6 +328,13 @@ def _new_tokens(longest, max_length, max_new_tokens, limit):
             f"max_length={max_length}, max_new_tokens={max_new_tokens}"
         )
     return new
+
+
+def _steps():
+    """Tokens of a call. JAX takes longer to start a program of so many arrays than a GPU to run it
+    (decision 8), so it starts one for several tokens there.
+    """
+    return STEPS if compiled.BACKEND == "jax" and compiled.is_on_gpu(ops.zeros(1)) else 1
 
 
 def _takes_any_length():
