@@ -26,36 +26,47 @@ def cache(tmp_path, monkeypatch):
 
 
 @once
-@pytest.mark.parametrize(("bits", "name"), [(2, "sm_90a")])
-def test_sources_compile(bits, name):
+@pytest.mark.parametrize("part", compiler.PARTS)
+def test_sources_compile(part):
     if shutil.which("nvcc") is None:
         pytest.skip("there is no nvcc")
-    assert compiler._compile_with_nvcc(bits, name).startswith(b"\x7fELF")
+    assert compiler._compile_with_nvcc(2, "sm_90a", part).startswith(b"\x7fELF")
+
+
+@once
+def test_every_kernel_is_in_a_part():
+    source = (compiler.SOURCES / "bitnet.cu").read_text()
+    assert set(re.findall(r"#ifdef KBC_(\w+)", source)) == set(compiler.PARTS)
 
 
 def test_compiled_once_and_kept(cache, monkeypatch):
     compiled = []
 
-    def fake(bits, name):
-        compiled.append((bits, name))
-        return b"kernels"
+    def fake(bits, name, part):
+        compiled.append((bits, name, part))
+        return part.encode()
 
     monkeypatch.setattr(compiler, "_compile", fake)
     assert compiler.find(2, 90) is None
-    assert [compiler.cubin(2, 90) for _ in range(3)] == [b"kernels"] * 3
-    assert compiled == [(2, "sm_90a")]
-    assert compiler.find(2, 90).parent == cache
+    parts = list(compiler.PARTS)
+    for _ in range(3):
+        assert compiler.cubins(2, 90) == [part.encode() for part in parts]
+    assert sorted(compiled) == sorted((2, "sm_90a", part) for part in parts)
+    assert {path.parent for path in compiler.find(2, 90)} == {cache}
     assert compiler.find(4, 90) is None
+    compiler.find(2, 90)[3].unlink()
+    compiler.cubins(2, 90)
+    assert compiled[len(parts) :] == [(2, "sm_90a", parts[3])]
 
 
 def test_many_at_once_leave_one_whole_file(cache, monkeypatch):
     data = os.urandom(1 << 20)
-    monkeypatch.setattr(compiler, "_compile", lambda bits, name: data)
+    monkeypatch.setattr(compiler, "_compile", lambda *part: data)
     wrong = []
 
     def work():
         for _ in range(20):
-            wrong.append(compiler.cubin(2, 80) != data)
+            wrong.append(compiler.cubins(2, 80) != [data] * 4)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -63,26 +74,26 @@ def test_many_at_once_leave_one_whole_file(cache, monkeypatch):
     for thread in threads:
         thread.join()
     assert not any(wrong)
-    assert [path.suffix for path in cache.iterdir()] == [".cubin"]
+    assert [path.suffix for path in cache.iterdir()] == [".cubin"] * 4
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(compiler, "_compile", lambda bits, name: b"kernels")
-    assert compiler.cubin(2, 80) == b"kernels"
+    monkeypatch.setattr(compiler, "_compile", lambda *part: b"kernels")
+    assert compiler.cubins(2, 80) == [b"kernels"] * 4
 
 
 def test_files_of_other_sources_are_not_taken(cache, monkeypatch):
-    monkeypatch.setattr(compiler, "_compile", lambda bits, name: b"kernels")
-    compiler.cubin(2, 80)
+    monkeypatch.setattr(compiler, "_compile", lambda *part: b"kernels")
+    compiler.cubins(2, 80)
     monkeypatch.setattr(compiler, "_stamp", lambda: "other")
     assert compiler.find(2, 80) is None
 
 
 def test_an_architecture_runs_on_later_ones_of_its_generation(cache, monkeypatch):
-    monkeypatch.setattr(compiler, "_compile", lambda bits, name: b"kernels")
-    compiler.cubin(2, 80)
+    monkeypatch.setattr(compiler, "_compile", lambda *part: b"kernels")
+    compiler.cubins(2, 80)
     assert compiler.find(2, 89) == compiler.find(2, 80)
     assert compiler.find(2, 90) is None
 
@@ -92,9 +103,9 @@ def test_reasons(cache, monkeypatch):
     monkeypatch.setattr(compiler, "nvrtc", lambda: None)
     assert "compute capability 7.5" in compiler.reason(75)
     assert "nvidia-cuda-nvrtc" in compiler.reason(90)
-    monkeypatch.setattr(compiler, "_compile", lambda bits, name: b"kernels")
+    monkeypatch.setattr(compiler, "_compile", lambda *part: b"kernels")
     for bits in compiler.KINDS:
-        compiler.cubin(bits, 90)
+        compiler.cubins(bits, 90)
     assert compiler.reason(90) is None
 
 
@@ -181,10 +192,13 @@ def test_registers_of_wgmma_in_flight(bits, tmp_path):
     if None in tools:
         pytest.skip("there are no CUDA binary tools (nvcc, cuobjdump, nvdisasm)")
     path = tmp_path / "kernels.cubin"
-    path.write_bytes(compiler._compile_with_nvcc(bits, "sm_90a"))
-    listing = subprocess.run(
-        ["cuobjdump", "-sass", path], capture_output=True, text=True, check=True
-    ).stdout
+    listing = ""
+    for part in ("WGMMA", "WGMMA16"):
+        path.write_bytes(compiler._compile_with_nvcc(bits, "sm_90a", part))
+        run = subprocess.run(
+            ["cuobjdump", "-sass", path], capture_output=True, text=True, check=True
+        )
+        listing += run.stdout
     assert_no_register_is_overwritten(listing)
 
 

@@ -1,9 +1,11 @@
 """Compiles the CUDA sources: ahead of time with nvcc, else with NVRTC when a width is first used.
 
-A compiled file (cubin) holds the kernels of one width of weights, of training, of attention or of
-norms, for one architecture. It is named after the sources, so a file of other sources is never
-taken for it. It is looked for beside the package, then in the user's cache; what is compiled goes
-to the cache, whole or not at all, so that several processes may compile at once.
+A compiled file (cubin) holds a part of the kernels of one width of weights, or those of training,
+of attention or of norms, for one architecture. The parts of a width are compiled side by side, for
+one after another they take half a minute or more. A file is named after the sources, so one of
+other sources is never taken for it. It is looked for beside the package, then in the user's cache;
+what is compiled goes to the cache, whole or not at all, so that several processes may compile at
+once.
 
 This file imports nothing of the package: the build runs it as
 
@@ -11,6 +13,7 @@ This file imports nothing of the package: the build runs it as
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import ctypes
 import functools
@@ -31,6 +34,9 @@ WIDTHS = (1, 2, 4, 8)
 # They stand for a width where kernels are meant that have none.
 TRAINING, ATTENTION, NORM = 0, -1, -2
 KINDS = (*WIDTHS, TRAINING, ATTENTION, NORM)
+# What `bitnet.cu` is compiled for, one after another; the last ones are there on sm_90a only.
+PARTS = ("ROWS_F32", "ROWS_BF16", "ROWS_F16", "MMA", "WGMMA", "WGMMA16")
+_EVERYWHERE = PARTS[:4]
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 OLDEST = 80
 CACHE_VARIABLE = "KERAS_BITNET_CACHE"
@@ -42,10 +48,19 @@ class CompileError(RuntimeError):
     """The sources were not compiled; the text says why."""
 
 
-def _main(bits):
-    """The source of a kind of kernels, and the width that it is compiled for."""
+def parts(bits, name):
+    """What a kind of kernels is compiled in for an architecture: names of `PARTS`, or `"ALL"`."""
+    if bits not in WIDTHS:
+        return ("ALL",)
+    return PARTS if name == "sm_90a" else _EVERYWHERE
+
+
+def _source(bits, part):
+    """The source of a part of a kind of kernels, and the macros that it is compiled with."""
     names = {TRAINING: "training.cu", ATTENTION: "attention.cu", NORM: "norm.cu"}
-    return (names[bits], 8) if bits in names else ("bitnet.cu", bits)
+    if bits in names:
+        return names[bits], ("-DKBC_BITS=8",)
+    return "bitnet.cu", (f"-DKBC_BITS={bits}", f"-DKBC_{part}")
 
 
 def architecture(capability):
@@ -53,37 +68,46 @@ def architecture(capability):
     return "sm_90a" if capability == 90 else f"sm_{capability}"
 
 
-def cubin(bits, capability):
-    """The compiled kernels of a width, from a file or compiled now.
+def cubins(bits, capability):
+    """The compiled kernels of a width, from files or compiled now.
 
     Args:
         bits: One of `KINDS`: 1, 2, 4 or 8, or what stands for one.
         capability: Ten times the compute capability of the device.
 
     Returns:
-        Bytes of a cubin.
+        A list of the bytes of cubins.
 
     Raises:
-        CompileError: It is not there and cannot be compiled.
+        CompileError: One is not there and cannot be compiled.
     """
-    path = find(bits, capability)
-    if path is not None:
+    paths = find(bits, capability)
+    if paths is not None:
+        return [path.read_bytes() for path in paths]
+    name = architecture(capability)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda part: _cubin(bits, name, part), parts(bits, name)))
+
+
+def _cubin(bits, name, part):
+    path = cache_folder() / _name(bits, name, part)
+    if path.is_file():  # those of an interrupted process
         return path.read_bytes()
-    data = _compile(bits, architecture(capability))
+    data = _compile(bits, name, part)
     with contextlib.suppress(OSError):  # no place to keep it: the next process compiles again
-        _write(cache_folder() / _name(bits, architecture(capability)), data)
+        _write(path, data)
     return data
 
 
 def find(bits, capability):
-    """Path of the compiled kernels, or `None`."""
+    """Paths of the compiled kernels, or `None` where one is not there."""
     # An architecture without a letter runs on all later ones of its generation.
     names = dict.fromkeys((architecture(capability), f"sm_{capability // 10}0"))
     for name in names:
         for folder in (BUILT, cache_folder()):
-            path = folder / _name(bits, name)
-            if path.is_file():
-                return path
+            paths = [folder / _name(bits, name, part) for part in parts(bits, name)]
+            if all(path.is_file() for path in paths):
+                return paths
     return None
 
 
@@ -128,8 +152,8 @@ def _stamp():
     return digest.hexdigest()[:16]
 
 
-def _name(bits, name):
-    return f"{_stamp()}_{name}_{bits}.cubin"
+def _name(bits, name, part):
+    return f"{_stamp()}_{name}_{bits}_{part.lower()}.cubin"
 
 
 def _write(path, data):
@@ -139,22 +163,22 @@ def _write(path, data):
     os.replace(file.name, path)
 
 
-def _compile(bits, name):
+def _compile(bits, name, part):
     library = nvrtc()
     if library is not None:
-        return library.compile(bits, name)
+        return library.compile(bits, name, part)
     if shutil.which("nvcc"):
-        return _compile_with_nvcc(bits, name)
+        return _compile_with_nvcc(bits, name, part)
     raise CompileError("there is neither NVRTC nor nvcc")
 
 
-def _compile_with_nvcc(bits, name):
+def _compile_with_nvcc(bits, name, part):
     with tempfile.TemporaryDirectory() as folder:
         out = pathlib.Path(folder) / "out.cubin"
         target = name.replace("sm_", "compute_")
-        main_file, width = _main(bits)
+        main_file, macros = _source(bits, part)
         command = ["nvcc", "-cubin", f"-gencode=arch={target},code={name}", *_OPTIONS,
-                   f"-DKBC_BITS={width}", "-o", str(out), str(SOURCES / main_file)]  # fmt: skip
+                   *macros, "-o", str(out), str(SOURCES / main_file)]  # fmt: skip
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode:
             raise CompileError(f"nvcc: {result.stderr or result.stdout}")
@@ -170,6 +194,9 @@ class Nvrtc:
 
     def __init__(self, path):
         self.path = str(path)
+        # It looks for this one where the loader does, which is not where a wheel has it.
+        for builtins in pathlib.Path(path).parent.glob("libnvrtc-builtins.so.*"):
+            ctypes.CDLL(str(builtins))
         self._library = ctypes.CDLL(self.path)
         self._library.nvrtcGetErrorString.restype = ctypes.c_char_p
 
@@ -181,10 +208,10 @@ class Nvrtc:
         self._call("nvrtcGetSupportedArchs", found)
         return tuple(found)
 
-    def compile(self, bits, name):
-        """The cubin of a width for an architecture."""
+    def compile(self, bits, name, part):
+        """The cubin of a part of a width for an architecture. Several threads may call it."""
         program = ctypes.c_void_p()
-        main_file, width = _main(bits)
+        main_file, macros = _source(bits, part)
         headers = {key: text for key, text in _sources().items() if not key.endswith(".cu")}
         texts = (ctypes.c_char_p * len(headers))(*(text.encode() for text in headers.values()))
         names = (ctypes.c_char_p * len(headers))(*(key.encode() for key in headers))
@@ -193,7 +220,7 @@ class Nvrtc:
             main_file.encode(), len(headers), texts, names,
         )  # fmt: skip
         try:
-            options = [f"--gpu-architecture={name}", f"-DKBC_BITS={width}", *_OPTIONS]
+            options = [f"--gpu-architecture={name}", *macros, *_OPTIONS]
             array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
             code = self._library.nvrtcCompileProgram(program, len(options), array)
             if code:
@@ -242,10 +269,11 @@ def main():
     arguments = parser.parse_args()
     for name in arguments.architectures:
         for bits in KINDS:
-            path = arguments.folder / _name(bits, name)
-            if not path.exists():
-                _write(path, _compile_with_nvcc(bits, name))
-            print(path)
+            for part in parts(bits, name):
+                path = arguments.folder / _name(bits, name, part)
+                if not path.exists():
+                    _write(path, _compile_with_nvcc(bits, name, part))
+                print(path)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from keras_bitnet.kernels import cuda
 from keras_bitnet.kernels.cuda import compiler
 from keras_bitnet.kernels.native import find_built, joint_struct
 
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 _lock = threading.Lock()
 
 
@@ -151,7 +151,7 @@ def _open():
         ("kbc_open", text, ()),
         ("kbc_device_count", number, ()),
         ("kbc_capability", number, (number,)),
-        ("kbc_load", text, (number, number, text)),
+        ("kbc_load", text, (number, number, ctypes.POINTER(text), number)),
         ("kbc_loaded", number, (number, number)),
         ("kbc_workspace", ctypes.c_int64, (pointer,)),
         *((run, text, (pointer, number, pointer)) for run in _RUN.values()),
@@ -199,8 +199,8 @@ def load(device, bits):
     if launcher.kbc_loaded(device, bits):
         return
     with _lock:
-        data = compiler.cubin(bits, launcher.kbc_capability(device))
-        wrong = launcher.kbc_load(device, bits, data)
+        data = compiler.cubins(bits, launcher.kbc_capability(device))
+        wrong = launcher.kbc_load(device, bits, (ctypes.c_char_p * len(data))(*data), len(data))
     if wrong is not None:
         raise RuntimeError(f"The CUDA kernels do not load: {wrong.decode()}")
 

@@ -1,4 +1,5 @@
-// The kernels of one width, KBC_BITS. Names and shapes of blocks match the tables of matmul.cc.
+// The kernels of one width, KBC_BITS, or a part of them, which is compiled alone: KBC_ROWS_F32, .._BF16 or .._F16,
+// KBC_MMA, KBC_WGMMA or KBC_WGMMA16. Names and shapes of blocks match the tables of matmul.cc.
 #include "gemm_mma.cuh"
 #include "gemm_wgmma.cuh"
 #include "gemm_wgmma16.cuh"
@@ -7,8 +8,6 @@
 
 #define KERNEL(name, threads, blocks, ...)                                           \
   extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Matmuls p) { __VA_ARGS__; }
-
-#define EVERY_DTYPE(row) row(f32, F32) row(bf16, BF16) row(f16, F16)
 
 // Of the kernels of single rows a multiprocessor holds two blocks, of one launch or of two.
 // A turn in groups takes TILES and their scales, ten places of 16 bytes in all.
@@ -27,12 +26,20 @@ constexpr int GROUP_STAGES = 10 / (TILES<true> + 1);
   KERNEL(quantize_##suffix, QUANTIZE_WARPS * 32, 4, quantize<T, 1>(p))               \
   KERNEL(split_##suffix, QUANTIZE_WARPS * 32, 4, quantize<T, T::PLANES>(p))          \
   KERNEL(largest_##suffix, QUANTIZE_WARPS * 32, 4, largest_of_all<T>(p))
-EVERY_DTYPE(ROW)
-#undef ROW
+#ifdef KBC_ROWS_F32
+ROW(f32, F32)
+#endif
+#ifdef KBC_ROWS_BF16
+ROW(bf16, BF16)
+#endif
+#ifdef KBC_ROWS_F16
+ROW(f16, F16)
+#endif
 
 // Slices of weights that a warp has on their way: as many as the registers hold.
 constexpr int AHEAD = BITS == 8 ? 1 : 2;
 
+#ifdef KBC_MMA
 KERNEL(mma_8, 256, 2, gemm_mma<1, 1, 8, 4, AHEAD>(p))
 KERNEL(mma_16, 256, 2, gemm_mma<2, 2, 4, 4, AHEAD>(p))
 KERNEL(mma_32, 256, 2, gemm_mma<4, 2, 4, 3, AHEAD>(p))
@@ -40,14 +47,18 @@ KERNEL(mma_64, 256, 1, gemm_mma<8, 4, 2, 3, AHEAD>(p))
 KERNEL(mma_grouped_8, 256, 2, gemm_mma_grouped<1, 1, 8, 4, AHEAD>(p))
 KERNEL(mma_grouped_16, 256, 2, gemm_mma_grouped<2, 1, 8, 3, AHEAD>(p))
 KERNEL(mma_grouped_32, 256, 2, gemm_mma_grouped<4, 1, 8, 2, 1>(p))
+#endif
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
+#ifdef KBC_WGMMA
 constexpr int FAR_AHEAD = BITS == 8 ? 2 : 4;
 KERNEL(wgmma_16, 384, 1, gemm_wgmma<2, 16, FAR_AHEAD, SHIFTS>(p))
 KERNEL(wgmma_32, 384, 1, gemm_wgmma<4, 16, FAR_AHEAD, SHIFTS>(p))
 KERNEL(wgmma_64, 384, 1, gemm_wgmma<8, 8, BITS <= 2 ? 4 : AHEAD, SHIFTS < 2 ? 1 : 2>(p))
 KERNEL(wgmma_128, 384, 1, gemm_wgmma<16, 10, AHEAD, 1>(p))
+#endif
 
+#ifdef KBC_WGMMA16
 // 17 warps; the last one feeds the others.
 #define WIDE(suffix, T)                                                              \
   KERNEL(arrange_##suffix, QUANTIZE_WARPS * 32, 4, arrange<T>(p))                    \
@@ -57,5 +68,5 @@ KERNEL(wgmma_128, 384, 1, gemm_wgmma<16, 10, AHEAD, 1>(p))
   KERNEL(wgmma16_grouped_128_##suffix, 640, 1, gemm_wgmma16<T, 16, 16, 4, 1, true>(p))
 WIDE(bf16, BF16)
 WIDE(f16, F16)
-#undef WIDE
+#endif
 #endif

@@ -2,6 +2,7 @@
 #pragma once
 #include <map>
 #include <string>
+#include <vector>
 
 #include "driver.h"
 #include "params.h"
@@ -16,7 +17,7 @@ struct Device {
   int handle = 0, capability = 0, multiprocessors = 0;
   int shared_memory = 0;  // a block's, at most
   cuda::Context context = nullptr;
-  cuda::Library libraries[7] = {};
+  std::vector<cuda::Library> libraries[7];
   std::map<std::string, cuda::Kernel> kernels[7];
 };
 

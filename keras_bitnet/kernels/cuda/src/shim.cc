@@ -57,9 +57,11 @@ const char* find(Device& device, int library, const std::string& name, unsigned 
     *kernel = found->second;
     return nullptr;
   }
-  if (!device.libraries[library]) return fail("the kernels of this width are not loaded on this device");
-  if (int code = cuda::cuLibraryGetKernel(kernel, device.libraries[library], name.c_str()))
-    return fail(name.c_str(), code);
+  if (device.libraries[library].empty()) return fail("the kernels of this width are not loaded on this device");
+  int code = 0;
+  for (cuda::Library one : device.libraries[library])
+    if (!(code = cuda::cuLibraryGetKernel(kernel, one, name.c_str()))) break;
+  if (code) return fail(name.c_str(), code);
   if (shared > 44 * 1024) {
     constexpr int kMaxDynamicSharedMemory = 8;
     const int most = device.shared_memory - 6144;  // what is static lies beside it
@@ -145,7 +147,7 @@ Device* find_device(int number) {
 
 using namespace launcher;
 
-int kbc_abi_version(void) { return 6; }
+int kbc_abi_version(void) { return 7; }
 
 const char* kbc_open(void) { return open_once(); }
 
@@ -160,17 +162,21 @@ int kbc_loaded(int device, int bits) {
   const Device* d = find_device(device);
   if (!d || library_of(bits) < 0) return 0;
   std::lock_guard<std::mutex> lock(mutex);
-  return d->libraries[library_of(bits)] != nullptr;
+  return !d->libraries[library_of(bits)].empty();
 }
 
-const char* kbc_load(int device, int bits, const void* cubin) {
+const char* kbc_load(int device, int bits, const void* const* cubins, int count) {
   if (const char* wrong = open_once()) return wrong;
   if (library_of(bits) < 0) return fail("no such width");
   return on_device(device, [&](Device& d) -> const char* {
     std::lock_guard<std::mutex> lock(mutex);
-    cuda::Library& library = d.libraries[library_of(bits)];
-    if (library) return nullptr;
-    const int code = cuda::cuLibraryLoadData(&library, cubin, nullptr, nullptr, 0, nullptr, nullptr, 0);
-    return code ? fail("cuLibraryLoadData", code) : nullptr;
+    std::vector<cuda::Library>& libraries = d.libraries[library_of(bits)];
+    if (!libraries.empty()) return nullptr;
+    std::vector<cuda::Library> loaded(count);
+    for (int i = 0; i < count; ++i)
+      if (int code = cuda::cuLibraryLoadData(&loaded[i], cubins[i], nullptr, nullptr, 0, nullptr, nullptr, 0))
+        return fail("cuLibraryLoadData", code);
+    libraries = loaded;
+    return nullptr;
   });
 }

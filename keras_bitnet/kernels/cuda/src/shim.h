@@ -108,9 +108,10 @@ KBC_API int kbc_device_count(void);
 // Ten times the compute capability of a device (90 for 9.0), 0 where there is no such device.
 KBC_API int kbc_capability(int device);
 
-// Gives a device the kernels of one width, 0: those of training, -1: of attention, -2: of norms. Later calls for
-// the same width do nothing. Returns null, or what is wrong; texts belong to the calling thread, until its next call.
-KBC_API const char* kbc_load(int device, int bits, const void* cubin);
+// Gives a device the kernels of one width, 0: those of training, -1: of attention, -2: of norms, all the cubins
+// that hold them. Later calls for the same width do nothing. Returns null, or what is wrong; texts belong to the calling
+// thread, until its next call.
+KBC_API const char* kbc_load(int device, int bits, const void* const* cubins, int count);
 KBC_API int kbc_loaded(int device, int bits);
 
 // Bytes of workspace, the same on every device.
