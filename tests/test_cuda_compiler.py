@@ -34,9 +34,10 @@ def test_sources_compile(part):
 
 
 @once
-def test_every_kernel_is_in_a_part():
-    source = (compiler.SOURCES / "bitnet.cu").read_text()
-    assert set(re.findall(r"#ifdef KBC_(\w+)", source)) == set(compiler.PARTS)
+@pytest.mark.parametrize("bits", [2, compiler.ATTENTION])
+def test_every_kernel_is_in_a_part(bits):
+    source = (compiler.SOURCES / compiler._source(bits, "")[0]).read_text()
+    assert set(re.findall(r"#ifdef KBC_(\w+)", source)) == set(compiler.parts(bits, "sm_90a"))
 
 
 def test_compiled_once_and_kept(cache, monkeypatch):

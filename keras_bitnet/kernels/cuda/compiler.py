@@ -34,9 +34,14 @@ WIDTHS = (1, 2, 4, 8)
 # They stand for a width where kernels are meant that have none.
 TRAINING, ATTENTION, NORM = 0, -1, -2
 KINDS = (*WIDTHS, TRAINING, ATTENTION, NORM)
-# What `bitnet.cu` is compiled for, one after another; the last ones are there on sm_90a only.
+# What `bitnet.cu` is compiled for, each alone; the last ones are there on sm_90a only.
 PARTS = ("ROWS_F32", "ROWS_BF16", "ROWS_F16", "MMA", "WGMMA", "WGMMA16")
-_EVERYWHERE = PARTS[:4]
+# What kinds without a width are compiled from, and their parts.
+_OTHERS = {
+    TRAINING: ("training.cu", ("ALL",)),
+    ATTENTION: ("attention.cu", ("F32", "BF16", "F16", "I8")),
+    NORM: ("norm.cu", ("ALL",)),
+}
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100", "sm_120")
 OLDEST = 80
 CACHE_VARIABLE = "KERAS_BITNET_CACHE"
@@ -49,18 +54,16 @@ class CompileError(RuntimeError):
 
 
 def parts(bits, name):
-    """What a kind of kernels is compiled in for an architecture: names of `PARTS`, or `"ALL"`."""
-    if bits not in WIDTHS:
-        return ("ALL",)
-    return PARTS if name == "sm_90a" else _EVERYWHERE
+    """The parts that a kind of kernels is compiled in for an architecture."""
+    if bits in _OTHERS:
+        return _OTHERS[bits][1]
+    return PARTS if name == "sm_90a" else PARTS[:4]
 
 
 def _source(bits, part):
     """The source of a part of a kind of kernels, and the macros that it is compiled with."""
-    names = {TRAINING: "training.cu", ATTENTION: "attention.cu", NORM: "norm.cu"}
-    if bits in names:
-        return names[bits], ("-DKBC_BITS=8",)
-    return "bitnet.cu", (f"-DKBC_BITS={bits}", f"-DKBC_{part}")
+    file, width = (_OTHERS[bits][0], 8) if bits in _OTHERS else ("bitnet.cu", bits)
+    return file, (f"-DKBC_BITS={width}", f"-DKBC_{part}")
 
 
 def architecture(capability):
