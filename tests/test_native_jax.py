@@ -210,13 +210,11 @@ LAYOUT = {
     ("Array", "XLA_FFI_Array"): {"dtype": "dtype", "size": "size", "data": "data"},
     ("Attributes", "XLA_FFI_Attrs"): {
         "size": "size", "types": "types", "names": "names", "values": "attrs"},
-    ("Schedule", "XLA_FFI_ThreadPool_Schedule_Args"): {
-        "context": "ctx", "task": "task", "data": "data"},
     ("NumThreads", "XLA_FFI_ThreadPool_NumThreads_Args"): {
         "context": "ctx", "count": "num_threads"},
     ("Api", "XLA_FFI_Api"): {
         "version": "api_version", "error_create": "XLA_FFI_Error_Create",
-        "error_destroy": "XLA_FFI_Error_Destroy", "schedule": "XLA_FFI_ThreadPool_Schedule",
+        "error_destroy": "XLA_FFI_Error_Destroy",
         "num_threads": "XLA_FFI_ThreadPool_NumThreads"},
     ("CallFrame", "XLA_FFI_CallFrame"): {
         "api": "api", "context": "ctx", "stage": "stage", "arguments": "args",

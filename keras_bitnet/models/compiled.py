@@ -72,7 +72,7 @@ def start_copy(tensor):
         return functools.partial(ops.convert_to_numpy, copy)
     if BACKEND == "torch" and is_on_gpu(tensor):
         return _torch_copy(tensor)
-    copy = ops.convert_to_numpy(ops.copy(tensor))
+    copy = tensor.numpy().copy()
     return lambda: copy
 
 
@@ -126,6 +126,24 @@ class _Jax(_Program):
         return self.jitted(self.weights, state, arguments)
 
 
+class _State:
+    """The state that a record gives: flat, since a step in between takes it as it is.
+
+    A decoder's memory passes through the caches of a processor between two steps, and what Python
+    does then takes several times as long as in a loop of its own.
+    """
+
+    def __init__(self, leaves, places):
+        self.leaves, self.places = leaves, places
+
+    def __getitem__(self, name):
+        """The tensors of one entry of a state that is a dictionary, or of a list."""
+        place = self.places[name]
+        if isinstance(place, int):
+            return self.leaves[place]
+        return keras.tree.map_structure(self.leaves.__getitem__, place)
+
+
 class _Recorded(_Program):
     """A function recorded once for each shape of its arguments, then run without its Python.
 
@@ -138,17 +156,18 @@ class _Recorded(_Program):
         self.recorded: dict = {}
         self.last: Any = (None, None)  # the first tensor of the state given last, and its record
 
-    def call(self, state, leaves, inputs):
+    def call(self, leaves, structure, inputs):
         given, record = self.last
         if leaves[0] is not given:
             key = self.key(leaves, inputs)
             if key not in self.recorded:
-                self.recorded[key] = self.record(state, leaves, inputs)
+                self.recorded[key] = self.record(structure, leaves, inputs)
             record = self.recorded[key]
-        step, structure = record
-        both = keras.tree.pack_sequence_as(structure, step(self.weights, leaves, inputs))
-        self.last = keras.tree.flatten(both[1])[0], record
-        return both
+        step, result, count, places = record
+        flat = step(self.weights, leaves, inputs)
+        following = _State(flat[count:], places)
+        self.last = following.leaves[0], record
+        return keras.tree.pack_sequence_as(result, flat[:count]) if count else result, following
 
     @staticmethod
     def key(leaves, inputs):
@@ -159,17 +178,33 @@ class _Recorded(_Program):
         """`run(weights, leaves, inputs)`, a list of tensors of lists of tensors, recorded."""
         raise NotImplementedError
 
-    def record(self, state, leaves, inputs):
-        """The recorded function of flat arguments, and the structure of what it gives."""
-        structure = None
+    def record(self, structure, leaves, inputs):
+        """What is recorded: a function of flat arguments, which gives a flat result and state.
+
+        Returns:
+            That function, the structure of the result, how many tensors it has, and the structure of
+            the state, with the place of each tensor in it.
+        """
+        structures: Any = None
 
         def run(weights, leaves, inputs):
-            nonlocal structure
-            both = self.run(weights, keras.tree.pack_sequence_as(state, leaves), inputs)
-            structure = keras.tree.map_structure(lambda _: 0, both)
+            nonlocal structures
+            both = self.run(weights, keras.tree.pack_sequence_as(structure, leaves), inputs)
+            structures = keras.tree.map_structure(lambda _: 0, both)
             return keras.tree.flatten(both)
 
-        return self.trace(run, leaves, inputs), structure
+        step = self.trace(run, leaves, inputs)
+        result, state = structures
+        places = list(range(len(keras.tree.flatten(state))))
+        count = len(keras.tree.flatten(result))
+        return step, result, count, keras.tree.pack_sequence_as(state, places)
+
+
+def _flat(state):
+    """The tensors of a state and its structure."""
+    if isinstance(state, _State):
+        return state.leaves, state.places
+    return keras.tree.flatten(state), state
 
 
 class _TensorFlow(_Recorded):
@@ -181,7 +216,7 @@ class _TensorFlow(_Recorded):
 
     def __call__(self, state, *arguments):
         inputs = [ops.convert_to_tensor(a) for a in arguments]
-        return self.call(state, keras.tree.flatten(state), inputs)
+        return self.call(*_flat(state), inputs)
 
     def trace(self, run, leaves, inputs):
         import tensorflow as tf
@@ -215,11 +250,11 @@ class _Torch(_Recorded):
     def __call__(self, state, *arguments):
         import torch
 
-        leaves = keras.tree.flatten(state)
+        leaves, structure = _flat(state)
         inputs = [torch.as_tensor(a, device=leaves[0].device) for a in arguments]
         with torch.inference_mode():
             if self.repeated or self.is_frequent(leaves, inputs):
-                return self.call(state, leaves, inputs)
+                return self.call(leaves, structure, inputs)
             return self.function(state, *inputs)
 
     def begin(self, weights):

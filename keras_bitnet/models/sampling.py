@@ -15,7 +15,9 @@ LOWEST = 1e-30  # a temperature below would make infinities of logits
 def argmax(x):
     """The first place of the largest number of each row.
 
-    PyTorch has one block of a GPU look through a row, so there parts of it are rows first.
+    The row is cut in parts, of which only the one with the largest number is looked through for its
+    place: maxima alone are vectorized, and on a GPU each part has a block of threads. TensorFlow is
+    faster at the one largest of all.
 
     Args:
         x: Tensor `(batch, size)`.
@@ -23,14 +25,16 @@ def argmax(x):
     Returns:
         Integer tensor `(batch,)`.
     """
-    parts = math.gcd(x.shape[-1], 256) if keras.backend.backend() == "torch" else 1
+    if keras.backend.backend() == "tensorflow":
+        return ops.top_k(x, 1)[1][:, 0]
+    parts = math.gcd(x.shape[-1], 256)
     if parts == 1:
         return ops.argmax(x, axis=-1)
-    size = x.shape[-1] // parts
-    x = ops.reshape(x, (-1, parts, size))
-    part = ops.argmax(ops.max(x, axis=-1), axis=-1)
-    place = ops.take_along_axis(ops.argmax(x, axis=-1), part[:, None], axis=-1)[:, 0]
-    return part * size + place
+    batch, size = x.shape[0], x.shape[-1] // parts
+    x = ops.reshape(x, (batch * parts, size))
+    part = ops.argmax(ops.reshape(ops.max(x, axis=-1), (batch, parts)), axis=-1)
+    row = ops.take(x, part + ops.arange(batch, dtype=part.dtype) * parts, axis=0)
+    return part * size + ops.argmax(row, axis=-1)
 
 
 @dataclasses.dataclass(frozen=True)

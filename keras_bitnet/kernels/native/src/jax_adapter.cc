@@ -1,10 +1,7 @@
 // The packed matmul and the attention to a cache as XLA FFI handlers, for JAX.
 #include <string.h>
 
-#include <atomic>
-#include <memory>
 #include <string>
-#include <thread>
 
 #include "adapter.h"
 #include "xla_ffi.h"
@@ -25,52 +22,6 @@ bool failed(const CallFrame* frame, void* error) {
   ErrorDestroy args{sizeof args, nullptr, error};
   frame->api->error_destroy(&args);
   return true;
-}
-
-// One parallel loop on XLA's intra-op pool. The caller takes part, and a helper that starts late
-// finds no index left: nobody waits for a thread that the pool may never have free. Helpers may
-// outlive the call, so they share the counters and touch `argument` only while holding an index.
-struct Loop {
-  std::atomic<int64_t> next{0};
-  std::atomic<int64_t> done{0};
-  int64_t count;
-  void (*task)(void*, int64_t);
-  void* argument;
-
-  void work() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
-      task(argument, i);
-      done.fetch_add(1, std::memory_order_release);
-    }
-  }
-};
-
-struct Pool {
-  const CallFrame* frame;
-  int64_t threads;
-};
-
-void run_on_pool(void* context, int64_t count, void (*task)(void*, int64_t), void* argument) {
-  const Pool* pool = static_cast<Pool*>(context);
-  auto loop = std::make_shared<Loop>();
-  loop->count = count;
-  loop->task = task;
-  loop->argument = argument;
-  for (int64_t i = 1; i < pool->threads && i < count; ++i) {
-    auto* share = new std::shared_ptr<Loop>(loop);
-    auto help = [](void* data) {
-      std::unique_ptr<std::shared_ptr<Loop>> own(static_cast<std::shared_ptr<Loop>*>(data));
-      (*own)->work();
-    };
-    Schedule args{sizeof args, nullptr, pool->frame->context, help, share};
-    if (failed(pool->frame, pool->frame->api->schedule(&args))) {
-      delete share;
-      break;
-    }
-  }
-  loop->work();
-  for (int spins = 0; loop->done.load(std::memory_order_acquire) < count; ++spins)
-    if (spins > 1000) std::this_thread::yield();
 }
 
 // Threads of XLA's pool, or 0 where this runtime has none to offer.
@@ -149,11 +100,11 @@ int32_t operand_dtype_of(int32_t dtype) {
                           : dtype_of(dtype);
 }
 
+// Runs on the library's own threads, as many as XLA's: those take tens of microseconds to begin.
 template <typename Problem>
-void* run(const CallFrame* frame, const Problem& problem) {
-  Pool pool{frame, pool_threads(frame)};
-  kbn_parallel parallel{run_on_pool, &pool, static_cast<int32_t>(pool.threads)};
-  const char* wrong = kbn_adapter::run(problem, pool.threads ? &parallel : nullptr);
+void* run(const CallFrame* frame, const Problem& problem,
+          const char* (*run_limited)(const Problem*, int32_t)) {
+  const char* wrong = run_limited(&problem, static_cast<int32_t>(pool_threads(frame)));
   return wrong ? error(frame, kInternal, wrong) : nullptr;
 }
 
@@ -191,7 +142,7 @@ KBN_API void* kbn_xla_matmul(xla_ffi::CallFrame* frame) {
     matmul.y = y->data;
     problem.matmuls[i] = &matmul;
   }
-  return run(frame, problem);
+  return run(frame, problem, kbn_run_limited);
 }
 
 // Operands as `kbn_adapter` numbers them, without the scales of a cache that has none; results y and
@@ -219,5 +170,5 @@ KBN_API void* kbn_xla_attend(xla_ffi::CallFrame* frame) {
     if (out[1 + i]->data != in[kbn_adapter::kKeyCache + i]->data) wrong = "the cache must be aliased";
   if (wrong) return error(frame, kInvalidArgument, wrong);
   problem.y = out[0]->data;
-  return run(frame, problem);
+  return run(frame, problem, kbn_attend_limited);
 }

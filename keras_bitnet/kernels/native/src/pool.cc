@@ -30,33 +30,70 @@ void relax() {
 #endif
 }
 
-template <typename Condition>
-bool spin_until(Condition condition) {
+// `idle` passes a little time each time that the condition does not hold.
+template <typename Condition, typename Idle>
+bool spin_until(Condition condition, Idle idle) {
   const auto end = std::chrono::steady_clock::now() + kPatience;
   do {
     for (int i = 0; i < 32; ++i) {
       if (condition()) return true;
-      relax();
+      idle();
     }
     std::this_thread::yield();  // on a busy machine the other thread may need this very core
   } while (std::chrono::steady_clock::now() < end);
   return false;
 }
 
-// One call of `run`, on the stack of its caller. Everybody grabs the next index until none is left.
+// One call of `run`, on the stack of its caller. A helper begins with a task that is kept for it, as
+// long as nobody else took it; then everybody grabs the next index until none is left.
 struct Job {
+  static constexpr int kMostKept = 64;
+
   Job* next_job = nullptr;  // guarded by the mutex of the pool
   Task task;
   void* arg;
   int64_t count;
+  int kept;     // of the last tasks, one for each helper
+  Ahead ahead;  // what helpers fetch when they are done
   std::atomic<int64_t> next{0};
   std::atomic<int> helpers{0};  // workers inside; they come and go under the mutex
+  std::atomic<bool> taken[kMostKept] = {};  // of those that are kept, from the end
 
-  Job(Task task, void* arg, int64_t count) : task(task), arg(arg), count(count) {}
+  Job(Task task, void* arg, int64_t count, int helpers, const Ahead& ahead)
+      : task(task), arg(arg), count(count), ahead(ahead) {
+    kept = helpers < kMostKept ? helpers : kMostKept;
+  }
   bool exhausted() const { return next.load(std::memory_order_relaxed) >= count; }
   void work() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) task(arg, i);
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      i < count - kept ? task(arg, i) : take_kept(count - 1 - i);
+    }
   }
+  void take_kept(int64_t i) {
+    if (i < kept && !taken[i].exchange(true, std::memory_order_relaxed)) task(arg, count - 1 - i);
+  }
+};
+
+// Fetches what is ahead of a worker into the cache of its core, some lines at a time.
+class Fetcher {
+ public:
+  Fetcher(const Ahead& ahead, int worker)
+      : at_(ahead.end - (worker + 1) * ahead.bytes),
+        end_(at_ + (ahead.bytes < kMost ? ahead.bytes : kMost)) {}
+
+  void step() {
+    if (at_ >= end_) return relax();
+    for (int line = 0; line < 16; ++line, at_ += 64) {
+#if defined(__GNUC__)
+      __builtin_prefetch(reinterpret_cast<const void*>(at_), 0, 2);
+#endif
+    }
+  }
+
+ private:
+  static constexpr int64_t kMost = 512 << 10;  // leaves room in a second-level cache
+
+  uintptr_t at_, end_;
 };
 
 class Pool {
@@ -87,9 +124,9 @@ class Pool {
     wake_.notify_all();  // those too many leave
   }
 
-  void run(int64_t count, Task task, void* arg) {
+  void run(int64_t count, Task task, void* arg, const Ahead& ahead) {
     const int helpers = static_cast<int>(count < threads() ? count : threads()) - 1;
-    Job job(task, arg, count);
+    Job job(task, arg, count, helpers, ahead);
     if (helpers < 1) return job.work();
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -106,7 +143,7 @@ class Pool {
       remove(&job);  // from here on no worker joins
     }
     const auto done = [&job] { return job.helpers.load(std::memory_order_acquire) == 0; };
-    if (!spin_until(done)) {
+    if (!spin_until(done, relax)) {
       std::unique_lock<std::mutex> lock(mutex_);
       finished_.wait(lock, done);
     }
@@ -136,7 +173,7 @@ class Pool {
   void start_workers() {
     while (workers_ < threads() - 1) {
       try {
-        std::thread([this] { work(); }).detach();
+        std::thread([this, worker = workers_] { work(worker); }).detach();
       } catch (const std::system_error&) {
         return;  // no more threads to be had: fewer helpers, the same result
       }
@@ -159,22 +196,27 @@ class Pool {
     return job;
   }
 
-  void work() {
+  void work(int worker) {
     std::unique_lock<std::mutex> lock(mutex_);
-    for (;;) {
+    for (Ahead ahead;;) {
       if (workers_ > threads() - 1) break;
       Job* job = first_with_work();
       if (job == nullptr) {
         const uint32_t seen = posted_.load(std::memory_order_relaxed);
         lock.unlock();
-        spin_until([&] { return posted_.load(std::memory_order_relaxed) != seen; });
+        Fetcher fetcher(ahead, worker);
+        spin_until([&] { return posted_.load(std::memory_order_relaxed) != seen; },
+                   [&] { fetcher.step(); });
+        ahead = {};
         lock.lock();
         wake_.wait(lock, [this] { return first_with_work() || workers_ > threads() - 1; });
         continue;
       }
       job->helpers.fetch_add(1, std::memory_order_relaxed);
       lock.unlock();
+      job->take_kept(worker);
       job->work();
+      ahead = job->ahead;
       lock.lock();
       // The job may be gone right after this.
       if (job->helpers.fetch_sub(1, std::memory_order_release) == 1) finished_.notify_all();
@@ -199,7 +241,9 @@ std::atomic<int> Pool::requested_threads_{0};
 
 }  // namespace
 
-void pool_run(int64_t count, Task task, void* arg) { Pool::get().run(count, task, arg); }
+void pool_run(int64_t count, Task task, void* arg, const Ahead& ahead) {
+  Pool::get().run(count, task, arg, ahead);
+}
 int pool_threads() { return Pool::get().threads(); }
 void pool_set_threads(int count) { Pool::get().set_threads(count < 1 ? 1 : count); }
 

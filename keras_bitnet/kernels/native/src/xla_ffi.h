@@ -82,14 +82,6 @@ struct Attributes {
   void** values;
 };
 
-struct Schedule {
-  size_t struct_size;
-  Extension* extension;
-  void* context;
-  void (*task)(void*);
-  void* data;
-};
-
 struct NumThreads {
   size_t struct_size;
   Extension* extension;
@@ -113,7 +105,7 @@ struct Api {
   void* state_get;
   void* device_memory_allocate;
   void* device_memory_free;
-  void* (*schedule)(Schedule*);
+  void* schedule;
   void* (*num_threads)(NumThreads*);
 };
 
