@@ -6,6 +6,8 @@ import zipfile
 
 import keras
 
+from keras_bitnet.kernels import use_huge_pages
+
 
 def load_model(filepath, custom_objects=None, compile=True, safe_mode=True):
     """`keras.models.load_model` for large models: the weights come straight from the disk.
@@ -13,7 +15,8 @@ def load_model(filepath, custom_objects=None, compile=True, safe_mode=True):
     Keras reads the whole file into memory beside the model, so a packed model takes twice its
     size to load. Here the file is unzipped into a folder beside it, which is removed again, and
     each weight is read into its variable: the peak is little more than the model. Where no folder
-    can be made beside it, Keras loads it.
+    can be made beside it, Keras loads it. The weights then lie in huge pages, where
+    the system has them (see `kernels.use_huge_pages`).
 
     Args:
         filepath: Path of a `.keras` file.
@@ -31,14 +34,21 @@ def load_model(filepath, custom_objects=None, compile=True, safe_mode=True):
         raise FileNotFoundError(f"There is no file '{path}'.")
     if not zipfile.is_zipfile(path):
         raise ValueError(f"Expected a file that `model.save` wrote. Received: '{path}'")
+    model = _load(path, custom_objects, compile, safe_mode)
+    use_huge_pages(model)
+    return model
+
+
+def _load(path, *options):
+    """Reads the weights from files, if it can be done, else Keras's way."""
     try:
         beside = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
     except OSError:  # a file system that is only read, such as that of a container
-        return keras.saving.load_model(path, custom_objects, compile, safe_mode)
+        return keras.saving.load_model(path, *options)
     with beside as folder:
         with zipfile.ZipFile(path) as archive:
             # Keras stores its files as they are; what is compressed could be of any size.
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                return keras.saving.load_model(path, custom_objects, compile, safe_mode)
+                return keras.saving.load_model(path, *options)
             archive.extractall(folder)
-        return keras.saving.load_model(folder, custom_objects, compile, safe_mode)
+        return keras.saving.load_model(folder, *options)

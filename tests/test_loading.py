@@ -36,6 +36,37 @@ def test_a_file_in_a_folder_that_cannot_be_written_to(saved, rng, monkeypatch):
     )
 
 
+def test_large_weights_lie_in_huge_pages(rng, monkeypatch):
+    pages, asked = keras_bitnet.kernels.pages, []
+
+    def advise(address, size):
+        asked.append((address, size))
+        return len(asked) > 1  # the first one is refused
+
+    model = keras.Sequential([keras.Input((512,)), BitLinear(4096, name="a"), BitLinear(4096)])
+    packed = keras_bitnet.pack_model(model, verbose=0)
+    x = rng.standard_normal((1, 512)).astype("float32")
+    before = to_numpy(packed(x))
+    monkeypatch.setattr(pages, "_page_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(pages, "_advise", advise)
+    assert pages.use_huge_pages(packed) == 0  # less than a cache holds
+    assert not asked
+    monkeypatch.setattr(pages, "LEAST_BYTES", 1 << 20)
+    moved = pages.use_huge_pages(packed)
+    size = sum(int(np.prod(v.shape)) for v in packed.variables if "kernel_tiles" in v.path)
+    tiles = packed.layers[-1].kernel_tiles
+    begin, end = pages._span(tiles)
+    assert end - begin == int(np.prod(tiles.shape))
+    assert moved == (len(asked) - 1) << 16
+    assert moved > 0.8 * size
+    assert all(address % (1 << 16) == 0 and size == 1 << 16 for address, size in asked)
+    assert len({a for a, _ in asked if begin <= a < end}) >= (end - begin >> 16) - 1
+    monkeypatch.undo()
+    monkeypatch.setattr(pages, "LEAST_BYTES", 1 << 20)
+    assert 0 <= pages.use_huge_pages(packed) <= pages._page_bytes() * 4
+    np.testing.assert_array_equal(to_numpy(packed(x)), before)
+
+
 def test_large_weights_come_in_parts(saved, rng, monkeypatch):
     model, path = saved
     sizes = []

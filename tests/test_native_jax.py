@@ -176,9 +176,11 @@ def test_handler_checks_its_operands(rng):
         jax.block_until_ready(call(facts, jnp.ones((2, 50)), weights, None))
 
 
-def test_threads_of_xla_alone():
-    code = """
+@pytest.mark.parametrize("most", [1, 2])
+def test_no_more_threads_than_xla_has(most):
+    code = f"""
 import json, os
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:{most}])
 import jax
 from keras_bitnet.layers import BitLinear
 layer = BitLinear(2048, packed=True)
@@ -187,12 +189,14 @@ x = jax.numpy.ones((64, 2048))
 jax.block_until_ready(x @ jax.numpy.ones((2048, 2048)))
 before = len(os.listdir("/proc/self/task"))
 layer(x).block_until_ready()
-print(json.dumps(len(os.listdir("/proc/self/task")) - before))
+print(json.dumps([len(os.listdir("/proc/self/task")) - before, len(os.sched_getaffinity(0))]))
 """
     if not pathlib.Path("/proc/self/task").is_dir():
         pytest.skip("no /proc on this system")
     # What compiles has threads too: that of the float product must not come from a cache.
-    assert run_python(code, JAX_ENABLE_COMPILATION_CACHE="0", JAX_PLATFORMS="cpu") == 0
+    settings = {"JAX_ENABLE_COMPILATION_CACHE": "0", "JAX_PLATFORMS": "cpu"}
+    more, processors = run_python(code, **settings)
+    assert more == processors - 1  # of the library, beside the one that calls
 
 
 # Ours and the header's, member by member.

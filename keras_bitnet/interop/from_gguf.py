@@ -11,6 +11,7 @@ from keras_bitnet.interop.gguf_file import GGUFFile
 from keras_bitnet.interop.gguf_layout import restore_heads
 from keras_bitnet.interop.gguf_tokenizer import read_tokenizer
 from keras_bitnet.interop.to_gguf import ARCHITECTURES, BITNET, LLAMA
+from keras_bitnet.kernels import use_huge_pages
 from keras_bitnet.models import BitNetBackbone, BitNetCausalLM
 
 # A file of these types is read as a packed model of this quantizer.
@@ -76,6 +77,7 @@ def from_gguf(path, *, packed=None, dtype=None, **arguments):
                 model.tokenizer = read_tokenizer(file.metadata)
             except ValueError as error:
                 warnings.warn(f"The model is read without a tokenizer. {error}", stacklevel=2)
+    use_huge_pages(model)
     return model
 
 

@@ -19,6 +19,7 @@ from keras_bitnet.interop.hf_config import (
     write_config,
 )
 from keras_bitnet.interop.safetensors_file import SHARD_BYTES, WEIGHTS, Checkpoint, write_checkpoint
+from keras_bitnet.kernels import use_huge_pages
 from keras_bitnet.models import BitNetBackbone, BitNetCausalLM
 from keras_bitnet.quantizers import ActivationInt8, Ternary
 
@@ -100,6 +101,7 @@ def from_hugging_face(path, *, packed=None, dtype=None, **arguments):
     model = BitNetCausalLM(backbone)
     if (path / tokenizer_files.MODEL).is_file():
         model.tokenizer = tokenizer_files.Tokenizer.from_folder(path)
+    use_huge_pages(model)
     return model
 
 

@@ -182,8 +182,8 @@ class _Recorded(_Program):
         """What is recorded: a function of flat arguments, which gives a flat result and state.
 
         Returns:
-            That function, the structure of the result, how many tensors it has, and the structure of
-            the state, with the place of each tensor in it.
+            That function, the structure of the result, how many tensors it has, and the structure
+            of the state, with the place of each tensor in it.
         """
         structures: Any = None
 
@@ -216,7 +216,8 @@ class _TensorFlow(_Recorded):
 
     def __call__(self, state, *arguments):
         inputs = [ops.convert_to_tensor(a) for a in arguments]
-        return self.call(*_flat(state), inputs)
+        leaves, structure = _flat(state)
+        return self.call(leaves, structure, inputs)
 
     def trace(self, run, leaves, inputs):
         import tensorflow as tf

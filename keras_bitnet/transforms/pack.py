@@ -7,6 +7,7 @@ import warnings
 from keras import ops
 
 from keras_bitnet.checks import check_choice
+from keras_bitnet.kernels import use_huge_pages
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.block import PacksAsWhole
 from keras_bitnet.layers.kernel_weights import MEMORY, assign_copy, layout_for
@@ -61,6 +62,7 @@ def pack_model(model, *, memory="fastest", verbose=1, return_changes=False):
         model, rule, "quantize the model first, see `quantize_model`", verbose, return_changes
     )
     _warn_of_rounding(layers)
+    use_huge_pages(packed[0] if return_changes else packed)
     return packed
 
 
