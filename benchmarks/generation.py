@@ -78,6 +78,7 @@ def build():
     for layer in model._flatten_layers():
         if getattr(layer, "kernel_tiles", None) is not None:
             _randomize(layer, rng)
+    keras_bitnet.kernels.use_huge_pages(model)  # as loading does
     return model
 
 

@@ -24,8 +24,9 @@ def use_huge_pages(model):
         model: A built model or layer; its variables keep their values and places.
 
     Returns:
-        How many bytes lie in huge pages now. 0 on a GPU, where the weights are less than 32 MB, or
-        where the system is not Linux 6.1 or later; what it refuses stays as it is.
+        How many bytes lie in huge pages now; what the system refuses stays as it is. 0 where the
+        weights are less than 32 MB, on a GPU, where the system is not Linux 6.1 or later, and in
+        TensorFlow, which may copy a variable to say where it is.
     """
     size = _page_bytes()
     spans = _joined(sorted(filter(None, map(_span, model.variables))))
@@ -54,7 +55,7 @@ def _advise(address, size):
 
 
 def _span(variable):
-    """The addresses where a variable's memory begins and ends, `None` if that is not the host's."""
+    """Addresses at which a variable's memory begins and ends; `None`: not the host's, or unknown."""
     value = variable.value
     backend = keras.backend.backend()
     if backend == "torch":
@@ -66,14 +67,7 @@ def _span(variable):
             return None
         begin, size = value.unsafe_buffer_pointer(), value.nbytes
     else:
-        import numpy as np
-        import tensorflow as tf
-
-        tensor = tf.convert_to_tensor(value)
-        if "CPU" not in tensor.device or np.dtype(tensor.dtype.as_numpy_dtype).kind not in "fiub":
-            return None  # of other numbers, such as bfloat16, no memory is shown
-        memory = np.asarray(memoryview(tensor))
-        begin, size = memory.ctypes.data, memory.nbytes
+        return None
     return (begin, begin + size) if size else None
 
 
