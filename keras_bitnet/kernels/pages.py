@@ -55,7 +55,7 @@ def _advise(address, size):
 
 
 def _span(variable):
-    """Addresses at which a variable's memory begins and ends; `None`: not the host's, or unknown."""
+    """Where a variable's memory begins and ends; `None`: not on the host, or unknown."""
     value = variable.value
     backend = keras.backend.backend()
     if backend == "torch":
