@@ -5,6 +5,7 @@ a new variable holds zeros that nobody needs. For an embedding of 330 MB that is
 memory that loading takes.
 """
 
+import ctypes
 from typing import Any
 
 import keras
@@ -97,15 +98,23 @@ def _fill_torch(variable, source, parts):
 def _fill_tensorflow(variable, source, parts):
     import tensorflow as tf
 
-    for part in parts:
-        # `variable.value[part].assign` reads the variable first, and would copy it each time.
-        tf.raw_ops.ResourceStridedSliceAssign(
-            ref=variable.value.handle,
-            begin=[part.start],
-            end=[part.stop],
-            strides=[1],
-            value=tf.cast(source[part], variable.dtype),
-        )
+    def assign(tensor):
+        tf.raw_ops.AssignVariableOp(resource=variable.value.handle, value=tensor)
+
+    # A variable that was once written in parts is copied whenever it is read. So a new tensor is
+    # written before anybody else has it, and takes the memory that the variable gives back first.
+    assign(tf.zeros((0,), variable.dtype))
+    size = np.dtype(variable.dtype).itemsize
+    with tf.device("CPU:0"):
+        bits = tf.zeros(source.shape, f"uint{8 * size}")  # no memory is shown of bfloat16
+    shown = np.asarray(memoryview(bits))
+    own = (ctypes.c_uint8 * shown.nbytes).from_address(shown.ctypes.data)
+    array = np.frombuffer(memoryview(own), variable.dtype).reshape(source.shape)
+    try:
+        for part in parts:
+            array[part] = source[part]
+    finally:
+        assign(tf.bitcast(bits, variable.dtype))
 
 
 def _mirrored():
