@@ -154,3 +154,13 @@ def damaged(content, rng, trials, reach, most):
         for _ in range(rng.integers(1, most + 1)):
             copy[rng.integers(0, min(len(copy), reach))] = rng.integers(0, 256)
         yield bytes(copy)
+
+
+def assert_nan_and_infinity_stay_in_their_rows(rms_norm):
+    """Of a norm `(x, scale, epsilon)`: a bad number spoils its own row, and shows there."""
+    x = np.ones((3, 20), "float32")
+    x[1, 3], x[2, 4] = np.nan, np.inf
+    y = to_numpy(rms_norm(ops.convert_to_tensor(x), ops.ones(20), 1e-5))
+    assert np.isfinite(y[0]).all()
+    assert np.isnan(y[1]).all()
+    assert np.isnan(y[2, 4])
