@@ -39,6 +39,7 @@ def test_a_file_in_a_folder_that_cannot_be_written_to(saved, rng, monkeypatch):
 @pytest.mark.skipif(
     keras.backend.backend() == "tensorflow", reason="TensorFlow does not say where variables are"
 )
+@pytest.mark.usefixtures("on_cpu")
 def test_large_weights_lie_in_huge_pages(rng, monkeypatch):
     pages, asked = keras_bitnet.kernels.pages, []
 

@@ -34,8 +34,8 @@ def shader(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Fresh tensors hold NaN and the largest integers."""
+def _poisoned_memory(on_cpu):
+    """Fresh tensors hold NaN and the largest integers; the shim runs on the processor's."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
