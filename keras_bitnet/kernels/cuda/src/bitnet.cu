@@ -52,10 +52,13 @@ KERNEL(mma_grouped_32, 256, 2, gemm_mma_grouped<4, 1, 8, 2, 1>(p))
 #if __CUDA_ARCH_FEAT_SM90_ALL
 #ifdef KBC_WGMMA
 constexpr int FAR_AHEAD = BITS == 8 ? 2 : 4;
-KERNEL(wgmma_16, 384, 1, gemm_wgmma<2, 16, FAR_AHEAD, SHIFTS>(p))
-KERNEL(wgmma_32, 384, 1, gemm_wgmma<4, 16, FAR_AHEAD, SHIFTS>(p))
-KERNEL(wgmma_64, 384, 1, gemm_wgmma<8, 8, BITS <= 2 ? 4 : AHEAD, SHIFTS < 2 ? 1 : 2>(p))
-KERNEL(wgmma_128, 384, 1, gemm_wgmma<16, 10, AHEAD, 1>(p))
+#define MANY(rows, ...)                                                              \
+  KERNEL(wgmma_##rows, FOUR_GROUPS_##rows & BITS ? 640 : 384, 1,                     \
+         gemm_wgmma<(FOUR_GROUPS_##rows & BITS) != 0, rows / 8, __VA_ARGS__>(p))
+MANY(16, 16, FAR_AHEAD, SHIFTS)
+MANY(32, 16, FAR_AHEAD, SHIFTS)
+MANY(64, 8, BITS <= 2 ? 4 : AHEAD, SHIFTS < 2 ? 1 : 2)
+MANY(128, 10, AHEAD, 1)
 #endif
 
 #ifdef KBC_WGMMA16

@@ -136,9 +136,9 @@ DEVICE void store_four(void* y, long long i, int dtype, const float (&v)[4]) {
         make_uint2(pack_pair(dtype, v[0], v[1]), pack_pair(dtype, v[2], v[3]));
 }
 
-// The same where `there`, of elements of SIZE bytes. It has no branch, so the compiler may mix what comes before
-// several of them.
-template <int SIZE> DEVICE void store_four_if(bool there, void* y, long long i, int dtype, const float (&v)[4]) {
+// Four or two neighbours where `there`, of elements of SIZE bytes. It has no branch, so the compiler may mix what comes
+// before several of them.
+template <int SIZE> DEVICE void store_if(bool there, void* y, long long i, int dtype, const float (&v)[4]) {
   char* const to = static_cast<char*>(y) + i * SIZE;
   if (SIZE == 4) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p st.global.v4.f32 [%1], {%2, %3, %4, %5};\n}" ::
@@ -155,6 +155,17 @@ template <int SIZE> DEVICE void store_four_if(bool there, void* y, long long i, 
 DEVICE void store_pair_if(bool there, void* to, u32 pair) {
   asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p st.global.b32 [%1], %2;\n}" ::"r"((u32)there), "l"(to),
                "r"(pair) : "memory");
+}
+
+template <int SIZE> DEVICE void store_if(bool there, void* y, long long i, int dtype, const float (&v)[2]) {
+  char* const to = static_cast<char*>(y) + i * SIZE;
+  if (SIZE == 4) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p st.global.v2.f32 [%1], {%2, %3};\n}" ::
+                 "r"((u32)there), "l"(to), "f"(v[0]), "f"(v[1]) : "memory");
+  } else {
+    const u32 bf16 = pack_pair(1, v[0], v[1]), f16 = pack_pair(2, v[0], v[1]);
+    store_pair_if(there, to, dtype == 1 ? bf16 : f16);
+  }
 }
 
 // ---- quantization of activations -------------------------------------------------------------
@@ -253,6 +264,7 @@ DEVICE int dot_codes(u32 codes, u32 x, int sum) {
 DEVICE u32 bits_of(int value) { return (u32)value; }
 DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
 
+DEVICE u32 word(const uint2& v, int i) { return i == 0 ? v.x : v.y; }
 DEVICE u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
 // The result of a sum of codes: (step * codes + step_offset * sum of x) as float, scaled.

@@ -37,7 +37,7 @@ template <class Unit> struct Columns {
 };
 
 // The A operand of slab `s` of a slice for set `set`.
-DEVICE void unpack(const uint4 (&w)[QUADS], int s, int set, u32 (&a)[4]) {
+template <class Unit> DEVICE void unpack(const Unit (&w)[QUADS], int s, int set, u32 (&a)[4]) {
   if constexpr (BITS == 8) {
     a[0] = word(w[2 * s], 2 * set), a[1] = word(w[2 * s], 2 * set + 1);
     a[2] = word(w[2 * s + 1], 2 * set), a[3] = word(w[2 * s + 1], 2 * set + 1);
@@ -50,8 +50,9 @@ DEVICE void unpack(const uint4 (&w)[QUADS], int s, int set, u32 (&a)[4]) {
   }
 }
 
-// Sums [set][block of eight rows][register], as the instructions leave them.
-template <class N, int MB> using Tile = N[2][MB][4];
+// Sums [set][block of eight rows][register], as the instructions leave them; of a warp of 32 columns, or of 16 in one
+// set.
+template <class N, int MB, int SETS = 2> using Tile = N[SETS][MB][4];
 
 DEVICE float result(const Activations& p, int sum, int x_sum, float weight_scale, float x_scale) {
   return scaled(p, sum, x_sum, weight_scale, x_scale);
@@ -61,14 +62,16 @@ DEVICE float result(const Activations& p, float sum, int, float, float x_scale) 
   return __fmul_rn(__fmul_rn(sum, p.inverse_step), x_scale);
 }
 
-// Writes four columns of every row that this lane holds, of the blocks of eight rows from `begin` to `end`. Of two
+// Writes the four or two columns of every row that this lane holds, of the blocks of eight rows from `begin` to `end`. Of two
 // planes it holds both, of four the lane beside it holds the others. The compiler knows the planes and the SIZE of
 // an element; or they are ANY, and columns may be missing or not aligned.
 constexpr int ANY = -1;
-template <int SIZE, int PLANES, class N, int MB>
-DEVICE void write_rows(const Matmul& p, const N (&sums)[2][MB][4], int first_row, int first_column, int begin, int end) {
+template <int SIZE, int PLANES, class N, int SETS, int MB>
+DEVICE void write_rows(const Matmul& p, const N (&sums)[SETS][MB][4], int first_row, int first_column, int begin,
+                       int end) {
+  constexpr int COLUMNS = 2 * SETS;
   const int planes = PLANES == ANY ? p.planes : PLANES;
-  const int lane = threadIdx.x % 32, t = lane % 4, n = first_column + 4 * (lane / 4);
+  const int lane = threadIdx.x % 32, t = lane % 4, n = first_column + COLUMNS * (lane / 4);
   // Of the rows each lane fetches every 32nd, all at once: no load waits for a store.
   constexpr int FETCHED = (MB + 3) / 4;
   float x_scales[FETCHED];
@@ -79,9 +82,9 @@ DEVICE void write_rows(const Matmul& p, const N (&sums)[2][MB][4], int first_row
     x_scales[i] = __ldg(p.row_scale + row);
     x_sums[i] = __ldg(p.row_sum + row);
   }
-  float weight_scale[4], bias[4];
+  float weight_scale[COLUMNS], bias[COLUMNS];
 #pragma unroll
-  for (int c = 0; c < 4; ++c) {
+  for (int c = 0; c < COLUMNS; ++c) {
     const int column = min(n + c, p.n - 1);
     weight_scale[c] = column_scale(p, column);
     bias[c] = p.bias ? __ldg(p.bias + column) : -0.f;  // which changes no number
@@ -90,40 +93,40 @@ DEVICE void write_rows(const Matmul& p, const N (&sums)[2][MB][4], int first_row
   for (int b = 0; b < MB; ++b) {
     if (b < begin || b >= end) continue;
     const int first = first_row + 8 * b + 2 * t;
-    float v[2][4];
+    float v[2][COLUMNS];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float x_scale = __shfl_sync(~0u, x_scales[b / 4], 8 * (b % 4) + 2 * t + r);
       const int x_sum = __shfl_sync(~0u, x_sums[b / 4], 8 * (b % 4) + 2 * t + r);
 #pragma unroll
-      for (int c = 0; c < 4; ++c)
+      for (int c = 0; c < COLUMNS; ++c)
         v[r][c] = result(p, sums[c / 2][b][2 * (c % 2) + r], x_sum, weight_scale[c], x_scale);
     }
     if (planes > 1)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
+      for (int c = 0; c < COLUMNS; ++c) {
         v[0][c] = __fadd_rn(v[0][c], v[1][c]);
         if (planes > 2) v[0][c] = __fadd_rn(v[0][c], __shfl_xor_sync(~0u, v[0][c], 1));
       }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) v[r][c] = __fadd_rn(v[r][c], bias[c]);
+      for (int c = 0; c < COLUMNS; ++c) v[r][c] = __fadd_rn(v[r][c], bias[c]);
       const int row = first + r;
       const bool there = row < rows(p) && !(row & (planes - 1));
       const long long place = (long long)(row >> planes / 2) * p.n + n;
       if constexpr (SIZE != ANY)
-        store_four_if<SIZE>(there, p.y, place, p.dtype, v[r]);
+        store_if<SIZE>(there, p.y, place, p.dtype, v[r]);
       else
-        for (int c = 0; c < 4 && there && n + c < p.n; ++c) store(p.y, place + c, p.dtype, v[r][c]);
+        for (int c = 0; c < COLUMNS && there && n + c < p.n; ++c) store(p.y, place + c, p.dtype, v[r][c]);
     }
   }
 }
 
-template <class N, int MB>
-DEVICE void write_tile(const Matmul& p, const Tile<N, MB>& sums, int first_row, int first_column, int begin = 0,
+template <class N, int SETS, int MB>
+DEVICE void write_tile(const Matmul& p, const N (&sums)[SETS][MB][4], int first_row, int first_column, int begin = 0,
                        int end = MB) {
-  if (!p.y_aligned || first_column + 32 > p.n)
+  if (!p.y_aligned || first_column + 16 * SETS > p.n)
     write_rows<ANY, ANY>(p, sums, first_row, first_column, begin, end);
   else if (p.dtype == 0 && p.planes == 1)
     write_rows<4, 1>(p, sums, first_row, first_column, begin, end);

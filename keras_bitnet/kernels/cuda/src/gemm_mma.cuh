@@ -173,7 +173,7 @@ DEVICE void gemm_mma(const Matmuls& all) {
 #pragma unroll
       for (int k = 1; k < WK; ++k) sums[i / (4 * MB)][i / 4 % MB][i % 4] += shared_sums[place(k, i)];
   }
-  write_tile<Number, MB>(own_product(all), sums, first_row, first_column);
+  write_tile(own_product(all), sums, first_row, first_column);
 }
 
 // The same for groups. They must not end within a block of four tiles, whose slabs mix their inputs.

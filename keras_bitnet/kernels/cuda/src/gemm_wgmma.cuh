@@ -1,15 +1,17 @@
 // Many rows of quantized activations: `wgmma` with 8-bit operands. A block has two warp groups of 128
-// columns each.
+// columns each, or four of 64.
 #pragma once
 #include "wgmma.cuh"
 
 #if __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr int CONSUMER_WARPS = 8;
+// What a lane reads of a tile: two columns in one set, or four in two.
+template <bool FOUR_GROUPS> struct UnitOf { typedef uint4 Type; };
+template <> struct UnitOf<true> { typedef uint2 Type; };
 
 // The A operand of slab `s` of a slice for set `set`: codes times 2^(BITS * (s % FACTORS)), which saves
 // shifts. The sums of each factor are kept apart; 98,304 inputs do not overflow them.
-template <int FACTORS> DEVICE void unpack_scaled(const uint4 (&w)[QUADS], int s, int set, u32 (&a)[4]) {
+template <int FACTORS, class Unit> DEVICE void unpack_scaled(const Unit (&w)[QUADS], int s, int set, u32 (&a)[4]) {
   if constexpr (BITS == 8) {
     unpack(w, s, set, a);
   } else {
@@ -22,28 +24,28 @@ template <int FACTORS> DEVICE void unpack_scaled(const uint4 (&w)[QUADS], int s,
   }
 }
 
-template <int MB, int STAGES, int AHEAD, int FACTORS>
+template <class Unit, int WARPS, int MB, int STAGES, int AHEAD, int FACTORS>
 DEVICE void consume(const Matmuls& all, Share share, int first_row, Ring ring, bool sharing) {
-  constexpr int BM = 8 * MB, STAGE = BM * LINE;
+  constexpr int STAGE = 8 * MB * LINE, SETS = 16 / WARPS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Matmul p = own_product(all);
-  const int first_column = ((blockIdx.y - p.first_block) * CONSUMER_WARPS + warp) * 32;
-  Columns<uint4> columns(p, first_column, share.first, share.first + share.count);
-  uint4 weights[AHEAD][QUADS];
+  const int first_column = ((blockIdx.y - p.first_block) * WARPS + warp) * (16 * SETS);
+  Columns<Unit> columns(p, first_column, share.first, share.first + share.count);
+  Unit weights[AHEAD][QUADS];
   load_first(p, columns, weights);
 
-  Tile<int, MB> apart[FACTORS] = {};
+  Tile<int, MB, SETS> apart[FACTORS] = {};
   // Past the end the weights are zeros and the activations those of an earlier slice.
   for (int base = 0; base < share.count; base += AHEAD) {
     columns.skip(AHEAD);
 #pragma unroll
     for (int j = 0; j < AHEAD; ++j) {
       const int i = base + j, stage = i % STAGES;
-      u32 a[SLABS][2][4];
+      u32 a[SLABS][SETS][4];
 #pragma unroll
       for (int s = 0; s < SLABS; ++s)
 #pragma unroll
-        for (int set = 0; set < 2; ++set) unpack_scaled<FACTORS>(weights[j], s, set, a[s][set]);
+        for (int set = 0; set < SETS; ++set) unpack_scaled<FACTORS>(weights[j], s, set, a[s][set]);
       columns.load(j, weights[j]);
       barrier_wait(ring.full + 8 * stage, i / STAGES & 1);
       const u64 b = describe(ring.shared + stage * STAGE);
@@ -51,30 +53,31 @@ DEVICE void consume(const Matmuls& all, Share share, int first_row, Ring ring, b
 #pragma unroll
       for (int s = 0; s < SLABS; ++s)
 #pragma unroll
-        for (int set = 0; set < 2; ++set) Wgmma<I8, MB>::multiply(apart[s % FACTORS][set], a[s][set], b + 2 * s);
+        for (int set = 0; set < SETS; ++set) Wgmma<I8, MB>::multiply(apart[s % FACTORS][set], a[s][set], b + 2 * s);
       end_products(a);
       if (lane == 0) barrier_arrive(ring.empty + 8 * stage);
     }
   }
 
-  Tile<int, MB>& sums = apart[0];
+  Tile<int, MB, SETS>& sums = apart[0];
 #pragma unroll
   for (int f = 1; f < FACTORS; ++f)
 #pragma unroll
-    for (int i = 0; i < 8 * MB; ++i)
+    for (int i = 0; i < 4 * SETS * MB; ++i)
       sums[i / (4 * MB)][i / 4 % MB][i % 4] += apart[f][i / (4 * MB)][i / 4 % MB][i % 4] >> (BITS * f);
   int begin = 0, end = MB;
-  if (sharing) add_shares<CONSUMER_WARPS>(sums, block_memory + STAGES * STAGE, begin, end);
-  write_tile<int, MB>(own_product(all), sums, first_row, first_column, begin, end);
+  if (sharing) add_shares<WARPS>(sums, block_memory + STAGES * STAGE, begin, end);
+  write_tile(own_product(all), sums, first_row, first_column, begin, end);
 }
 
-template <int MB, int STAGES, int AHEAD, int FACTORS>
+template <bool FOUR_GROUPS, int MB, int STAGES, int AHEAD, int FACTORS>
 DEVICE void gemm_wgmma(const Matmuls& p) {
+  constexpr int WARPS = FOUR_GROUPS ? 16 : 8;
   constexpr bool SHARING = MB < 16;  // blocks of 128 rows have no memory for the sums of others
   const Share share(slices(p), AHEAD, SHARING);
   const int first_row = blockIdx.x / (SHARING ? cluster_size() : 1) * (8 * MB);
-  feed_and_consume<MB, 1, AHEAD, STAGES, CONSUMER_WARPS, SHARING>(p, share, first_row, [&](Ring ring, bool sharing) {
-    consume<MB, STAGES, AHEAD, FACTORS>(p, share, first_row, ring, sharing);
+  feed_and_consume<MB, 1, AHEAD, STAGES, WARPS, SHARING>(p, share, first_row, [&](Ring ring, bool sharing) {
+    consume<typename UnitOf<FOUR_GROUPS>::Type, WARPS, MB, STAGES, AHEAD, FACTORS>(p, share, first_row, ring, sharing);
   });
 }
 

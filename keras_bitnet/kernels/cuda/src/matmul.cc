@@ -17,6 +17,7 @@ struct MatrixKernel {
   bool grouped, wgmma;
   bool wide;                   // of 16-bit numbers, whose dtype ends its name; else of codes
   int time, start;             // nanoseconds for a slice, and besides, on an H200; where compared
+  int four_groups = 0;         // widths of weights, added up, for which it has 640 threads
 };
 constexpr MatrixKernel kMatrixKernels[] = {
     {"mma_8", 256, 8, 32, 4, 8, false, false, false, 160, 600},
@@ -26,10 +27,10 @@ constexpr MatrixKernel kMatrixKernels[] = {
     {"mma_grouped_8", 256, 8, 32, 4, 8, true, false, false, 160, 1200},
     {"mma_grouped_16", 256, 16, 32, 3, 8, true, false, false, 180, 1700},
     {"mma_grouped_32", 256, 32, 32, 2, 8, true, false, false, 255, 4000},
-    {"wgmma_16", 384, 16, 256, 16, 1, false, true, false, 250, 2000},
-    {"wgmma_32", 384, 32, 256, 16, 1, false, true, false, 345, 2300},
-    {"wgmma_64", 384, 64, 256, 8, 1, false, true, false, 560, 2300},
-    {"wgmma_128", 384, 128, 256, 10, 1, false, true, false, 665, 2000},
+    {"wgmma_16", 384, 16, 256, 16, 1, false, true, false, 250, 2000, FOUR_GROUPS_16},
+    {"wgmma_32", 384, 32, 256, 16, 1, false, true, false, 345, 2300, FOUR_GROUPS_32},
+    {"wgmma_64", 384, 64, 256, 8, 1, false, true, false, 560, 2300, FOUR_GROUPS_64},
+    {"wgmma_128", 384, 128, 256, 10, 1, false, true, false, 665, 2000, FOUR_GROUPS_128},
     {"wgmma16_64_", 640, 64, 256, 4, 1, false, true, true, 675, 2800},
     {"wgmma16_128_", 640, 128, 256, 4, 1, false, true, true, 1200, 2000},
     {"wgmma16_grouped_64_", 640, 64, 256, 4, 1, true, true, true, 1000, 2000},
@@ -325,8 +326,9 @@ const char* run_matrix(Device& device, const kbc_joint& joint, Activations m, vo
                      starts_early(joint)};
   const Matmuls only{m, {}};
   if (const char* wrong = launch(device, p.bits, first, &only, stream)) return wrong;
+  const int threads = k.four_groups & p.bits ? 640 : k.threads;
   Launch second{multiply.c_str(), static_cast<unsigned>(row_blocks(p, k)) * choice.shares, 1,
-                static_cast<unsigned>(k.threads), static_cast<unsigned>(memory(choice)), true};
+                static_cast<unsigned>(threads), static_cast<unsigned>(memory(choice)), true};
   second.cluster = choice.shares;
   auto blocks = [&](const kbc_matmul& one) { return column_blocks(one, k); };
   return launch_products(device, joint, m, second, blocks, stream);

@@ -36,6 +36,10 @@ struct Matmuls : Activations {
   Product of[MOST_PRODUCTS];  // those that are not there begin behind the last block
 };
 
+// The widths of weights whose blocks of so many rows have four warp groups of 64 columns in gemm_wgmma.cuh, added up;
+// those of others have two of 128 columns. What was faster.
+constexpr int FOUR_GROUPS_16 = 2 + 4 + 8, FOUR_GROUPS_32 = 8, FOUR_GROUPS_64 = 1 + 2 + 8, FOUR_GROUPS_128 = 2 + 4;
+
 // One root mean square norm of rows, see norm.cuh.
 struct Norm {
   const void* x;      // (rows, k)
