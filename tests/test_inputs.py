@@ -8,7 +8,7 @@ from keras import ops
 
 import keras_bitnet
 from keras_bitnet import quantizers
-from keras_bitnet.layers import BitEinsumDense, BitLinear
+from keras_bitnet.layers import BitConv2D, BitDepthwiseConv2D, BitEinsumDense, BitLinear
 from keras_bitnet.ops import hadamard
 from keras_bitnet.quantizers import StaticActivation
 
@@ -264,3 +264,27 @@ def test_treated_layers_train(rng):
     model.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=BACKEND != "torch")
     losses = model.fit(x, x[:, :1], epochs=8, batch_size=16, verbose=0).history["loss"]
     assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint8", "bool"])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: BitLinear(3, norm="rms"), (6,)),
+        (lambda: BitLinear(3, activation_quantizer=None), (6,)),
+        (lambda: BitEinsumDense("abc,cd->abd", (None, 3)), (4, 6)),
+        (lambda: BitConv2D(3, 2), (4, 4, 6)),
+        (lambda: BitConv2D(3, 2, activation_quantizer=None), (4, 4, 6)),
+        (lambda: BitDepthwiseConv2D(2), (4, 4, 6)),
+    ],
+)
+def test_integer_inputs_are_taken_as_floats(make, shape, dtype, rng):
+    """As in `Dense`; pixels are often bytes."""
+    x = (rng.integers(0, 2, (2, *shape)) * rng.integers(1, 200, shape)).astype(dtype)
+    model = keras.Sequential([keras.Input(shape, dtype=dtype), make()])
+    packed = keras_bitnet.pack_model(model, verbose=0)
+    expected = to_numpy(model(x.astype("float32")))
+    for one in (model, packed):
+        y = one.layers[-1](x)
+        assert keras.backend.standardize_dtype(y.dtype) == "float32"
+        np.testing.assert_allclose(to_numpy(y), expected, atol=1e-5 * np.abs(expected).max())

@@ -133,7 +133,7 @@ class BitConv(BitLayer):
 
     def call(self, inputs):
         """Computes the convolution; see the class."""
-        x = self.window.channels_last(inputs)
+        x = self.window.channels_last(self.floating(inputs))
         if self._convolves and not (self.packed and self._few_positions(x)):
             y = self._convolution(x)
         elif self.packed and self._plain:

@@ -118,7 +118,7 @@ class BitDepthwiseConv(BitLayer):
 
     def call(self, inputs):
         """Computes the convolution; see the class."""
-        x = self.window.channels_last(inputs)
+        x = self.window.channels_last(self.floating(inputs))
         matrix = ops.cast(self.matrix_in_use(x.dtype), "float32")
         y = 0
         for i, tap in enumerate(self._quantized_taps(ops.cast(x, "float32"))):

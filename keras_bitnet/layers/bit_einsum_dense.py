@@ -105,7 +105,7 @@ class BitEinsumDense(BitLayer):
         kept = [axes.inputs.index(a) for a in axes.kept]
         shape = ops.shape(inputs)
         leading = [shape[i] for i in kept]
-        x = _transposed(inputs, kept + [axes.inputs.index(a) for a in axes.summed])
+        x = _transposed(self.floating(inputs), kept + [axes.inputs.index(a) for a in axes.summed])
         if len(self._summed_shape) > 1:
             x = ops.reshape(x, (*leading, self.in_features))
         y = self.product(x)

@@ -101,7 +101,7 @@ class BitLinear(BitLayer):
 
     def call(self, inputs):
         """Maps `(batch, ..., in_features)` to `(batch, ..., units)`."""
-        y = self.product(inputs)
+        y = self.product(self.floating(inputs))
         return y if self.activation is None else self.activation(y)
 
     def compute_output_shape(self, input_shape):

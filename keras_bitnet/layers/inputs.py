@@ -8,6 +8,7 @@ Each step has its opposite in the kernel, so that none of them changes the float
 import contextlib
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_bitnet.checks import check_choice, check_number, check_own_names
@@ -85,6 +86,10 @@ class InputTreatment(KeptChannels):
         )  # fmt: skip
 
     # -- inputs and their opposite in the kernel -------------------------------------------
+
+    def floating(self, x):
+        """Inputs as they are, integers in the compute dtype: Keras casts floats only."""
+        return x if keras.backend.is_float_dtype(x.dtype) else ops.cast(x, self.compute_dtype)
 
     def normalize_inputs(self, x):
         """The norm before the product, if the layer has one."""
