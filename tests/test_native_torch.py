@@ -316,3 +316,12 @@ def test_model_export(rng, tmp_path):
     program = torch.export.load(tmp_path / "model.pt2")
     assert not has_op(program.graph)
     assert relative_error(program.module()(torch.tensor(x)).detach(), model(x).detach()) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_model_to_another_dtype(dtype, rng):
+    """As a model of `Dense`, whose products promote."""
+    model = keras.Sequential([keras.Input((100,)), packed_layer(rng)])
+    x = torch.randn(3, 100)
+    before = model(x).detach()
+    assert relative_error(model.to(dtype)(x).detach(), before) < 2e-2

@@ -202,7 +202,7 @@ class KernelWeights(NamedWeights):
             )
         return PackedTensor(
             tiles=ops.convert_to_tensor(self.kernel_tiles),
-            scale=ops.convert_to_tensor(self.kernel_scale),
+            scale=ops.convert_to_tensor(self.kernel_scale, "float32"),
             offset=self.weight_quantizer.offset,
             bits=self.weight_quantizer.bits,
             in_features=self.in_features,
