@@ -29,7 +29,7 @@ def has_op(function, name=OP):
     return any(node.op == name for node in nodes)
 
 
-@pytest.mark.parametrize("shape", [(None, 100), (None, None, 100), (3, 100), None])
+@pytest.mark.parametrize("shape", [(None, 100), (None, None, 100), (3, 100), (None, None), None])
 def test_function_and_shape_inference(shape, rng):
     layer = packed_layer(rng)
     _, packed = make_packed(rng, 100, 33)
@@ -42,7 +42,7 @@ def test_function_and_shape_inference(shape, rng):
     assert has_op(traced)
     inferred = traced.get_concrete_function().output_shapes
     assert inferred.as_list() == [*shape[:-1], 33] if shape else inferred.rank is None
-    x = tf.random.normal([size or 3 for size in shape or (3, 100)])
+    x = tf.random.normal((*(size or 3 for size in (shape or (3, 100))[:-1]), 100))
     np.testing.assert_array_equal(traced(x), function(x))
 
 

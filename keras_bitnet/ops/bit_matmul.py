@@ -37,6 +37,8 @@ def bit_matmul(
     """
     if not ops.is_tensor(x):  # Keras takes microseconds to hand a tensor back
         x = ops.convert_to_tensor(x)
+    if x.shape[-1] is None and window is None:  # while TensorFlow traces; it checks as it runs
+        x = ops.reshape(x, (*ops.shape(x)[:-1], packed.in_features))
     kernel = select.choose(x, packed, activation_quantizer, window)
     operands = packed, activation_quantizer, bias, activation_scale
     normalizes = norm is None or kernel.normalizes(activation_quantizer)
