@@ -30,6 +30,20 @@ def greedy(model, prompt, count):
     return row[0, : len(prompt) + count].tolist()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16"])
+def test_a_cache_keeps_its_dtype_in_a_model_of_16_bits(dtype):
+    keras.utils.set_random_seed(1)
+    model = make_model(dtype=dtype, activation="silu")
+    for cache_dtype in ("int8", "float32"):
+        _, cache = model.backbone.call_with_cache(
+            ops.convert_to_tensor([[3, 1, 4]]), model.backbone.make_cache(1, 8, cache_dtype), 0
+        )
+        written = {k: keras.backend.standardize_dtype(v.dtype) for k, v in cache[0].items()}
+        assert {written["key"], written["value"]} == {cache_dtype}
+        assert {v for k, v in written.items() if "scale" in k} <= {"float32"}
+        assert len(model.generate([3, 1, 4], max_new_tokens=5, cache_dtype=cache_dtype)) == 8
+
+
 def test_greedy_equals_no_cache_in_a_padded_batch(model):
     rows = model.generate(PROMPTS, max_new_tokens=6)
     assert rows == [greedy(model, prompt, 6) for prompt in PROMPTS]

@@ -38,10 +38,12 @@ class Attention:
     device: str | None
 
     @classmethod
-    def of(cls, cache, query):
-        """Reads the facts off a cache and queries `(batch, tokens, heads, head_dim)`."""
-        _, tokens, heads, head_dim = query.shape
-        _, key_heads, length, _ = cache["key"].shape
+    def of(cls, cache, query, heads=None):
+        """Reads the facts off a cache and queries `(batch, tokens, heads, head_dim)`, or what will
+        become queries of some `heads`, `(number, head_dim)`.
+        """
+        heads, head_dim = heads or query.shape[2:]
+        tokens, (_, key_heads, length, _) = query.shape[1], cache["key"].shape
         dtype, cache_dtype = (
             keras.backend.standardize_dtype(x.dtype) for x in (query, cache["key"])
         )
@@ -98,8 +100,8 @@ TABLES: dict[str, tuple[select.Kernel, ...]] = {
 }
 
 
-def choose(cache, query):
-    """The row that runs the attention: see `select.first_or_forced`."""
+def choose(cache, query, heads=None):
+    """The row for what `Attention.of` takes: see `select.first_or_forced`."""
     table = TABLES.get(keras.backend.backend(), (REFERENCE,))
     # What is forced is the kernel of the products: several tokens at once are no error.
-    return select.first_or_forced(table, Attention.of(cache, query), strict=False)
+    return select.first_or_forced(table, Attention.of(cache, query, heads), strict=False)

@@ -119,6 +119,14 @@ class BitLayer(SharedArguments, InputTreatment, LowRankAdaptation, KernelWeights
         rows = rows and keras.backend.standardize_dtype(x.dtype) == self.compute_dtype
         return rows and not self.static and self._look is None
 
+    @property
+    def is_one_product(self):
+        """Whether a call is a packed product and its bias, after an RMS norm at most."""
+        plain = self.built and self.packed and self._untreated and self._look is None
+        plain = plain and not self.static and not self.lora_enabled
+        plain = plain and self.activation in (None, activations.linear)
+        return plain and (self.normalization is None or self.norm_alone)
+
     def shape_outputs(self, y):
         """What a subclass does to a product before the norm after it; nothing here."""
         return y

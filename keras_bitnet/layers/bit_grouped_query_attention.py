@@ -15,7 +15,7 @@ from keras_bitnet.layers.rotary import rotary_tables, rotate
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
-class BitGroupedQueryAttention(BitBlock):
+class BitGroupedQueryAttention(key_value_cache.TakesCache, BitBlock):
     """`keras.layers.GroupQueryAttention` with low-bit projections.
 
         attention = softmax(rotate(query) rotate(key)^T / sqrt(head_dim)) value
@@ -163,13 +163,16 @@ class BitGroupedQueryAttention(BitBlock):
         cache_index=None,
     ):
         """Computes the attention; see the class."""
+        cache = key_value_cache.untouched(cache)
         if return_attention_scores and cache is not None:
             raise ValueError(
                 "`return_attention_scores` does not go with a `cache`. "
                 "Received: return_attention_scores=True and a cache"
             )
         gate = None if self.gate_dense is None else self.gate_dense(query)
-        rotary = self._rotary(query.shape[1] or ops.shape(query)[1], positions, rotary, cache_index)
+        rotary = self.rotary_of_call(
+            query.shape[1] or ops.shape(query)[1], positions, rotary, cache_index
+        )
         query, key, value = self._project(query, value, key)
         masks = {"query": query_mask, "value": value_mask, "key": key_mask}
         scores = None
@@ -185,7 +188,7 @@ class BitGroupedQueryAttention(BitBlock):
                 query, key, value, masks, attention_mask, causal, training, return_attention_scores
             )
         else:
-            mask = self._cache_mask(attention_mask, query.shape[1], cache, cache_index)
+            mask = self.mask_of_cache(attention_mask, query.shape[1], cache, cache_index)
             y, cache = key_value_cache.attend_next(
                 cache, query, key, value, cache_index, self.head_dim**-0.5, mask, rotary
             )
@@ -199,7 +202,7 @@ class BitGroupedQueryAttention(BitBlock):
 
         Their inner products are the "attention relations" that distillation can compare.
         """
-        rotary = self._rotary(query.shape[1] or ops.shape(query)[1], None, rotary, None)
+        rotary = self.rotary_of_call(query.shape[1] or ops.shape(query)[1], None, rotary, None)
         query, key, value = self._project(query, value, key)
         return *_turned(query, key, rotary), value
 
@@ -209,13 +212,14 @@ class BitGroupedQueryAttention(BitBlock):
             return call_jointly([self.query_dense, self.key_dense, self.value_dense], query)
         return self.query_dense(query), self.key_dense(key), self.value_dense(value)
 
-    def _rotary(self, length, positions, rotary, cache_index):
+    def rotary_of_call(self, length, positions, rotary, cache_index):
         """The tables for queries and keys, or `None` where they are not turned."""
         if self.rope_max_wavelength is None:
             return None
         if rotary is None:
             if positions is None:
-                positions = ops.arange(length, dtype="int32")[None] + (cache_index or 0)
+                first = 0 if cache_index is None else cache_index
+                positions = ops.arange(length, dtype="int32")[None] + first
             rotary = self.rotary_tables(positions)
         return rotary
 
@@ -279,7 +283,7 @@ class BitGroupedQueryAttention(BitBlock):
             merged = part if merged is None else ops.logical_and(merged, part)
         return merged
 
-    def _cache_mask(self, mask, targets, cache, cache_index):
+    def mask_of_cache(self, mask, targets, cache, cache_index):
         """With the window, if there is one; `None` is every token up to a query's own."""
         if not self.sliding_window:
             return mask

@@ -9,10 +9,12 @@ from keras_bitnet.layers.base import NORMS
 from keras_bitnet.layers.bit_feed_forward import BitFeedForward
 from keras_bitnet.layers.bit_grouped_query_attention import BitGroupedQueryAttention
 from keras_bitnet.layers.block import BitBlock
+from keras_bitnet.layers.decode_at_once import decode_at_once
+from keras_bitnet.layers.key_value_cache import TakesCache, untouched
 
 
 @keras.saving.register_keras_serializable("keras_bitnet")
-class BitTransformerDecoder(BitBlock):
+class BitTransformerDecoder(TakesCache, BitBlock):
     """Causal attention and feed-forward, each behind a norm and added to the stream.
 
         x = x + attention(norm(x))
@@ -148,6 +150,13 @@ class BitTransformerDecoder(BitBlock):
         """Computes the block; see the class."""
         if padding_mask is None and attention_mask is None:
             padding_mask = mask
+        cache = untouched(cache)
+        if cache is not None and not training:
+            at_once = decode_at_once(
+                self, inputs, attention_mask, positions, rotary, cache, cache_index
+            )
+            if at_once is not None:
+                return at_once
         x = self.attention_norm(inputs)
         y = self.attention(
             x,

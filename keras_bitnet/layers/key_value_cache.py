@@ -16,6 +16,33 @@ from keras_bitnet.layers.rotary import in_float32, rotate
 BACKEND = keras.backend.backend()
 
 
+class TakesCache(keras.layers.Layer):
+    """Mixin of layers that are called with a `cache`, whose tensors keep their dtypes.
+
+    Keras casts float tensors in the arguments of a layer to its dtype: the scales of an int8 cache
+    too, and a copy of the rest, into which the layer would then write.
+    """
+
+    def __call__(self, *args, cache=None, **kwargs):
+        """As any Keras layer."""
+        if cache is None:
+            return super().__call__(*args, **kwargs)
+        symbolic = any(isinstance(x, keras.KerasTensor) for x in cache.values())
+        return super().__call__(*args, cache=cache if symbolic else _Untouched(cache), **kwargs)
+
+
+class _Untouched:
+    """A cache on its way into a layer."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+
+def untouched(cache):
+    """The cache that `call` was given."""
+    return cache.cache if isinstance(cache, _Untouched) else cache
+
+
 def make_cache(batch, length, heads, head_dim, dtype="float32"):
     """An empty cache.
 

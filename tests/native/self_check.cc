@@ -276,6 +276,67 @@ void check_normalized_product(Example& example) {
   require(within == example.y, "norm within " + example.name());
 }
 
+// A block of a decoder gives the bits of its parts one after another.
+void check_block(int activation, bool gated, bool normalized, uint32_t seed) {
+  const int64_t batch = 2, heads = 4, key_heads = 2, dim = 8, hidden = 40, inner = 100, length = 6;
+  Example query(batch, hidden, heads * dim, 2, -1, 0, seed), key(batch, hidden, key_heads * dim, 2, -1, 0, seed + 1);
+  Example value(batch, hidden, key_heads * dim, 2, -1, 0, seed + 2), up(batch, hidden, inner, 2, -1, 0, seed + 3);
+  Example output(batch, heads * dim, hidden, 2, -1, 0, seed + 4), down(batch, inner, hidden, 2, -1, 0, seed + 5);
+  Example gate(batch, hidden, inner, 2, -1, 0, seed + 6);
+  const std::vector<float> gain(inner, 1.5f);
+  for (Example* example : {&query, &key, &value, &output, &up, &down, &gate}) {
+    example->problem.gain = normalized ? gain.data() : nullptr;
+    example->problem.norm_epsilon = 1e-5f;
+  }
+  const auto multiply = [](Example& example, const std::vector<float>& x) {
+    example.problem.x = x.data();
+    require(kbn_run(&example.problem, nullptr) == 0, example.name() + ": " + kbn_error(1));
+    return example.y;
+  };
+  const std::vector<float> x(query.x.begin(), query.x.begin() + batch * hidden);
+  const std::vector<float> rows(batch * key_heads * length * dim, 0.25f);
+  const int32_t index = 3;
+  kbn_attention attention{};
+  attention.batch = batch, attention.length = length, attention.heads = heads, attention.key_heads = key_heads;
+  attention.head_dim = dim, attention.tables = attention.masks = 1, attention.scale = 0.5f, attention.index = &index;
+  std::vector<float> keys = rows, values = rows, attended(batch * heads * dim);
+  attention.key_cache = keys.data(), attention.value_cache = values.data(), attention.y = attended.data();
+  multiply(query, x), multiply(key, x), multiply(value, x);
+  attention.query = query.y.data(), attention.key = key.y.data(), attention.value = value.y.data();
+  require(kbn_attend(&attention, nullptr) == 0, std::string("attend: ") + kbn_error(1));
+  std::vector<float> stream = multiply(output, attended);
+  for (size_t i = 0; i < stream.size(); ++i) stream[i] = x[i] + stream[i];
+  std::vector<float> middle = multiply(up, stream);
+  const std::vector<float> gates = gated ? multiply(gate, stream) : middle;
+  for (size_t i = 0; i < middle.size(); ++i) {
+    const float g = gates[i], r = g > 0 ? g : 0;
+    const double smooth = double(g) / (1 + std::exp(-double(g)));
+    const float active = activation == KBN_RELU ? r : activation == KBN_RELU2 ? r * r : float(smooth);
+    middle[i] = gated ? active * middle[i] : active;
+  }
+  std::vector<float> wanted = multiply(down, middle);
+  for (size_t i = 0; i < wanted.size(); ++i) wanted[i] = stream[i] + wanted[i];
+
+  std::vector<float> new_keys = rows, new_values = rows, y(batch * hidden, NAN);
+  kbn_attention of_block = attention;
+  of_block.query = of_block.key = of_block.value = nullptr, of_block.y = nullptr;
+  of_block.key_cache = new_keys.data(), of_block.value_cache = new_values.data();
+  kbn_block block{&query.problem, &key.problem, &value.problem, &output.problem, &up.problem, &down.problem,
+                  gated ? &gate.problem : nullptr, &of_block, activation, x.data(), y.data()};
+  require(kbn_decode(&block, nullptr) == 0, std::string("block: ") + kbn_error(1));
+  require(new_keys == keys && new_values == values, "cache of a block");
+  double apart = 0, size = 0;
+  for (size_t i = 0; i < y.size(); ++i) {
+    apart += std::pow(double(y[i]) - wanted[i], 2), size += std::pow(double(wanted[i]), 2);
+  }
+  // An exponential that is rounded otherwise may move a code.
+  require(apart <= (activation == KBN_SILU ? 1e-4 * size : 0), "block");
+  block.activation = 3;
+  require(kbn_decode(&block, nullptr) != 0, "an unknown activation");
+  block.activation = activation, down.problem.in_features = inner - 1;
+  require(kbn_decode(&block, nullptr) != 0, "parts that do not fit");
+}
+
 // A joint product gives the bits of one after another.
 void check_joint(int64_t m, int64_t k, int bits, float offset, int64_t group, uint32_t seed) {
   Example first(m, k, 33, bits, offset, group, seed), second(m, k, 100, bits, offset, group, seed + 1);
@@ -362,6 +423,9 @@ void check_isa() {
     }
   }
   for (int64_t features : {1, 15, 2560}) check_norm(40, features, ++seed), ++count;
+  for (int activation : {KBN_RELU, KBN_RELU2, KBN_SILU}) {
+    for (int i = 0; i < 4; ++i, ++count) check_block(activation, i % 2, i / 2, seed += 7);
+  }
   for (int64_t m : {1, 2, 70}) {
     for (int64_t k : {100, 512}) {
       for (int64_t group : {0, 64}) {

@@ -9,7 +9,7 @@ from keras_bitnet.kernels import cuda
 from keras_bitnet.kernels.cuda import compiler
 from keras_bitnet.kernels.native import find_built, joint_struct
 
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 _lock = threading.Lock()
 
 

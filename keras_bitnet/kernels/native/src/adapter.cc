@@ -32,3 +32,7 @@ const char* kbn_normalize_limited(const kbn_norm* problem, int32_t threads) {
 const char* kbn_attend_limited(const kbn_attention* problem, int32_t threads) {
   return run_on(*problem, threads);
 }
+
+const char* kbn_decode_limited(const kbn_block* block, int32_t threads) {
+  return run_on(*block, threads);
+}

@@ -156,8 +156,8 @@ inline const char* run(const kbn_joint& problem, const kbn_parallel* parallel) {
 
 // ---- attention ----
 
-// A tensor of a framework. Dtypes beside those of `kbn_dtype`: kBool, kInt32, or -1.
-enum { kBool = 4, kInt32 = 5 };
+// A tensor of a framework. Dtypes beside those of `kbn_dtype`: these, or -1.
+enum { kBool = 4, kInt32 = 5, kUint8 = 6 };
 struct Operand {
   Shape shape;
   int32_t dtype;
@@ -232,6 +232,84 @@ inline const char* run(const kbn_attention& problem, const kbn_parallel* paralle
   return code ? kbn_error(code) : nullptr;
 }
 
+// ---- block of a decoder ----
+
+enum { kQueryWeight, kKeyWeight, kValueWeight, kOutputWeight, kUpWeight, kDownWeight, kGateWeight, kBlockWeights };
+
+// The operands of a block in the order of every framework: x; tiles, scale and bias of each weight; gains of
+// the norms before query, output, up and down; then those of its attention from the cosines on.
+enum {
+  kBlockX, kBlockWeight, kBlockGain = kBlockWeight + 3 * kBlockWeights, kBlockAttention = kBlockGain + 4,
+  kBlockCache = kBlockAttention + kKeyCache - kCosines,
+  kBlockOperands = kBlockAttention + kAttentionOperands - kCosines
+};
+
+struct BlockAttributes : Attributes {
+  int64_t heads = 0;         // of queries
+  int64_t intermediate = 0;  // outputs of up and gate
+  int64_t activation = 0;    // kbn_activation
+  double scale = 0;          // of the scores
+};
+
+// A block and what it points to.
+struct Block : kbn_block {
+  Matmul matmuls[kBlockWeights];
+  kbn_attention attended;
+};
+
+// As the other `describe`; fills all but y. A gate that is not given has tiles of one axis.
+inline const char* describe(const BlockAttributes& a, const Operand* in, Block* block) {
+  const Operand& x = in[kBlockX];
+  const Shape cache = in[kBlockCache].shape;
+  if (x.shape.rank != 3 || x.shape[1] != 1) return "x must be (batch, 1, features)";
+  if (cache.rank != 4) return "key_cache must be (batch, key_heads, length, head_dim)";
+  const int64_t batch = x.shape[0], hidden = x.shape[2], key_heads = cache[1], dim = cache[3];
+  const int64_t query_dims[] = {batch, 1, a.heads, dim}, key_dims[] = {batch, 1, key_heads, dim};
+  Operand attention[kAttentionOperands];
+  attention[kQuery] = {{query_dims, 4}, x.dtype, x.data};
+  attention[kKey] = attention[kValue] = {{key_dims, 4}, x.dtype, x.data};
+  for (int i = kCosines; i < kAttentionOperands; ++i) attention[i] = in[kBlockAttention + i - kCosines];
+  if (const char* wrong = describe(attention, a.scale, &block->attended)) return wrong;
+  const int64_t queries = a.heads * dim, keys = key_heads * dim, inner = a.intermediate;
+  const struct { const kbn_matmul** place; int64_t in, out; int gain; } parts[kBlockWeights] = {
+      {&block->query, hidden, queries, 0}, {&block->key, hidden, keys, 0},
+      {&block->value, hidden, keys, 0},    {&block->output, queries, hidden, 1},
+      {&block->up, hidden, inner, 2},      {&block->down, inner, hidden, 3},
+      {&block->gate, hidden, inner, 2},
+  };
+  for (int i = 0; i < kBlockWeights; ++i) {
+    const Operand *weight = in + kBlockWeight + 3 * i, &tiles = weight[0], &scale = weight[1];
+    const Operand &bias = weight[2], &gain = in[kBlockGain + parts[i].gain];
+    *parts[i].place = nullptr;
+    if (i == kGateWeight && tiles.shape.rank == 1) continue;
+    const int64_t rows[] = {batch, parts[i].in};
+    Attributes attributes = a;
+    attributes.out_features = parts[i].out;
+    Matmul* matmul = &block->matmuls[i];
+    const char* wrong = describe(attributes, {rows, 2}, tiles.shape, scale.shape, bias.shape, kNothing,
+                                 gain.shape, matmul);
+    if (wrong) return wrong;
+    if (tiles.dtype != kUint8 || scale.dtype != KBN_F32 || bias.dtype != KBN_F32 || gain.dtype != KBN_F32)
+      return "wrong dtype of a weight";
+    matmul->dtype = x.dtype;
+    matmul->tiles = static_cast<const uint8_t*>(tiles.data);
+    matmul->scale = static_cast<const float*>(scale.data);
+    matmul->bias = bias.shape[0] ? static_cast<const float*>(bias.data) : nullptr;
+    matmul->gain = gain.shape[0] ? static_cast<const float*>(gain.data) : nullptr;
+    *parts[i].place = matmul;
+  }
+  block->attention = &block->attended;
+  block->activation = static_cast<int32_t>(a.activation);
+  block->x = x.data;
+  return nullptr;
+}
+
+inline const char* run(const kbn_block& block, const kbn_parallel* parallel) {
+  if (block.attention->batch == 0) return nullptr;
+  const int code = kbn_decode(&block, parallel);
+  return code ? kbn_error(code) : nullptr;
+}
+
 // ---- norm ----
 
 // As the other `describe`, of x (..., features) and a float32 scale; fills all but y.
@@ -262,3 +340,4 @@ inline const char* run(const kbn_norm& problem, const kbn_parallel* parallel) {
 KBN_API const char* kbn_run_limited(const kbn_joint* problem, int32_t threads);
 KBN_API const char* kbn_attend_limited(const kbn_attention* problem, int32_t threads);
 KBN_API const char* kbn_normalize_limited(const kbn_norm* problem, int32_t threads);
+KBN_API const char* kbn_decode_limited(const kbn_block* block, int32_t threads);

@@ -113,6 +113,29 @@ typedef struct kbn_norm {
   void* y;                 // (rows, features)
 } kbn_norm;
 
+// What a feed-forward block does to the numbers between its projections: max(x, 0), the square of
+// that, x * sigmoid(x).
+enum kbn_activation { KBN_RELU = 0, KBN_RELU2 = 1, KBN_SILU = 2 };
+
+// One new token of each sequence through a block of a decoder:
+//     a = x + output(attend(query(n), key(n), value(n))),   n = norm(x)
+//     y = a + down(activation(gate(m)) * up(m)),            m = norm(a)
+// The norms are the gains of the matmuls; query, key and value agree in theirs, gate and up too.
+// Every result is rounded to the dtype. Meaning: keras_bitnet/layers/bit_transformer_decoder.py.
+typedef struct kbn_block {
+  const kbn_matmul* query; // matmuls without x and y, of one dtype, and as many rows as sequences
+  const kbn_matmul* key;
+  const kbn_matmul* value;
+  const kbn_matmul* output;
+  const kbn_matmul* up;
+  const kbn_matmul* down;
+  const kbn_matmul* gate;  // or null: activation(up(m)) in place of the product
+  const kbn_attention* attention; // without query, key, value and y
+  int32_t activation;      // kbn_activation
+  const void* x;           // (batch, hidden)
+  void* y;                 // (batch, hidden), other memory
+} kbn_block;
+
 KBN_API int kbn_abi_version(void);
 
 // Runs the matmul. Returns 0, or a code for `kbn_error`; on error y is untouched. The text belongs
@@ -121,9 +144,10 @@ KBN_API int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel);
 KBN_API int kbn_run_joint(const kbn_joint* problem, const kbn_parallel* parallel);
 KBN_API const char* kbn_error(int code);
 
-// Runs the attention, or the norm; as `kbn_run`.
+// Runs the attention, the norm, or the block; as `kbn_run`.
 KBN_API int kbn_attend(const kbn_attention* problem, const kbn_parallel* parallel);
 KBN_API int kbn_normalize(const kbn_norm* problem, const kbn_parallel* parallel);
+KBN_API int kbn_decode(const kbn_block* block, const kbn_parallel* parallel);
 
 // The codes (m, k) and scales (m) that `kbn_run` makes of the activations, for tests.
 KBN_API int kbn_quantize(const kbn_matmul* problem, int8_t* x_codes, float* x_scales);

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
+#include <initializer_list>
 #include <new>
 
 #include "bitnet.h"
@@ -189,6 +190,52 @@ int check_norm(const kbn_norm& p) {
   return p.rows == 0 || given ? kOk : fail(kInvalid, "an operand is missing. Received: null");
 }
 
+// Joint matmuls of x, whose results are of no account here.
+int check_products(const void* x, void* y, std::initializer_list<const kbn_matmul*> weights) {
+  kbn_matmul matmuls[KBN_MAX_JOINT];
+  kbn_joint joint{0, {}};
+  for (const kbn_matmul* given : weights) {
+    if (given == nullptr) continue;
+    kbn_matmul& matmul = matmuls[joint.count];
+    matmul = *given;
+    matmul.x = x, matmul.y = y;
+    joint.matmuls[joint.count++] = &matmul;
+  }
+  return check_joint(joint);
+}
+
+int check_block(const kbn_block& b) {
+  if (!(b.query && b.key && b.value && b.output && b.up && b.down && b.attention) ||
+      (b.attention->batch > 0 && !(b.x && b.y))) {
+    return fail(kInvalid, "an operand is missing. Received: null");
+  }
+  kbn_attention attention = *b.attention;
+  attention.query = attention.key = attention.value = b.x, attention.y = b.y;
+  int error = check_attention(attention);
+  if (!error) error = check_products(b.x, b.y, {b.query, b.key, b.value});
+  if (!error) error = check_products(b.x, b.y, {b.output});
+  if (!error) error = check_products(b.x, b.y, {b.up, b.gate});
+  if (!error) error = check_products(b.x, b.y, {b.down});
+  if (error) return error;
+  const int64_t hidden = b.query->in_features, inner = b.up->out_features;
+  const int64_t queries = attention.heads * attention.head_dim;
+  const int64_t keys = attention.key_heads * attention.head_dim;
+  bool fit = b.query->out_features == queries && b.output->in_features == queries &&
+             b.key->out_features == keys && b.value->out_features == keys &&
+             b.output->out_features == hidden && b.up->in_features == hidden &&
+             b.down->out_features == hidden && b.down->in_features == inner &&
+             (!b.gate || b.gate->out_features == inner);
+  for (const kbn_matmul* p : {b.query, b.output, b.up, b.down}) {
+    fit = fit && p->rows == attention.batch && p->dtype == attention.dtype && !p->window;
+  }
+  if (!fit || b.activation < KBN_RELU || b.activation > KBN_SILU) {
+    return fail(kInvalid, "the parts of a block must fit each other, activation be 0 to 2. Received: "
+                "hidden=%lld, queries=%lld, keys=%lld, inner=%lld, activation=%d", printable(hidden),
+                printable(queries), printable(keys), printable(inner), b.activation);
+  }
+  return kOk;
+}
+
 // Has `run` use the present table of kernels, unless there is nothing to do.
 template <typename Run>
 int run_checked(bool nothing, const Run& run) {
@@ -215,7 +262,7 @@ int run_checked(const kbn_matmul& problem, const Probe& probe) {
 }  // namespace
 }  // namespace kbn
 
-int kbn_abi_version(void) { return 8; }
+int kbn_abi_version(void) { return 9; }
 
 int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel) {
   const kbn_joint one{1, {problem}};
@@ -243,6 +290,14 @@ int kbn_normalize(const kbn_norm* problem, const kbn_parallel* parallel) {
   if (error) return error;
   return kbn::run_checked(problem->rows == 0, [&](const kbn::Kernels& kernels) {
     kbn::run(*problem, kernels, parallel);
+  });
+}
+
+int kbn_decode(const kbn_block* block, const kbn_parallel* parallel) {
+  const int error = kbn::check_block(*block);
+  if (error) return error;
+  return kbn::run_checked(block->attention->batch == 0, [&](const kbn::Kernels& kernels) {
+    kbn::run(*block, kernels, parallel);
   });
 }
 

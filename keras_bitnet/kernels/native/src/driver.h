@@ -1,5 +1,5 @@
 // Cuts a packed matmul in blocks, an attention in heads or a norm in rows, and has a table of kernels
-// run them.
+// run them; a block of a decoder is some of these.
 #pragma once
 #include "bitnet.h"
 #include "kernels.h"
@@ -21,6 +21,7 @@ void run(const kbn_joint& problem, const Kernels& kernels, const kbn_parallel* p
 
 void run(const kbn_attention& problem, const Kernels& kernels, const kbn_parallel* parallel);
 void run(const kbn_norm& problem, const Kernels& kernels, const kbn_parallel* parallel);
+void run(const kbn_block& block, const Kernels& kernels, const kbn_parallel* parallel);
 
 // As `kbn_tiles_from_trits`; false: a byte holds no five trits.
 bool tiles_from_trits(const uint8_t* packed, int64_t in_features, int64_t out_features,

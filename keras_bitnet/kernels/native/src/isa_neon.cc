@@ -2,6 +2,7 @@
 #include <arm_neon.h>
 
 #include "attention.h"
+#include "elementwise.h"
 #include "normalize.h"
 #include "scale.h"
 
@@ -91,7 +92,7 @@ void multiply(const Block& block) {
 extern const Kernels kNeon = {
     "neon", 4, one_column, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, finish, store, attend, normalize, nullptr, nullptr,
+    add_scaled, finish, store, attend, normalize, add, activate, nullptr, nullptr,
 };
 
 }  // namespace kbn

@@ -1,4 +1,4 @@
-// The packed matmul and the attention to a cache as XLA FFI handlers, for JAX.
+// The packed matmul, the attention to a cache and a block of a decoder as XLA FFI handlers, for JAX.
 #include <string.h>
 
 #include <string>
@@ -46,24 +46,25 @@ const void* scalar(const xla_ffi::Attributes& attributes, const char* name, int3
   return found && found->dtype == dtype ? found->value : nullptr;
 }
 
+bool read(const xla_ffi::Attributes& attributes, const char* name, int64_t* value) {
+  const void* found = scalar(attributes, name, kS64);
+  if (found) memcpy(value, found, sizeof *value);
+  return found;
+}
+
+bool read(const xla_ffi::Attributes& attributes, const char* name, double* value) {
+  const void* found = scalar(attributes, name, kF64);
+  if (found) memcpy(value, found, sizeof *value);
+  return found;
+}
+
 bool read(const xla_ffi::Attributes& attributes, kbn_adapter::Attributes* out) {
-  const struct { const char* name; int64_t* value; } integers[] = {
-      {"bits", &out->bits}, {"trits", &out->trits}, {"group_size", &out->group_size},
-      {"activation_bits", &out->activation_bits}, {"per_tensor", &out->per_tensor},
-  };
-  const struct { const char* name; double* value; } floats[] = {
-      {"offset", &out->offset}, {"epsilon", &out->epsilon},
-  };
-  for (const auto& row : integers) {
-    const void* found = scalar(attributes, row.name, kS64);
-    if (!found) return false;
-    memcpy(row.value, found, sizeof *row.value);
-  }
-  for (const auto& row : floats) {
-    const void* found = scalar(attributes, row.name, kF64);
-    if (!found) return false;
-    memcpy(row.value, found, sizeof *row.value);
-  }
+  if (!read(attributes, "bits", &out->bits) || !read(attributes, "trits", &out->trits) ||
+      !read(attributes, "group_size", &out->group_size) ||
+      !read(attributes, "activation_bits", &out->activation_bits) ||
+      !read(attributes, "per_tensor", &out->per_tensor) ||
+      !read(attributes, "offset", &out->offset) || !read(attributes, "epsilon", &out->epsilon))
+    return false;
   const Array* window = static_cast<Array*>(attribute(attributes, "window", kArrayAttribute));
   if (!window) return true;  // a product of rows
   if (window->dtype != kS64 || window->size != kbn_adapter::kWindowNumbers) return false;
@@ -97,7 +98,26 @@ int32_t operand_dtype_of(int32_t dtype) {
   return dtype == kS8     ? KBN_I8
          : dtype == kS32  ? kbn_adapter::kInt32
          : dtype == kPRED ? kbn_adapter::kBool
+         : dtype == kU8   ? kbn_adapter::kUint8
                           : dtype_of(dtype);
+}
+
+// Operands as `kbn_adapter` numbers them, the cache last and without the scales that it does not have;
+// results y and the cache again, in the same memory. Returns what is wrong, or null.
+template <int kMost, int kCache>
+const char* read(const CallFrame* frame, kbn_adapter::Operand* operands) {
+  const int64_t count = frame->arguments.size, kept = count - kCache;
+  if ((kept != 2 && kept != 4) || frame->results.size != 1 + kept) return "wrong number of operands";
+  Buffer **in = frame->arguments.buffers, **out = frame->results.buffers;
+  for (int i = 0; i < kMost; ++i) {
+    if (i < count)
+      operands[i] = {shape(in[i]), operand_dtype_of(in[i]->dtype), in[i]->data};
+    else
+      operands[i] = {kbn_adapter::kNothing, KBN_F32, nullptr};
+  }
+  for (int64_t i = 0; i < kept; ++i)
+    if (out[1 + i]->data != in[kCache + i]->data) return "the cache must be aliased";
+  return nullptr;
 }
 
 // Runs on the library's own threads, as many as XLA's: those take tens of microseconds to begin.
@@ -145,30 +165,39 @@ KBN_API void* kbn_xla_matmul(xla_ffi::CallFrame* frame) {
   return run(frame, problem, kbn_run_limited);
 }
 
-// Operands as `kbn_adapter` numbers them, without the scales of a cache that has none; results y and
-// the cache again, in the same memory.
 KBN_API void* kbn_xla_attend(xla_ffi::CallFrame* frame) {
   if (answer_metadata(frame) || frame->stage != kExecuteStage) return nullptr;
   constexpr int kMost = kbn_adapter::kAttentionOperands;
-  const int64_t count = frame->arguments.size, kept = count - kbn_adapter::kKeyCache;
-  const void* scale = scalar(frame->attributes, "scale", kF64);
-  if ((kept != 2 && kept != 4) || frame->results.size != 1 + kept || !scale)
-    return error(frame, kInvalidArgument, "wrong number of operands or attributes");
-  Buffer **in = frame->arguments.buffers, **out = frame->results.buffers;
   kbn_adapter::Operand operands[kMost];
-  for (int i = 0; i < kMost; ++i) {
-    if (i < count)
-      operands[i] = {shape(in[i]), operand_dtype_of(in[i]->dtype), in[i]->data};
-    else
-      operands[i] = {kbn_adapter::kNothing, KBN_F32, nullptr};
-  }
-  double factor;
-  memcpy(&factor, scale, sizeof factor);
   kbn_attention problem;
-  const char* wrong = kbn_adapter::describe(operands, factor, &problem);
-  for (int64_t i = 0; i < kept && !wrong; ++i)
-    if (out[1 + i]->data != in[kbn_adapter::kKeyCache + i]->data) wrong = "the cache must be aliased";
+  double factor;
+  const char* wrong = read<kMost, kbn_adapter::kKeyCache>(frame, operands);
+  if (!wrong && !read(frame->attributes, "scale", &factor)) wrong = "an attribute is missing";
+  if (!wrong) wrong = kbn_adapter::describe(operands, factor, &problem);
   if (wrong) return error(frame, kInvalidArgument, wrong);
-  problem.y = out[0]->data;
+  problem.y = frame->results.buffers[0]->data;
   return run(frame, problem, kbn_attend_limited);
+}
+
+KBN_API void* kbn_xla_decode(xla_ffi::CallFrame* frame) {
+  if (answer_metadata(frame) || frame->stage != kExecuteStage) return nullptr;
+  constexpr int kMost = kbn_adapter::kBlockOperands;
+  const xla_ffi::Attributes& given = frame->attributes;
+  kbn_adapter::Operand operands[kMost];
+  kbn_adapter::BlockAttributes attributes;
+  kbn_adapter::Block block;
+  const char* wrong = read<kMost, kbn_adapter::kBlockCache>(frame, operands);
+  if (!wrong && (!read(given, &attributes) || !read(given, "norm_epsilon", &attributes.norm_epsilon) ||
+                 !read(given, "heads", &attributes.heads) || !read(given, "scale", &attributes.scale) ||
+                 !read(given, "intermediate", &attributes.intermediate) ||
+                 !read(given, "activation", &attributes.activation)))
+    wrong = "an attribute is missing";
+  if (!wrong) wrong = kbn_adapter::describe(attributes, operands, &block);
+  const Buffer* y = frame->results.buffers[0];
+  if (!wrong && (y->dtype != frame->arguments.buffers[0]->dtype || y->rank != 3 ||
+                 memcmp(y->dims, frame->arguments.buffers[0]->dims, 3 * sizeof *y->dims) != 0))
+    wrong = "the result must be like x";
+  if (wrong) return error(frame, kInvalidArgument, wrong);
+  block.y = y->data;
+  return run<kbn_block>(frame, block, kbn_decode_limited);
 }

@@ -180,6 +180,11 @@ struct Kernels {
   void (*normalize)(const void* x, const float* scale, int dtype, int64_t count, float epsilon,
                     void* y);
 
+  // y = a + b, and y = activation(x) * factor, without a factor activation(x); of a `kbn_activation`.
+  void (*add)(const void* a, const void* b, int dtype, int64_t count, void* y);
+  void (*activate)(int activation, const void* x, const void* factor, int dtype, int64_t count,
+                   void* y);
+
   // The thread has computed all its blocks for now; may be null.
   void (*leave)();
 

@@ -22,6 +22,23 @@ inline uint32_t as_bits(float value) {
   return bits;
 }
 
+// e^x for x <= 0: 2^n times a polynomial of what is left (Moshier 1989, Cephes).
+inline float exp_of(float x) {
+  const float magic = 12582912.0f;  // rounds to a whole number in the low bits
+  const float n = x * 1.44269504f + magic;
+  const float whole = n - magic;
+  const float r = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const float power = as_float(as_bits(p) + (as_bits(n) << 23));
+  return x < -87.0f ? 0.0f : power;
+}
+
 // Fetches the scales that follow a column: a stride that no hardware prefetcher follows.
 inline void prefetch_ahead(const Block& block, int64_t segment, int column = 0) {
 #if defined(__GNUC__)

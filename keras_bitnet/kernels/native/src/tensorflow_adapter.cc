@@ -1,4 +1,4 @@
-// The packed matmul, the attention to a cache and the norm as TensorFlow ops, through TensorFlow's
+// The packed matmul, the attention to a cache, the norm and a block of a decoder as TensorFlow ops, through TensorFlow's
 // stable C API for ops and kernels.
 // The functions are declared here and found in the process that loads this library with
 // `tf.load_op_library`, so that one binary serves every version and builds without TensorFlow.
@@ -28,7 +28,7 @@ struct TF_OpKernelConstruction;
 struct TF_OpKernelContext;
 struct TF_Tensor;
 
-enum { kFloat = 1, kInt32 = 3, kInt8 = 6, kBool = 10, kBfloat16 = 14, kHalf = 19 };  // TF_DataType
+enum { kFloat = 1, kInt32 = 3, kUint8 = 4, kInt8 = 6, kBool = 10, kBfloat16 = 14, kHalf = 19 };  // TF_DataType
 enum { kInvalidArgument = 3, kInternal = 13 };    // TF_Code
 
 using ShapeFunction = void (*)(TF_ShapeInferenceContext*, TF_Status*);
@@ -97,7 +97,7 @@ KBN_TF_FUNCTIONS(X)
 
 constexpr char kOp[] = "KerasBitnetMatmul", kJointOp[] = "KerasBitnetJointMatmul",
                kConvOp[] = "KerasBitnetConv", kAttentionOp[] = "KerasBitnetAttendNext",
-               kNormOp[] = "KerasBitnetRmsNorm";
+               kNormOp[] = "KerasBitnetRmsNorm", kBlockOp[] = "KerasBitnetDecodeBlock";
 std::atomic<int32_t> max_threads{0};
 
 struct StatusDeleter {
@@ -155,42 +155,64 @@ void infer_no_shape(TF_ShapeInferenceContext* context, TF_Status* status) {
   TF_ShapeInferenceContextSetUnknownShape(context, status);
 }
 
-template <bool kConvolves>
-void* create(TF_OpKernelConstruction* context) {
-  Status status(TF_NewStatus());
-  auto attributes = std::make_unique<Attributes>();
-  float offset = 0, epsilon = 0, norm_epsilon = 0;
-  const struct { const char* name; int64_t* value; } integers[] = {
-      {"bits", &attributes->bits},
-      {"trits", &attributes->trits},
-      {"group_size", &attributes->group_size},
-      {"activation_bits", &attributes->activation_bits},
-      {"per_tensor", &attributes->per_tensor},
-  };
-  for (const auto& row : integers)
-    if (!TF_GetCode(status.get()))
-      TF_OpKernelConstruction_GetAttrInt64(context, row.name, row.value, status.get());
-  const struct { const char* name; float* value; } floats[] = {
-      {"offset", &offset}, {"epsilon", &epsilon}, {"norm_epsilon", &norm_epsilon},
-  };
-  for (const auto& row : floats)
-    if (!TF_GetCode(status.get()))
-      TF_OpKernelConstruction_GetAttrFloat(context, row.name, row.value, status.get());
-  if (kConvolves && !TF_GetCode(status.get()))
-    TF_OpKernelConstruction_GetAttrInt64List(context, "window",
-                                             reinterpret_cast<int64_t*>(&attributes->window),
-                                             kbn_adapter::kWindowNumbers, status.get());
-  if (TF_GetCode(status.get())) {
-    TF_OpKernelConstruction_Failure(context, status.get());
-    return nullptr;
-  }
-  attributes->offset = offset;
-  attributes->epsilon = epsilon;
-  attributes->norm_epsilon = norm_epsilon;
-  return attributes.release();
+void read(TF_OpKernelConstruction* context, const char* name, int64_t* value, TF_Status* status) {
+  if (!TF_GetCode(status)) TF_OpKernelConstruction_GetAttrInt64(context, name, value, status);
 }
 
-void destroy(void* kernel) { delete static_cast<Attributes*>(kernel); }
+void read(TF_OpKernelConstruction* context, const char* name, double* value, TF_Status* status) {
+  float found = 0;
+  if (!TF_GetCode(status)) TF_OpKernelConstruction_GetAttrFloat(context, name, &found, status);
+  *value = found;
+}
+
+void read(TF_OpKernelConstruction* context, const char* name, kbn_adapter::Window* window,
+          TF_Status* status) {
+  if (TF_GetCode(status)) return;
+  TF_OpKernelConstruction_GetAttrInt64List(context, name, reinterpret_cast<int64_t*>(window),
+                                           kbn_adapter::kWindowNumbers, status);
+}
+
+// The attributes that all products have.
+void read_shared(TF_OpKernelConstruction* context, Attributes* attributes, TF_Status* status) {
+  read(context, "bits", &attributes->bits, status);
+  read(context, "trits", &attributes->trits, status);
+  read(context, "group_size", &attributes->group_size, status);
+  read(context, "activation_bits", &attributes->activation_bits, status);
+  read(context, "offset", &attributes->offset, status);
+  read(context, "epsilon", &attributes->epsilon, status);
+  read(context, "norm_epsilon", &attributes->norm_epsilon, status);
+}
+
+template <bool kConvolves>
+void read_all(TF_OpKernelConstruction* context, Attributes* attributes, TF_Status* status) {
+  read_shared(context, attributes, status);
+  read(context, "per_tensor", &attributes->per_tensor, status);
+  if (kConvolves) read(context, "window", &attributes->window, status);
+}
+
+// A kernel that is its attributes, and is deleted as them.
+template <typename Kernel, void (*read)(TF_OpKernelConstruction*, Kernel*, TF_Status*)>
+void* create(TF_OpKernelConstruction* context) {
+  Status status(TF_NewStatus());
+  auto kernel = std::make_unique<Kernel>();
+  read(context, kernel.get(), status.get());
+  if (!TF_GetCode(status.get())) return kernel.release();
+  TF_OpKernelConstruction_Failure(context, status.get());
+  return nullptr;
+}
+
+template <typename Kernel>
+void destroy(void* kernel) {
+  delete static_cast<Kernel*>(kernel);
+}
+
+// Its computation: `run` says in the status what is wrong.
+template <typename Kernel, void (*run)(const Kernel&, TF_OpKernelContext*, TF_Status*)>
+void compute(void* kernel, TF_OpKernelContext* context) {
+  Status status(TF_NewStatus());
+  run(*static_cast<Kernel*>(kernel), context, status.get());
+  if (TF_GetCode(status.get())) TF_OpKernelContext_Failure(context, status.get());
+}
 
 std::vector<int64_t> dims(const TF_Tensor* tensor) {
   std::vector<int64_t> sizes(TF_NumDims(tensor));
@@ -206,6 +228,7 @@ int32_t operand_dtype_of(int dtype) {
   return dtype == kInt8    ? KBN_I8
          : dtype == kInt32 ? kbn_adapter::kInt32
          : dtype == kBool  ? kbn_adapter::kBool
+         : dtype == kUint8 ? kbn_adapter::kUint8
                            : kbn_dtype_of(dtype);
 }
 
@@ -236,7 +259,8 @@ TensorOwner allocate_like(const Input& input, const std::vector<int64_t>& sizes,
                                        static_cast<int>(sizes.size()), bytes, status));
 }
 
-void run(Attributes attributes, TF_OpKernelContext* context, TF_Status* status) {
+void multiply(const Attributes& given, TF_OpKernelContext* context, TF_Status* status) {
+  Attributes attributes = given;
   const int inputs = TF_NumInputs(context), weights = weights_of(inputs);
   if (weights > KBN_MAX_JOINT) return TF_SetStatus(status, kInvalidArgument, "too many weights");
   std::vector<Input> in;
@@ -272,21 +296,16 @@ void run(Attributes attributes, TF_OpKernelContext* context, TF_Status* status) 
   if (wrong) TF_SetStatus(status, kInternal, wrong);
 }
 
-void compute(void* kernel, TF_OpKernelContext* context) {
-  Status status(TF_NewStatus());
-  run(*static_cast<Attributes*>(kernel), context, status.get());
-  if (TF_GetCode(status.get())) TF_OpKernelContext_Failure(context, status.get());
-}
-
 // ---- attention ----
 
 constexpr int kOperands = kbn_adapter::kAttentionOperands, kCaches = 4;
 
-// y is like the queries, the caches that come out are those that came in.
-void infer_attention_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
+// y is like the first operand, the caches that come out are those that came in.
+template <int kCache>
+void infer_cached_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
   for (int i = 0; i <= kCaches; ++i) {
     ShapeOwner shape(TF_NewShapeHandle());
-    const int input = i ? kbn_adapter::kKeyCache + i - 1 : kbn_adapter::kQuery;
+    const int input = i ? kCache + i - 1 : 0;
     TF_ShapeInferenceContextGetInput(context, input, shape.get(), status);
     if (TF_GetCode(status)) return;
     TF_ShapeInferenceContextSetOutput(context, i, shape.get(), status);
@@ -294,44 +313,43 @@ void infer_attention_shapes(TF_ShapeInferenceContext* context, TF_Status* status
   }
 }
 
-// A kernel whose one attribute is a float of this name.
-template <const char* name>
-void* create_with(TF_OpKernelConstruction* context) {
-  Status status(TF_NewStatus());
-  auto value = std::make_unique<float>();
-  TF_OpKernelConstruction_GetAttrFloat(context, name, value.get(), status.get());
-  if (!TF_GetCode(status.get())) return value.release();
-  TF_OpKernelConstruction_Failure(context, status.get());
-  return nullptr;
-}
-
-void destroy_float(void* kernel) { delete static_cast<float*>(kernel); }
-
-template <void (*run)(float, TF_OpKernelContext*, TF_Status*)>
-void compute_with(void* kernel, TF_OpKernelContext* context) {
-  Status status(TF_NewStatus());
-  run(*static_cast<float*>(kernel), context, status.get());
-  if (TF_GetCode(status.get())) TF_OpKernelContext_Failure(context, status.get());
-}
-
+// A kernel whose one attribute is a number of this name.
 constexpr char kScale[] = "scale", kEpsilon[] = "epsilon";
 
-// Writes into the caches that came in and hands them out, as TensorFlow's InplaceUpdate does.
-void attend(float scale, TF_OpKernelContext* context, TF_Status* status) {
+template <const char* name>
+void read_number(TF_OpKernelConstruction* context, double* number, TF_Status* status) {
+  read(context, name, number, status);
+}
+
+// The operands of an op that writes into caches, and its outputs: y, like the first, and the caches that
+// came in, handed out as TensorFlow's InplaceUpdate does.
+template <int kCount, int kCache>
+struct Cached {
   std::vector<Input> in;
-  kbn_adapter::Operand operands[kOperands];
-  for (int i = 0; i < kOperands; ++i) in.emplace_back(context, i, status);
+  kbn_adapter::Operand operands[kCount];
+  TensorOwner y;
+
+  Cached(TF_OpKernelContext* context, TF_Status* status) {
+    for (int i = 0; i < kCount; ++i) in.emplace_back(context, i, status);
+    if (TF_GetCode(status)) return;
+    for (int i = 0; i < kCount; ++i) operands[i] = in[i].operand();
+  }
+  void* allocate(TF_OpKernelContext* context, TF_Status* status) {
+    y = allocate_like(in[0], in[0].sizes, context, status);
+    for (int i = 0; i < kCaches && !TF_GetCode(status); ++i)
+      TF_SetOutput(context, 1 + i, in[kCache + i].tensor.get(), status);
+    return TF_GetCode(status) ? nullptr : TF_TensorData(y.get());
+  }
+};
+
+void attend(const double& scale, TF_OpKernelContext* context, TF_Status* status) {
+  Cached<kOperands, kbn_adapter::kKeyCache> cached(context, status);
   if (TF_GetCode(status)) return;
-  for (int i = 0; i < kOperands; ++i) operands[i] = in[i].operand();
   kbn_attention problem;
-  const char* wrong = kbn_adapter::describe(operands, scale, &problem);
+  const char* wrong = kbn_adapter::describe(cached.operands, scale, &problem);
   if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
-  const Input& query = in[kbn_adapter::kQuery];
-  TensorOwner y = allocate_like(query, query.sizes, context, status);
-  for (int i = 0; i < kCaches && !TF_GetCode(status); ++i)
-    TF_SetOutput(context, 1 + i, in[kbn_adapter::kKeyCache + i].tensor.get(), status);
+  problem.y = cached.allocate(context, status);
   if (TF_GetCode(status)) return;
-  problem.y = TF_TensorData(y.get());
   wrong = kbn_attend_limited(&problem, max_threads.load(std::memory_order_relaxed));
   if (wrong) TF_SetStatus(status, kInternal, wrong);
 }
@@ -356,7 +374,7 @@ void infer_norm_shape(TF_ShapeInferenceContext* context, TF_Status* status) {
   if (!TF_GetCode(status)) TF_ShapeInferenceContextSetOutput(context, 0, shape.get(), status);
 }
 
-void normalize(float epsilon, TF_OpKernelContext* context, TF_Status* status) {
+void normalize(const double& epsilon, TF_OpKernelContext* context, TF_Status* status) {
   Input x(context, 0, status), scale(context, 1, status);
   if (TF_GetCode(status)) return;
   kbn_norm problem;
@@ -369,11 +387,35 @@ void normalize(float epsilon, TF_OpKernelContext* context, TF_Status* status) {
   if (wrong) TF_SetStatus(status, kInternal, wrong);
 }
 
+// ---- block of a decoder ----
+
+void read_block(TF_OpKernelConstruction* context, kbn_adapter::BlockAttributes* attributes,
+                TF_Status* status) {
+  read_shared(context, attributes, status);
+  read(context, "heads", &attributes->heads, status);
+  read(context, "intermediate", &attributes->intermediate, status);
+  read(context, "activation", &attributes->activation, status);
+  read(context, "scale", &attributes->scale, status);
+}
+
+void decode(const kbn_adapter::BlockAttributes& attributes, TF_OpKernelContext* context,
+            TF_Status* status) {
+  Cached<kbn_adapter::kBlockOperands, kbn_adapter::kBlockCache> cached(context, status);
+  if (TF_GetCode(status)) return;
+  kbn_adapter::Block block;
+  const char* wrong = kbn_adapter::describe(attributes, cached.operands, &block);
+  if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
+  block.y = cached.allocate(context, status);
+  if (TF_GetCode(status)) return;
+  wrong = kbn_decode_limited(&block, max_threads.load(std::memory_order_relaxed));
+  if (wrong) TF_SetStatus(status, kInternal, wrong);
+}
+
 // An op as its definition and its kernel on the CPU.
 struct Op {
   const char* name;
   const char* kernel;
-  std::vector<const char*> attributes, inputs, outputs;
+  std::vector<std::string> attributes, inputs, outputs;
   bool stateful;
   ShapeFunction infer_shapes;
   Create create;
@@ -381,48 +423,80 @@ struct Op {
   Delete destroy;
 };
 
-Op matmul_op(const char* name, const char* kernel, ShapeFunction infer_shapes, Create create,
-             std::initializer_list<const char*> more_attributes = {}) {
+template <bool kConvolves>
+Op matmul_op(const char* name, const char* kernel, ShapeFunction infer_shapes,
+             const char* more_attributes = nullptr) {
   Op op{name, kernel,
         {"T: {float, bfloat16, half}", "bits: int", "trits: int", "group_size: int",
          "activation_bits: int", "per_tensor: int", "offset: float", "epsilon: float",
          "norm_epsilon: float"},
         {"x: T", "tiles: uint8", "scale: float", "bias: float", "x_scale: float", "gain: float"},
-        {"y: T"}, false, infer_shapes, create, compute, destroy};
-  op.attributes.insert(op.attributes.end(), more_attributes);
+        {"y: T"}, false, infer_shapes, create<Attributes, read_all<kConvolves>>,
+        compute<Attributes, multiply>, destroy<Attributes>};
+  if (more_attributes) op.attributes.push_back(more_attributes);
   return op;
 }
 
 Op joint_op() {
-  Op op = matmul_op(kJointOp, "KerasBitnetJointMatmulCPU", infer_shape, create<false>, {"N: int >= 1"});
+  Op op = matmul_op<false>(kJointOp, "KerasBitnetJointMatmulCPU", infer_shape, "N: int >= 1");
   op.inputs = {"x: T", "tiles: N * uint8", "scale: N * float", "bias: N * float", "x_scale: float",
                "gain: float"};
   op.outputs = {"y: N * T"};
   return op;
 }
 
+Op attention_op() {
+  return {kAttentionOp, "KerasBitnetAttendNextCPU",
+          {"T: {float, bfloat16, half}", "C: {float, bfloat16, half, int8}", "scale: float"},
+          {"query: T", "key: T", "value: T", "cosines: float", "sines: float", "mask: bool",
+           "index: int32", "key_cache: C", "value_cache: C", "key_scale: float", "value_scale: float"},
+          {"y: T", "new_key_cache: C", "new_value_cache: C", "new_key_scale: float",
+           "new_value_scale: float"},
+          true, infer_cached_shapes<kbn_adapter::kKeyCache>, create<double, read_number<kScale>>,
+          compute<double, attend>, destroy<double>};
+}
+
+// Takes an attention after its queries, keys and values.
+Op block_op() {
+  using kbn_adapter::BlockAttributes;
+  Op op = attention_op();
+  const std::vector<std::string> of_attention(op.inputs.begin() + 3, op.inputs.end());
+  op.name = kBlockOp, op.kernel = "KerasBitnetDecodeBlockCPU";
+  for (const char* text : {"heads: int", "intermediate: int", "activation: int", "bits: int", "trits: int",
+                           "group_size: int", "activation_bits: int", "offset: float", "epsilon: float",
+                           "norm_epsilon: float"})
+    op.attributes.push_back(text);
+  op.inputs = {"x: T"};
+  for (const std::string weight : {"query", "key", "value", "output", "up", "down", "gate"})
+    for (const std::string part : {"tiles", "scale", "bias"})
+      op.inputs.push_back(part + "_" + weight + (part == "tiles" ? ": uint8" : ": float"));
+  for (const std::string norm : {"query", "output", "up", "down"})
+    op.inputs.push_back("gain_" + norm + ": float");
+  op.inputs.insert(op.inputs.end(), of_attention.begin(), of_attention.end());
+  op.infer_shapes = infer_cached_shapes<kbn_adapter::kBlockCache>;
+  op.create = create<BlockAttributes, read_block>;
+  op.compute = compute<BlockAttributes, decode>;
+  op.destroy = destroy<BlockAttributes>;
+  return op;
+}
+
 const Op kOps[] = {
-    matmul_op(kOp, "KerasBitnetMatmulCPU", infer_shape, create<false>),
+    matmul_op<false>(kOp, "KerasBitnetMatmulCPU", infer_shape),
     joint_op(),
-    matmul_op(kConvOp, "KerasBitnetConvCPU", infer_no_shape, create<true>, {"window: list(int)"}),
-    {kAttentionOp, "KerasBitnetAttendNextCPU",
-     {"T: {float, bfloat16, half}", "C: {float, bfloat16, half, int8}", "scale: float"},
-     {"query: T", "key: T", "value: T", "cosines: float", "sines: float", "mask: bool",
-      "index: int32", "key_cache: C", "value_cache: C", "key_scale: float", "value_scale: float"},
-     {"y: T", "new_key_cache: C", "new_value_cache: C", "new_key_scale: float",
-      "new_value_scale: float"}, true,
-     infer_attention_shapes, create_with<kScale>, compute_with<attend>, destroy_float},
+    matmul_op<true>(kConvOp, "KerasBitnetConvCPU", infer_no_shape, "window: list(int)"),
+    attention_op(),
     {kNormOp, "KerasBitnetRmsNormCPU", {"T: {float, bfloat16, half}", "epsilon: float"},
-     {"x: T", "scale: float"}, {"y: T"}, false,
-     infer_norm_shape, create_with<kEpsilon>, compute_with<normalize>, destroy_float},
+     {"x: T", "scale: float"}, {"y: T"}, false, infer_norm_shape,
+     create<double, read_number<kEpsilon>>, compute<double, normalize>, destroy<double>},
+    block_op(),
 };
 
 std::string register_op(const Op& op) {
   Status status(TF_NewStatus());
   TF_OpDefinitionBuilder* definition = TF_NewOpDefinitionBuilder(op.name);
-  for (const char* text : op.attributes) TF_OpDefinitionBuilderAddAttr(definition, text);
-  for (const char* text : op.inputs) TF_OpDefinitionBuilderAddInput(definition, text);
-  for (const char* text : op.outputs) TF_OpDefinitionBuilderAddOutput(definition, text);
+  for (const std::string& text : op.attributes) TF_OpDefinitionBuilderAddAttr(definition, text.c_str());
+  for (const std::string& text : op.inputs) TF_OpDefinitionBuilderAddInput(definition, text.c_str());
+  for (const std::string& text : op.outputs) TF_OpDefinitionBuilderAddOutput(definition, text.c_str());
   TF_OpDefinitionBuilderSetIsStateful(definition, op.stateful);
   TF_OpDefinitionBuilderSetShapeInferenceFunction(definition, op.infer_shapes);
   TF_RegisterOpDefinition(definition, status.get());

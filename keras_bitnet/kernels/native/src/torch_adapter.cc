@@ -72,6 +72,14 @@ constexpr char kAttentionSchema[] =
     "attend_next(Tensor query, Tensor key, Tensor value, Tensor cosines, Tensor sines, Tensor mask, "
     "Tensor index, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!) key_scale, "
     "Tensor(d!) value_scale, float scale) -> Tensor";
+constexpr char kBlockSchema[] =
+    "decode_block(Tensor x, " KBN_WEIGHT("_query") KBN_WEIGHT("_key") KBN_WEIGHT("_value")
+    KBN_WEIGHT("_output") KBN_WEIGHT("_up") KBN_WEIGHT("_down") KBN_WEIGHT("_gate")
+    "Tensor gain_query, Tensor gain_output, Tensor gain_up, Tensor gain_down, Tensor cosines, "
+    "Tensor sines, Tensor mask, Tensor index, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+    "Tensor(c!) key_scale, Tensor(d!) value_scale, int heads, int intermediate, int activation, int bits, "
+    "int trits, int group_size, int activation_bits, float offset, float epsilon, float norm_epsilon, "
+    "float scale) -> Tensor";
 constexpr char kNormSchema[] = "rms_norm(Tensor x, Tensor scale, float epsilon) -> Tensor";
 constexpr int64_t kMaxRank = 32;
 
@@ -114,7 +122,12 @@ int32_t operand_dtype_of(int32_t dtype) {
   return dtype == aoti_torch_dtype_int8()    ? KBN_I8
          : dtype == aoti_torch_dtype_int32() ? kbn_adapter::kInt32
          : dtype == aoti_torch_dtype_bool()  ? kbn_adapter::kBool
+         : dtype == aoti_torch_dtype_uint8() ? kbn_adapter::kUint8
                                              : kbn_dtype_of(dtype);
+}
+
+kbn_adapter::Operand operand_of(const Tensor& tensor) {
+  return {tensor.shape(), operand_dtype_of(tensor.dtype), tensor.data};
 }
 
 const char* read_all(Tensor* tensors, int count) {
@@ -205,8 +218,7 @@ const char* attend(Slot* stack, Tensor* tensors, Tensor* y) {
   constexpr int kCount = kbn_adapter::kAttentionOperands;
   if (const char* wrong = read_all(tensors, kCount)) return wrong;
   kbn_adapter::Operand operands[kCount];
-  for (int i = 0; i < kCount; ++i)
-    operands[i] = {tensors[i].shape(), operand_dtype_of(tensors[i].dtype), tensors[i].data};
+  for (int i = 0; i < kCount; ++i) operands[i] = operand_of(tensors[i]);
   kbn_attention problem;
   const char* wrong = kbn_adapter::describe(operands, float_of(stack[kCount]), &problem);
   if (wrong) return wrong;
@@ -215,13 +227,29 @@ const char* attend(Slot* stack, Tensor* tensors, Tensor* y) {
   return run(problem, kbn_attend_limited);
 }
 
+const char* decode(Slot* stack, Tensor* tensors, Tensor* y) {
+  constexpr int kCount = kbn_adapter::kBlockOperands;
+  if (const char* wrong = read_all(tensors, kCount)) return wrong;
+  kbn_adapter::Operand operands[kCount];
+  for (int i = 0; i < kCount; ++i) operands[i] = operand_of(tensors[i]);
+  kbn_adapter::BlockAttributes attributes;
+  int64_t* integers[] = {&attributes.heads, &attributes.intermediate, &attributes.activation,
+                         &attributes.bits, &attributes.trits, &attributes.group_size,
+                         &attributes.activation_bits};
+  double* floats[] = {&attributes.offset, &attributes.epsilon, &attributes.norm_epsilon, &attributes.scale};
+  for (int i = 0; i < 7; ++i) *integers[i] = static_cast<int64_t>(stack[kCount + i]);
+  for (int i = 0; i < 4; ++i) *floats[i] = float_of(stack[kCount + 7 + i]);
+  kbn_adapter::Block block;
+  if (const char* wrong = kbn_adapter::describe(attributes, operands, &block)) return wrong;
+  if (!allocate(tensors[0], tensors[0].dims, y)) return "no memory for the result";
+  block.y = y->data;
+  return run<kbn_block>(block, kbn_decode_limited);
+}
+
 const char* normalize(Slot* stack, Tensor* tensors, Tensor* y) {
   if (const char* wrong = read_all(tensors, 2)) return wrong;
-  const auto operand = [](const Tensor& t) {
-    return kbn_adapter::Operand{t.shape(), kbn_dtype_of(t.dtype), t.data};
-  };
   kbn_norm problem;
-  const char* wrong = kbn_adapter::describe(operand(tensors[0]), operand(tensors[1]),
+  const char* wrong = kbn_adapter::describe(operand_of(tensors[0]), operand_of(tensors[1]),
                                             float_of(stack[2]), &problem);
   if (wrong) return wrong;
   if (tensors[0].rank > kMaxRank) return "x has too many axes";
@@ -277,6 +305,7 @@ bool register_operator() {
          !aoti_torch_library_def(definition, kConvSchema) &&
          !aoti_torch_library_def(definition, kAttentionSchema) &&
          !aoti_torch_library_def(definition, kNormSchema) &&
+         !aoti_torch_library_def(definition, kBlockSchema) &&
          !aoti_torch_library_init_impl("keras_bitnet", "CPU", "torch_adapter.cc", __LINE__,
                                        &implementation) &&
          !aoti_torch_library_impl(implementation, "bit_matmul", matmul_kernel<1>) &&
@@ -285,7 +314,9 @@ bool register_operator() {
          !aoti_torch_library_impl(implementation, "bit_conv", matmul_kernel<1, true>) &&
          !aoti_torch_library_impl(implementation, "attend_next",
                                   kernel<kbn_adapter::kAttentionOperands, 1, attend>) &&
-         !aoti_torch_library_impl(implementation, "rms_norm", kernel<2, 1, normalize>);
+         !aoti_torch_library_impl(implementation, "rms_norm", kernel<2, 1, normalize>) &&
+         !aoti_torch_library_impl(implementation, "decode_block",
+                                  kernel<kbn_adapter::kBlockOperands, 1, decode>);
 }
 
 }  // namespace

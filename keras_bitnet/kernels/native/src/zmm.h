@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "attention.h"
+#include "elementwise.h"
 #include "normalize.h"
 #include "scale.h"
 

@@ -1,0 +1,210 @@
+"""One new token of each sequence through a block of a decoder: one operator of the native library.
+
+Of the fifteen operators of a block those between the products compute for microseconds, and to call
+one takes a framework longer, as the weights of the token before have left nothing of it in the
+caches. The rows take the place of the layers, see `keras_bitnet.layers.decode_at_once`.
+"""
+
+from typing import Any, NamedTuple
+
+import keras
+from keras import activations, ops
+
+from keras_bitnet.kernels import attention, cpu, select
+from keras_bitnet.kernels.norm import rms_norm
+from keras_bitnet.ops.bit_matmul import bit_matmul, joint_bit_matmul
+
+WEIGHTS = ("query", "key", "value", "output", "up", "down", "gate")
+GAINS = ("query", "output", "up", "down")  # of the norms before these
+ACTIVATIONS = {"relu": 0, "relu2": 1, "silu": 2}  # `kbn_activation` of `native/src/bitnet.h`
+
+
+class Facts(NamedTuple):
+    """The static side of a block, hashable: all but the tensors.
+
+    Attributes:
+        heads: Query heads.
+        head_dim: Size of a head.
+        activation: One of `ACTIVATIONS`.
+        norm_epsilon: Added to the mean in every norm.
+        weights: `cpu.Facts` of each of `WEIGHTS`, without the gate where there is none.
+    """
+
+    heads: int
+    head_dim: int
+    activation: str
+    norm_epsilon: float
+    weights: tuple[cpu.Facts, ...]
+
+    @property
+    def attributes(self):
+        """The numbers of the operator, by their names and in their order."""
+        first = self.weights[0]
+        quantized = cpu.Activations.of(first.quantizer)
+        return {
+            "heads": self.heads,
+            "intermediate": self.weights[WEIGHTS.index("up")].out_features,
+            "activation": ACTIVATIONS[self.activation],
+            "bits": first.bits,
+            "trits": int(first.layout == "trits"),
+            "group_size": first.group_size or 0,
+            "activation_bits": quantized.bits,
+            "offset": float(first.offset),
+            "epsilon": float(quantized.epsilon),
+            "norm_epsilon": float(self.norm_epsilon),
+            "scale": self.head_dim**-0.5,
+        }
+
+
+class Weights(NamedTuple):
+    """The tensors of a block.
+
+    Attributes:
+        products: `(tiles, scale, bias or None)` of each of the weights.
+        gains: `float32 (features,)` of the norm before each of `GAINS`, or `None`.
+    """
+
+    products: tuple[tuple[Any, Any, Any], ...]
+    gains: tuple[Any, ...]
+
+
+def choose(facts, x, cache):
+    """What runs a block, or `None`: then its layers do.
+
+    It computes what the native rows of the products and of the attention would, where all of them
+    would run: whatever they refuse, it does, and a kernel that is forced is taken.
+
+    Args:
+        facts: `Facts`.
+        x: Tensor `(batch, 1, features)`.
+        cache: A cache of `keras_bitnet.layers.key_value_cache`.
+
+    Returns:
+        A function of the arguments of `reference`, or `None`.
+    """
+    alike = {(w.bits, w.offset, w.group_size, w.layout, w.quantizer) for w in facts.weights}
+    granularity = getattr(facts.weights[0].quantizer, "granularity", "token")
+    if x.shape[0] is None or len(alike) > 1 or granularity != "token":
+        return None
+    backend = keras.backend.backend()
+    products, row = select.TABLES.get(backend), _ROWS.get(backend)
+    if row is None or any(
+        select.first_or_forced(products, _problem(weight, x), strict=False).name != cpu.NAME
+        for weight in facts.weights
+    ):
+        return None
+    if attention.choose(cache, x, (facts.heads, facts.head_dim)).name != cpu.NAME:
+        return None
+    return row().find()
+
+
+def _problem(weight, x):
+    """The product of a weight and the numbers of a token, which may not be there yet."""
+    quantizer = weight.quantizer
+    return select.Problem(
+        weight.in_features,
+        weight.out_features,
+        weight.bits,
+        weight.group_size,
+        keras.backend.standardize_dtype(x.dtype),
+        getattr(quantizer, "bits", None),
+        getattr(quantizer, "granularity", None),
+        getattr(quantizer, "formula", None),
+        select.device_of(x),
+        weight.layout,
+    )
+
+
+def operands(x, weights, index, mask, rotary, none):
+    """The operands before the cache in the order of the native library.
+
+    Args:
+        x, weights, index, mask, rotary: As `reference` takes them.
+        none: `none(dtype)`, an array without elements that stands for a missing operand.
+
+    Returns:
+        A list of tensors.
+    """
+    products = [
+        none(dtype) if tensor is None else tensor
+        for product in (*weights.products, (None,) * 3)[: len(WEIGHTS)]
+        for tensor, dtype in zip(product, ("uint8", "float32", "float32"), strict=True)
+    ]
+    gains = [none("float32") if gain is None else gain for gain in weights.gains]
+    rotary = (none("float32"),) * 2 if rotary is None else rotary
+    return [x, *products, *gains, *rotary, none("bool") if mask is None else mask, index]
+
+
+def reference(facts, x, weights, cache, index, mask, rotary):
+    """What the operator means, by those that it takes the place of.
+
+        a = x + output(attend(query(n), key(n), value(n))),   n = norm(x)
+        y = a + down(activation(gate(m)) * up(m)),            m = norm(a)
+
+    Args:
+        facts: `Facts`.
+        x: Tensor `(batch, 1, features)`.
+        weights: `Weights`.
+        cache: A cache, not to be used again after.
+        index: Where the new token goes: an integer scalar tensor.
+        mask, rotary: See `attend_next` of `keras_bitnet.layers.key_value_cache`.
+
+    Returns:
+        `(y, cache)`: a tensor of the shape and dtype of `x`, and the cache with the token.
+    """
+    from keras_bitnet.layers.key_value_cache import attend_next
+
+    quantizer, batch = facts.weights[0].quantizer, x.shape[0]
+    parts = zip(facts.weights, weights.products, strict=True)
+    packed = [own.packed(tiles, scale) for own, (tiles, scale, _) in parts]
+    biases = [bias for *_, bias in weights.products]
+    gains = dict(zip(GAINS, weights.gains, strict=True))
+
+    def joint(x, names):
+        x = rms_norm(x, gains[names[0]], facts.norm_epsilon)
+        places = [WEIGHTS.index(name) for name in names]
+        chosen = [packed[i] for i in places], quantizer, [biases[i] for i in places]
+        return joint_bit_matmul(x, *chosen)
+
+    def product(x, name):
+        place, gain = WEIGHTS.index(name), gains[name]
+        norm = None if gain is None else (gain, facts.norm_epsilon)
+        return bit_matmul(x, packed[place], quantizer, biases[place], norm=norm)
+
+    query, key, value = (
+        ops.reshape(y, (batch, 1, -1, facts.head_dim)) for y in joint(x, ("query", "key", "value"))
+    )
+    scale = facts.head_dim**-0.5
+    y, cache = attend_next(cache, query, key, value, index, scale, mask, rotary)
+    x = x + product(ops.reshape(y, (batch, 1, facts.heads * facts.head_dim)), "output")
+    up, *gate = joint(x, ("up", "gate") if len(packed) == len(WEIGHTS) else ("up",))
+    inner = _activate(facts.activation, gate[0]) * up if gate else _activate(facts.activation, up)
+    return x + product(inner, "down"), cache
+
+
+def _activate(name, x):
+    if name == "silu":
+        return activations.silu(x)
+    x = ops.relu(x)
+    return x * x if name == "relu2" else x
+
+
+def _jax():
+    from keras_bitnet.kernels import jax_decoder_block
+
+    return jax_decoder_block
+
+
+def _torch():
+    from keras_bitnet.kernels import torch_decoder_block
+
+    return torch_decoder_block
+
+
+def _tensorflow():
+    from keras_bitnet.kernels import tensorflow_decoder_block
+
+    return tensorflow_decoder_block
+
+
+_ROWS = {"jax": _jax, "torch": _torch, "tensorflow": _tensorflow}

@@ -1,0 +1,263 @@
+"""One new token through a block of a decoder by one operator, against the layers it stands for."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import BACKEND, compiled, no_gradient, relative_error, to_numpy
+from keras import ops
+from test_models import make_model
+
+from keras_bitnet import kernels
+from keras_bitnet.kernels import decoder_block, native
+from keras_bitnet.kernels.cuda import library
+from keras_bitnet.layers import BitTransformerDecoder, key_value_cache, make_cache
+from keras_bitnet.quantizers import Int4
+
+if native.library() is None:
+    pytest.skip(native.reason(), allow_module_level=True)
+if library.reason(0) is None:
+    pytest.skip("a GPU runs the layers", allow_module_level=True)
+
+FEATURES, LENGTH = 48, 9
+BLOCKS = {
+    "bitnet": {},
+    "llama": {"sub_norm": None, "activation": "silu"},
+    "plain": {"gated": False, "activation": "relu", "use_bias": True},
+    "window": {"sliding_window": 3, "num_key_value_heads": 6},
+    "binary": {"weight_quantizer": "binary"},
+    "int4 in groups": {"weight_quantizer": Int4(granularity="group", group_size=32)},
+    "trits": {"packed_layout": "trits", "rope_max_wavelength": None},
+    "float activations": {"activation_quantizer": None, "weight_quantizer": "int8"},
+    "int4 activations": {"activation_quantizer": "int4"},
+}
+
+
+def make_block(rng, **arguments):
+    """A packed block of random weights; its scales keep the numbers near 1."""
+    sizes = {"intermediate_dim": 80, "num_query_heads": 6, "num_key_value_heads": 2, "head_dim": 8}
+    block = BitTransformerDecoder(**{**sizes, "packed": True, **arguments})
+    block.build((None, None, FEATURES))
+    for v in block.variables:
+        shape, name = v.shape, v.name
+        if name == "kernel_tiles":
+            v.assign(
+                rng.integers(0, 242, shape) & (0xFF if block.packed_layout == "trits" else 0xAA)
+            )
+        elif name == "kernel_scale":
+            v.assign(rng.uniform(0.05, 0.1, shape))
+        elif name in ("scale", "bias"):
+            v.assign(rng.uniform(0.5, 1.5, shape))
+    return block
+
+
+def problem(rng, block, batch=2, dtype="float32", cache_dtype="float32", index=5):
+    heads = block.attention.num_key_value_heads
+    cache = make_cache(batch, LENGTH, heads, block.attention.head_dim, cache_dtype)
+    rows = (rng.normal(size=(batch, LENGTH, heads, block.attention.head_dim)) for _ in range(2))
+    cache = key_value_cache.write(cache, *(ops.cast(x, dtype) for x in rows), 0)
+    x = ops.cast(rng.normal(size=(batch, 1, FEATURES)), dtype)
+    return x, cache, ops.convert_to_tensor(index, "int32")
+
+
+def run(block, x, cache, index, mask=None, one=True, times=None):
+    """What the block gives, by the operator, which then must run, or by its layers."""
+
+    def step(x, cache, index, mask):
+        return block(x, attention_mask=mask, cache=cache, cache_index=index)
+
+    choose, chosen = decoder_block.choose, []
+
+    def watched(*arguments):
+        chosen.append(choose(*arguments) if one else None)
+        return chosen[-1]
+
+    decoder_block.choose = watched
+    try:
+        with no_gradient():
+            y, cache = compiled(step, x, {k: ops.copy(v) for k, v in cache.items()}, index, mask)
+    finally:
+        decoder_block.choose = choose
+    assert [found is not None for found in chosen] == [one]
+    return floats(y), {name: floats(rows) for name, rows in cache.items()}
+
+
+def floats(x):
+    return to_numpy(ops.cast(x, "float32")).astype("float64")
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_equals_the_layers(name, rng):
+    block = make_block(rng, **BLOCKS[name])
+    x, cache, index = problem(rng, block)
+    mask = None
+    if name == "bitnet":
+        mask = np.arange(LENGTH)[None, None] <= 5
+        mask = ops.convert_to_tensor(np.repeat(mask, 2, 0) & (np.arange(LENGTH) != 1))
+    y, written = run(block, x, cache, index, mask)
+    wanted, rows = run(block, x, cache, index, mask, one=False)
+    assert np.isfinite(wanted).all()
+    assert wanted.std() > 0.1
+    # XLA norms and exponentials round otherwise, which may move a code of an activation.
+    exact = BACKEND != "jax" and name != "llama"
+    assert relative_error(y, wanted) <= (0 if exact else 0.01)
+    for key in rows:
+        assert relative_error(written[key], rows[key]) <= (0 if BACKEND != "jax" else 0.01)
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_dtype(dtype, cache_dtype, rng):
+    block = make_block(rng, dtype=dtype)
+    given = problem(rng, block, 3, dtype, cache_dtype)
+    y, written = run(block, *given)
+    wanted, rows = run(block, *given, one=False)
+    assert relative_error(y, wanted) < 0.02
+    for key in rows:
+        assert relative_error(written[key], rows[key]) < 0.02
+
+
+def test_many_sequences(rng):
+    """Enough for several threads between the products too."""
+    block = make_block(rng, intermediate_dim=1600)
+    given = problem(rng, block, batch=70)
+    assert relative_error(run(block, *given)[0], run(block, *given, one=False)[0]) < 0.01
+
+
+def test_every_instruction_set(rng):
+    block = make_block(rng, activation="silu")
+    given = problem(rng, block)
+    y, _ = run(block, *given)
+    try:
+        for name in native.isas():
+            native.set_isa(name)
+            assert relative_error(run(block, *given)[0], y) < 0.01, name
+    finally:
+        native.set_isa("auto")
+
+
+def test_nan_and_infinity_stay_in_their_sequence(rng):
+    block = make_block(rng)
+    x, cache, index = problem(rng, block)
+    wanted, _ = run(block, x, cache, index)
+    for bad in (np.nan, np.inf):
+        broken = floats(x)
+        broken[0, 0, 3] = bad
+        y, _ = run(block, ops.cast(broken, "float32"), cache, index)
+        assert np.isnan(y[0]).all()
+        np.testing.assert_array_equal(y[1], wanted[1])
+
+
+def test_the_layers_run_where_they_do_more(rng):
+    def decodes_at_once(change=None, kernel="auto", training=False, tokens=1, **arguments):
+        block = make_block(rng, **arguments)
+        if change is not None:
+            change(block)
+        x, cache, index = problem(rng, block)
+        x, found = ops.repeat(x, tokens, axis=1), []
+        choose = decoder_block.choose
+
+        def step(x, cache):
+            with kernels.use_kernel(kernel):
+                return block(x, cache=cache, cache_index=index, training=training)[0]
+
+        decoder_block.choose = lambda *given: found.append(choose(*given)) or found[-1]
+        try:
+            with no_gradient():
+                assert np.isfinite(floats(compiled(step, x, cache))).all()
+        finally:
+            decoder_block.choose = choose
+        return found != [] and found[0] is not None
+
+    assert decodes_at_once()
+    assert not decodes_at_once(kernel="reference")
+    assert not decodes_at_once(training=True)
+    assert not decodes_at_once(tokens=2)
+    assert not decodes_at_once(activation="gelu")
+    assert not decodes_at_once(norm="layer")
+    assert not decodes_at_once(sub_norm="layer")
+    assert not decodes_at_once(projection_norm="rms")
+    assert not decodes_at_once(activation_quantizer="static_int8")
+    assert not decodes_at_once(lambda block: block.feed_forward.down_dense.enable_lora(2))
+    assert not decodes_at_once(lambda block: setattr(block.attention.key_dense, "_look", print))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="only PyTorch says whether it records a gradient")
+def test_the_layers_run_where_a_gradient_is_recorded(rng):
+    block = make_block(rng)
+    x, cache, index = problem(rng, block)
+    x.requires_grad_(True)
+    y, _ = block(x, cache=cache, cache_index=index)
+    y.sum().backward()
+    assert np.isfinite(to_numpy(x.grad)).all()
+    assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="the operator has a gradient on JAX alone")
+def test_the_gradient_is_that_of_the_layers(rng):
+    import jax
+
+    block = make_block(rng)
+    x, cache, index = problem(rng, block)
+
+    def loss(x):
+        y, _ = block(x, cache=cache, cache_index=index)
+        return ops.sum(ops.sin(y))
+
+    found = jax.jit(jax.grad(loss))(x)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder_block, "choose", lambda *given: None)
+        wanted = jax.jit(jax.grad(loss))(x)
+    assert float(abs(wanted).max()) > 0
+    assert relative_error(floats(found), floats(wanted)) < 0.02
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX looks at shapes while it traces")
+def test_operands_that_do_not_fit_are_errors(rng):
+    """A graph that was saved may bring others than those it was traced with."""
+    block = make_block(rng)
+    x, cache, index = problem(rng, block)
+    operands, place = decoder_block.operands, {}
+
+    def changed(*given):
+        found = operands(*given)
+        found[place["at"]] = place["to"](found[place["at"]])
+        return found
+
+    module = decoder_block._ROWS[BACKEND]()
+    cases = (
+        (0, lambda x: x[..., :-1], "gain must be"),
+        (1, lambda tiles: tiles[:, :-1], "tiles must be"),
+        (2, lambda scale: ops.concatenate([scale, scale, scale], 0), "scale must be"),
+        (22, lambda gain: gain[:-1], "gain must be"),
+        (26, lambda cosines: cosines[..., :-2], "cosines and sines"),
+        (29, lambda index: index + 100, "index must be in"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "operands", changed)
+        for place["at"], place["to"], message in cases:
+            before = floats(cache["key"])
+            with pytest.raises(Exception, match=message):
+                run(block, x, cache, index)
+            np.testing.assert_array_equal(floats(cache["key"]), before)
+
+
+def test_generation_takes_it(monkeypatch):
+    keras.utils.set_random_seed(1)
+    model = make_model(
+        kernel_initializer=keras.initializers.RandomNormal(stddev=0.5),
+    )
+    from keras_bitnet import pack_model
+
+    model = pack_model(model, verbose=0)
+    prompts, chosen, choose = [[3, 1, 4, 1, 5], [9, 2], [6]], [], decoder_block.choose
+    monkeypatch.setattr(decoder_block, "choose", lambda *given: None)
+    wanted = model.generate(prompts, max_new_tokens=12)
+    model.__dict__.pop("_programs")
+    monkeypatch.setattr(
+        decoder_block, "choose", lambda *given: chosen.append(choose(*given)) or chosen[-1]
+    )
+    assert model.generate(prompts, max_new_tokens=12) == wanted
+    assert len(chosen) == model.backbone.num_layers
+    assert None not in chosen
+    beams = model.generate(prompts, max_new_tokens=6, beams=3)
+    assert beams[1] == model.generate(prompts[1], max_new_tokens=6, beams=3)
