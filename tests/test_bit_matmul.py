@@ -8,6 +8,7 @@ from helpers import gradient, relative_error, to_numpy
 from keras import ops
 
 from keras_bitnet import kernels, quantizers
+from keras_bitnet.layers import BitLinear
 from keras_bitnet.ops import PackedTensor, accumulate, bit_matmul, reference_matmul
 
 NAMES = ["binary", "ternary", "int2", "int4", "int8"]
@@ -131,6 +132,8 @@ def test_explain_ends_with_the_reference(rng):
     x = ops.ones((2, 8))
     rows = kernels.explain(kernels.Problem.of(x, packed, quantizers.get_activation("int8")))
     assert rows[-1] == ("reference", None)
+    with pytest.raises(ValueError, match="has no weights yet"):
+        kernels.explain(BitLinear(3))
 
 
 class Clipped(quantizers.ActivationInt8):

@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 
+from keras_bitnet.checks import check_built
 from keras_bitnet.ops.reference import reference_matmul
 
 # Read once: in a small call the look-up would take longer than the product.
@@ -296,7 +297,7 @@ def explain(problem):
         The first of those is the one that runs, unless another is forced.
 
     Raises:
-        ValueError: It is neither.
+        ValueError: It is neither, or the layer is not built.
     """
     if not isinstance(problem, Problem):
         layer = problem
@@ -305,6 +306,7 @@ def explain(problem):
                 "Expected a packed layer of `keras_bitnet.layers`, such as one of `model.layers`, "
                 f"or a `Problem`. Received: {type(layer).__name__}"
             )
+        check_built(layer)
         x = keras.ops.zeros((1, layer.in_features), dtype=layer.compute_dtype)
         problem = Problem.of(x, layer.packed_kernel, layer.activation_quantizer)
     return [(row.name, row.refuse(problem)) for row in _table()]

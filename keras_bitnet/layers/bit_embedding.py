@@ -124,8 +124,8 @@ class BitEmbedding(_ComputesTable, BitLayer):
     def call(self, inputs):
         """Maps tokens `(batch, ...)` to vectors `(batch, ..., output_dim)`."""
         tokens = ops.convert_to_tensor(inputs)
-        if not keras.backend.is_int_dtype(tokens.dtype):
-            tokens = ops.cast(tokens, "int32")
+        if keras.backend.standardize_dtype(tokens.dtype) not in ("int32", "int64"):
+            tokens = ops.cast(tokens, "int32")  # TensorFlow takes no bytes for indices
         if self.packed:
             y = self.packed_kernel.gather(tokens)
         else:
