@@ -64,6 +64,7 @@ def test_no_extra_copy_under_jit():
     ("make", "message"),
     [
         (lambda: BitResidual("int3"), "Received: 'int3'"),
+        (lambda: BitResidual("static_int8"), "takes no static scale"),
         (lambda: BitResidual(scale="row"), "scale='row'"),
         (
             lambda: BitResidual()([np.ones((2, 3)), np.ones((2, 4))]),

@@ -29,7 +29,8 @@ class BitResidual(keras.Layer):
 
     Args:
         stream_quantizer: `None`: the stream stays as it is. `"int8"`, `"int16"` or an
-            `ActivationQuantizer`: the sum is rounded to its grid, the gradient passes unchanged.
+            `ActivationQuantizer` without a static scale: the sum is rounded to its grid, the
+            gradient passes unchanged.
         branch_scale: Float, the scale or where it starts.
         scale: `"fixed"`; `"learned"`: one trained number; `"channel"`: one for each feature.
         **kwargs: `name`, `dtype`, `trainable` of any Keras layer.
@@ -53,6 +54,11 @@ class BitResidual(keras.Layer):
             if stream_quantizer == "int16"
             else quantizers.get_activation(stream_quantizer)
         )
+        if getattr(self.stream_quantizer, "granularity", None) == "static":
+            raise ValueError(
+                "A stream takes no static scale: round it per 'token' or 'tensor'. "
+                f"Received: stream_quantizer={self.stream_quantizer}"
+            )
         self.branch_scale = float(branch_scale)
         self.scale = scale
         self.scale_weight: Any = None
