@@ -226,7 +226,7 @@ def test_a_text_that_ends_within_a_character(model, count):
     ("prompts", "options", "message"),
     [
         ([[1], []], {"max_length": 4}, "at least one token"),
-        ([], {"max_length": 4}, "at least one token"),
+        ([], {"max_length": 4}, "at least one prompt"),
         ([1, 50], {"max_length": 4}, "0, 50"),
         ([1, 2], {"max_length": 2}, "max_length=2"),
         ([1, 2], {"max_length": 5000}, "4096"),

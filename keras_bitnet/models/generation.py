@@ -242,7 +242,9 @@ class Request:
         else:
             self.is_single = bool(texts) and all(np.ndim(text) == 0 for text in texts)
             rows = [_integers(row) for row in ([texts] if self.is_single else texts)]
-        if not rows or not all(rows):
+        if not rows:
+            raise ValueError(f"There must be at least one prompt. Received: {prompts!r}")
+        if not all(rows):
             raise ValueError("Every prompt must hold at least one token. Received: an empty one")
         for row in rows:
             if not 0 <= min(row) <= max(row) < vocabulary_size:
