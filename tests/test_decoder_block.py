@@ -59,7 +59,7 @@ def problem(rng, block, batch=2, dtype="float32", cache_dtype="float32", index=5
     return x, cache, ops.convert_to_tensor(index, "int32")
 
 
-def run(block, x, cache, index, mask=None, one=True, times=None):
+def run(block, x, cache, index, mask=None, one=True):
     """What the block gives, by the operator, which then must run, or by its layers."""
 
     def step(x, cache, index, mask):

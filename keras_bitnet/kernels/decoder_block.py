@@ -5,10 +5,11 @@ one takes a framework longer, as the weights of the token before have left nothi
 caches. The rows take the place of the layers, see `keras_bitnet.layers.decode_at_once`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
-from keras import activations, ops
+from keras import ops
 
 from keras_bitnet.kernels import attention, cpu, select
 from keras_bitnet.kernels.norm import rms_norm
@@ -16,7 +17,6 @@ from keras_bitnet.ops.bit_matmul import bit_matmul, joint_bit_matmul
 
 WEIGHTS = ("query", "key", "value", "output", "up", "down", "gate")
 GAINS = ("query", "output", "up", "down")  # of the norms before these
-ACTIVATIONS = {"relu": 0, "relu2": 1, "silu": 2}  # `kbn_activation` of `native/src/bitnet.h`
 
 
 class Facts(NamedTuple):
@@ -25,14 +25,16 @@ class Facts(NamedTuple):
     Attributes:
         heads: Query heads.
         head_dim: Size of a head.
-        activation: One of `ACTIVATIONS`.
+        activation: Function between the projections of the feed-forward block.
+        activation_number: Its `kbn_activation` of `native/src/bitnet.h`.
         norm_epsilon: Added to the mean in every norm.
         weights: `cpu.Facts` of each of `WEIGHTS`, without the gate where there is none.
     """
 
     heads: int
     head_dim: int
-    activation: str
+    activation: Callable
+    activation_number: int
     norm_epsilon: float
     weights: tuple[cpu.Facts, ...]
 
@@ -44,7 +46,7 @@ class Facts(NamedTuple):
         return {
             "heads": self.heads,
             "intermediate": self.weights[WEIGHTS.index("up")].out_features,
-            "activation": ACTIVATIONS[self.activation],
+            "activation": self.activation_number,
             "bits": first.bits,
             "trits": int(first.layout == "trits"),
             "group_size": first.group_size or 0,
@@ -72,7 +74,7 @@ def choose(facts, x, cache):
     """What runs a block, or `None`: then its layers do.
 
     It computes what the native rows of the products and of the attention would, where all of them
-    would run: whatever they refuse, it does, and a kernel that is forced is taken.
+    would run: what they refuse it refuses, and where another kernel is forced the layers take it.
 
     Args:
         facts: `Facts`.
@@ -88,31 +90,14 @@ def choose(facts, x, cache):
         return None
     backend = keras.backend.backend()
     products, row = select.TABLES.get(backend), _ROWS.get(backend)
-    if row is None or any(
-        select.first_or_forced(products, _problem(weight, x), strict=False).name != cpu.NAME
-        for weight in facts.weights
-    ):
+    if row is None:
         return None
-    if attention.choose(cache, x, (facts.heads, facts.head_dim)).name != cpu.NAME:
+    problems = [select.Problem.of_kind(x, weight, weight.quantizer) for weight in facts.weights]
+    rows = [select.first_or_forced(products, problem, strict=False) for problem in problems]
+    rows.append(attention.choose(cache, x, (facts.heads, facts.head_dim)))
+    if any(chosen.name != cpu.NAME for chosen in rows):
         return None
     return row().find()
-
-
-def _problem(weight, x):
-    """The product of a weight and the numbers of a token, which may not be there yet."""
-    quantizer = weight.quantizer
-    return select.Problem(
-        weight.in_features,
-        weight.out_features,
-        weight.bits,
-        weight.group_size,
-        keras.backend.standardize_dtype(x.dtype),
-        getattr(quantizer, "bits", None),
-        getattr(quantizer, "granularity", None),
-        getattr(quantizer, "formula", None),
-        select.device_of(x),
-        weight.layout,
-    )
 
 
 def operands(x, weights, index, mask, rotary, none):
@@ -178,15 +163,8 @@ def reference(facts, x, weights, cache, index, mask, rotary):
     y, cache = attend_next(cache, query, key, value, index, scale, mask, rotary)
     x = x + product(ops.reshape(y, (batch, 1, facts.heads * facts.head_dim)), "output")
     up, *gate = joint(x, ("up", "gate") if len(packed) == len(WEIGHTS) else ("up",))
-    inner = _activate(facts.activation, gate[0]) * up if gate else _activate(facts.activation, up)
+    inner = facts.activation(gate[0]) * up if gate else facts.activation(up)
     return x + product(inner, "down"), cache
-
-
-def _activate(name, x):
-    if name == "silu":
-        return activations.silu(x)
-    x = ops.relu(x)
-    return x * x if name == "relu2" else x
 
 
 def _jax():

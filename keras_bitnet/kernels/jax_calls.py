@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from keras import ops
 
+from keras_bitnet.kernels.attention import CACHE
 from keras_bitnet.kernels.cpu import Activations, Facts, gradients
 from keras_bitnet.kernels.jax_partition import partitioned
 
@@ -28,6 +29,71 @@ def registration_error(library, symbol, target, platform):
     except RuntimeError as error:
         return f"JAX {jax.__version__} does not take the handler: {error}"
     return None
+
+
+class Operation(NamedTuple):
+    """A handler and what it means, hashable.
+
+    Attributes:
+        platform: Where the handler runs, `"cpu"` or `"cuda"`.
+        call: The handler, `call(facts, *tensors)`.
+        reference: The same in operations of JAX.
+        facts: The static side of both.
+    """
+
+    platform: str
+    call: Callable
+    reference: Callable
+    facts: tuple
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)  # traced once for all layers
+def run_operation(operation, *tensors):
+    """An operation, differentiable as its reference, which runs where the handler does not."""
+    return _as_reference(operation, *tensors)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _as_reference(operation, *tensors):
+    # The platform is not known while tracing.
+    return jax.lax.platform_dependent(
+        *tensors,
+        **{operation.platform: functools.partial(operation.call, operation.facts)},
+        default=functools.partial(operation.reference, operation.facts),
+    )
+
+
+def _reference_forward(operation, *tensors):
+    return _as_reference(operation, *tensors), tensors
+
+
+def _reference_backward(operation, tensors, gradients):
+    reference = functools.partial(operation.reference, operation.facts)
+    return jax.vjp(reference, *tensors)[1](gradients)
+
+
+_as_reference.defvjp(_reference_forward, _reference_backward)
+
+
+def call_with_cache(target, operands, cache, **attributes):
+    """A handler that writes into a cache.
+
+    Args:
+        target: Its name.
+        operands: What it takes before the cache; its result is like the first.
+        cache: A cache of `keras_bitnet.layers.key_value_cache`.
+        **attributes: NumPy scalars.
+
+    Returns:
+        `(y, cache)`.
+    """
+    names = [name for name in CACHE if name in cache]
+    buffers = [cache[name] for name in names]
+    results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (operands[0], *buffers)]
+    aliases = {len(operands) + i: 1 + i for i in range(len(buffers))}
+    call = jax.ffi.ffi_call(target, results, input_output_aliases=aliases, vmap_method="sequential")
+    y, *written = call(*operands, *buffers, **attributes)
+    return y, dict(zip(names, written, strict=True))
 
 
 class Place(NamedTuple):

@@ -58,9 +58,14 @@ class Problem:
         """Reads the problem off the operands of `ops.bit_matmul`, and checks them."""
         return _problem(*_facts(x, packed, activation_quantizer))
 
+    @classmethod
+    def of_kind(cls, x, packed, activation_quantizer):
+        """The problem of activations of the kind of `x`, which may have other features."""
+        return _problem(*_fields(x, packed, activation_quantizer))
+
 
 def _facts(x, packed, activation_quantizer, window=None):
-    """The fields of a `Problem` in their order, dtype and device as the backend has them."""
+    """What `_fields` gives for operands that fit each other."""
     taps = 1 if window is None else window.count
     if x.shape[-1] * taps != packed.in_features:
         raise ValueError(
@@ -68,6 +73,11 @@ def _facts(x, packed, activation_quantizer, window=None):
             f"{f', divided by the {taps} taps of the window' if window else ''}. "
             f"Received: x.shape={tuple(x.shape)}"
         )
+    return _fields(x, packed, activation_quantizer)
+
+
+def _fields(x, packed, activation_quantizer):
+    """The fields of a `Problem` in their order, dtype and device as the backend has them."""
     return (
         packed.in_features,
         packed.out_features,

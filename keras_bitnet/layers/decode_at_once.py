@@ -11,7 +11,8 @@ from keras_bitnet.layers.bit_linear import BitLinear
 from keras_bitnet.layers.rms_normalization import RMSNormalization
 from keras_bitnet.layers.rotary import in_float32
 
-ACTIVATIONS = {relu_squared: "relu2", activations.relu: "relu", activations.silu: "silu"}
+# As `kbn_activation` of `kernels/native/src/bitnet.h` numbers them.
+ACTIVATIONS = {activations.relu: 0, relu_squared: 1, activations.silu: 2}
 
 
 def decode_at_once(block, x, attention_mask, positions, rotary, cache, cache_index):
@@ -28,8 +29,8 @@ def decode_at_once(block, x, attention_mask, positions, rotary, cache, cache_ind
     if x.shape[1] != 1 or isinstance(cache_index, int):
         return None
     layers, norms = _layers(block), _norms(block)
-    activation = ACTIVATIONS.get(block.feed_forward.activation)
-    if layers is None or norms is None or activation is None:
+    activation = block.feed_forward.activation
+    if layers is None or norms is None or activation not in ACTIVATIONS:
         return None
     attention, packed = block.attention, [layer.packed_kernel for layer in layers]
     quantizers = [layer.activation_quantizer for layer in layers]
@@ -37,6 +38,7 @@ def decode_at_once(block, x, attention_mask, positions, rotary, cache, cache_ind
         attention.num_query_heads,
         attention.head_dim,
         activation,
+        ACTIVATIONS[activation],
         block.norm_epsilon,
         tuple(map(Facts.of, packed, quantizers)),
     )

@@ -1,5 +1,5 @@
-// The packed matmul, the attention to a cache, the norm and a block of a decoder as TensorFlow ops, through TensorFlow's
-// stable C API for ops and kernels.
+// The packed matmul, the attention to a cache, the norm and a block of a decoder as TensorFlow ops, through
+// TensorFlow's stable C API for ops and kernels.
 // The functions are declared here and found in the process that loads this library with
 // `tf.load_op_library`, so that one binary serves every version and builds without TensorFlow.
 #include <stdint.h>
