@@ -328,10 +328,10 @@ def test_quantized_and_treated_layers_are_timed_too():
     rows = benchmark_layers(model, ["ternary"], memory="smallest", repeats=2, verbose=0).rows
     assert [set(row.seconds) for row in rows] == [{"W1.58A8"}] * 3
     images = quantize_model(make_images(), "int4", verbose=0)
-    rows = benchmark_layers(images, ["int8"], repeats=2, verbose=0).rows
+    rows = benchmark_layers(images, ["int8", "int8"], repeats=2, verbose=0).rows
     assert [(row.path, *row.seconds) for row in rows] == [
-        ("separable", "W8A8"), ("conv", "W8A8"), ("dense", "W8A8"),
-    ]  # fmt: skip
+        (path, "W8A8", "W8A8_1") for path in ("separable", "conv", "dense")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ from keras_bitnet.precision.costs import packed_bytes, weight_bits, weight_count
 from keras_bitnet.precision.kernels import refusals
 from keras_bitnet.precision.result import Choice
 from keras_bitnet.report import probes
-from keras_bitnet.report.latency import benchmark_layers, unique_labels
+from keras_bitnet.report.latency import benchmark_layers
 from keras_bitnet.report.macs import precision
 from keras_bitnet.report.pairs import inner_layers, unit_pairs
 from keras_bitnet.transforms.calibrate import calibrate
 from keras_bitnet.transforms.precision_plan import PrecisionPlan, layer_arguments
 from keras_bitnet.transforms.quantize import quantize_model, twin_of
-from keras_bitnet.transforms.rewrite import named_layers
+from keras_bitnet.transforms.rewrite import named_layers, unique_names
 
 _CHANCE = 1e-2  # of the relative error of the outputs
 
@@ -54,7 +54,7 @@ class Table:
 
     def _choice(self, path):
         layers = self.layers[path]
-        labels = unique_labels([precision(layer) for layer in layers])
+        labels = unique_names(precision(layer) for layer in layers)
         refused = {
             label: "; ".join(f"{kernel}: {reason}" for kernel, reason in found)
             for label, layer in zip(labels, layers, strict=True)

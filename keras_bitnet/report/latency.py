@@ -1,6 +1,5 @@
 """How long each layer takes at each precision, measured on the present device and backend."""
 
-import collections
 import dataclasses
 
 import keras
@@ -22,7 +21,7 @@ from keras_bitnet.report.table import format_seconds
 from keras_bitnet.report.timing import compiled_call, interleaved_times, spread
 from keras_bitnet.transforms.precision_plan import layer_arguments
 from keras_bitnet.transforms.quantize import requantized, twin_of
-from keras_bitnet.transforms.rewrite import named_layers
+from keras_bitnet.transforms.rewrite import named_layers, unique_names
 
 
 @dataclasses.dataclass
@@ -195,7 +194,7 @@ def _measure(layer, shape, reverse, specs, repeats, memory):
     """`(seconds, kernels)` of one layer, by precision."""
     x = _inputs(layer, shape, reverse)
     timed = [_packed(layer, spec, shape, memory) for spec in specs]
-    labels = unique_labels([precision(packed) for packed in timed])
+    labels = unique_names(precision(packed) for packed in timed)
     named = dict(zip(labels, timed, strict=True))
     kernels = {label: _kernel(packed) for label, packed in named.items()}
     kernels = {label: kernel for label, kernel in kernels.items() if kernel}
@@ -205,16 +204,6 @@ def _measure(layer, shape, reverse, specs, repeats, memory):
     functions = {label: compiled_call(one, x, **arguments) for label, one in named.items()}
     times = interleaved_times(functions, repeats)
     return {label: spread(values) for label, values in times.items()}, kernels
-
-
-def unique_labels(labels):
-    """The labels, those that repeat numbered: `W4A8`, `W4A8 (2)`."""
-    counts: collections.Counter = collections.Counter()
-    found = []
-    for label in labels:
-        counts[label] += 1
-        found.append(label if counts[label] == 1 else f"{label} ({counts[label]})")
-    return found
 
 
 def _inputs(layer, shape, reverse):

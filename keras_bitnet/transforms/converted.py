@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import itertools
 
 import keras
 
@@ -130,22 +129,6 @@ def child_layers(layer):
                 "has no order to find them by. Hold them in a list, a tuple or a dictionary."
             )
     return dict(sorted(found, key=lambda item: places[id(item[1])]))
-
-
-def unique_names(children):
-    """`{id(child): name}`; of several with one name all but the first get a number: `"dense_1"`."""
-    names: dict[int, str] = {}
-    taken = {child.name for child in children}
-    for child in children:
-        name = child.name
-        if id(child) in names:
-            continue
-        if name in names.values():
-            numbered = (f"{name}_{i}" for i in itertools.count(1))
-            name = next(other for other in numbered if other not in taken)
-            taken.add(name)
-        names[id(child)] = name
-    return names
 
 
 def _leaves(path, value):

@@ -6,6 +6,7 @@ One mechanism for quantizing, packing and unpacking. The old model is left as it
 import collections
 import contextlib
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 
@@ -18,7 +19,6 @@ from keras_bitnet.transforms.converted import (
     get_child,
     make_converted,
     own_classes,
-    unique_names,
 )
 
 
@@ -142,7 +142,7 @@ class _Twins:
         """What is replaced in a composite layer, by path of `get_child`."""
         twins = {}
         children = child_layers(layer)
-        names = unique_names(children.values())
+        names = _names(children.values())
         for attribute, child in children.items():
             try:
                 twin = self.of(child, _join(path, names[id(child)]))
@@ -171,11 +171,28 @@ def is_graph(layer):
     return isinstance(layer, (keras.Sequential, keras.Function))
 
 
+def unique_names(names):
+    """The names in their order, all but the first of those that repeat numbered: `"dense_1"`."""
+    names, found = list(names), []
+    for name in names:
+        numbered = (f"{name}_{i}" for i in itertools.count(1))
+        free = (other for other in numbered if other not in names and other not in found)
+        found.append(next(free) if name in found else name)
+    return found
+
+
+def _names(children):
+    """`{id(child): name}`, one name for each."""
+    once = {id(child): child for child in children}
+    names = unique_names(child.name for child in once.values())
+    return dict(zip(once, names, strict=True))
+
+
 def named_layers(layer, path="", seen=None):
     """Yields `(path, layer)` of every layer in a model, once, under the paths of `Change`."""
     seen = set() if seen is None else seen
     children = layer.layers if is_graph(layer) else child_layers(layer).values()
-    names = unique_names(children)
+    names = _names(children)
     for child in children:
         if id(child) not in seen:
             seen.add(id(child))
