@@ -7,10 +7,15 @@ from helpers import BACKEND, compiled, no_gradient, relative_error, to_numpy
 from keras import ops
 from test_models import make_model
 
-from keras_bitnet import kernels
+from keras_bitnet import kernels, pack_model
 from keras_bitnet.kernels import decoder_block, native
 from keras_bitnet.kernels.cuda import library
-from keras_bitnet.layers import BitTransformerDecoder, key_value_cache, make_cache
+from keras_bitnet.layers import (
+    BitTransformerDecoder,
+    decode_at_once,
+    key_value_cache,
+    make_cache,
+)
 from keras_bitnet.quantizers import Int4
 
 if native.library() is None:
@@ -241,14 +246,126 @@ def test_operands_that_do_not_fit_are_errors(rng):
             np.testing.assert_array_equal(floats(cache["key"]), before)
 
 
+CHAINS = pytest.mark.skipif(BACKEND == "jax", reason="XLA calls one block after another")
+
+
+def make_chain(rng, count=3, dtype="float32", cache_dtype="float32", **arguments):
+    """Blocks, their problem, and a copy of the caches with what holds them together."""
+    blocks = [make_block(rng, dtype=dtype, **arguments) for _ in range(count)]
+    given = [problem(rng, block, dtype=dtype, cache_dtype=cache_dtype) for block in blocks]
+    x, _, index = given[0]
+    caches = [{k: ops.copy(v) for k, v in cache.items()} for _, cache, _ in given]
+    with no_gradient():
+        chain = decode_at_once.chain_of(blocks, caches)
+    return blocks, x, [cache for _, cache, _ in given], index, caches, chain
+
+
+def run_chain(block, x, cache, index, number):
+    with no_gradient():
+        y, _ = decode_at_once.decode_at_once(block, x, None, None, None, cache, index, number)
+    return floats(y)
+
+
+@CHAINS
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        BLOCKS["plain"],
+        BLOCKS["int4 in groups"],
+        {"dtype": "bfloat16", "cache_dtype": "int8", "sub_norm": None},
+    ],
+)
+def test_a_chain_is_its_blocks_one_after_another(arguments, rng):
+    blocks, x, caches, index, own, chain = make_chain(rng, **arguments)
+    y = run_chain(blocks[0], x, own[0], index, chain.number)
+    with no_gradient():
+        for block, cache in zip(blocks, caches, strict=True):
+            x, _ = block(x, cache=cache, cache_index=index)
+    np.testing.assert_array_equal(y, floats(x))
+    for cache, written in zip(caches, own, strict=True):
+        for name, rows in cache.items():
+            np.testing.assert_array_equal(floats(written[name]), floats(rows))
+
+
+@CHAINS
+def test_blocks_that_differ_are_no_chain(rng):
+    def is_chain(*others):
+        blocks = [make_block(rng), *(make_block(rng, **other) for other in others)]
+        caches = [problem(rng, block)[1] for block in blocks]
+        with no_gradient():
+            return decode_at_once.chain_of(blocks, caches) is not None
+
+    assert is_chain({}, {})
+    assert not is_chain({}, {"weight_quantizer": "int4"})
+    assert not is_chain({"sliding_window": 3})
+    assert not is_chain({"num_key_value_heads": 6})
+    assert not is_chain({"use_bias": True})
+    assert not is_chain({"sub_norm": None})
+    assert not is_chain({"norm": "layer"})
+    assert not is_chain({"dtype": "bfloat16"})
+    assert not is_chain()
+
+
+@CHAINS
+def test_a_chain_that_is_gone_is_an_error(rng):
+    blocks, x, _, index, caches, chain = make_chain(rng)
+    number = ops.copy(chain.number)
+    del chain
+    for gone in (number, number * 0, number * 0 - 5):
+        before = floats(caches[0]["key"])
+        with pytest.raises(Exception, match="no such chain"):
+            run_chain(blocks[0], x, caches[0], index, gone)
+        np.testing.assert_array_equal(floats(caches[0]["key"]), before)
+
+
+@CHAINS
+def test_generation_takes_a_chain(monkeypatch):
+    keras.utils.set_random_seed(1)
+    wide = keras.initializers.RandomNormal(stddev=0.5)
+    model = pack_model(make_model(kernel_initializer=wide), verbose=0)
+    backbone, prompts, made = type(model.backbone), [[3, 1, 4, 1, 5], [9, 2], [6]], []
+    chain_of_blocks = backbone.chain_of_blocks
+
+    def generate(one):
+        model.__dict__.pop("_programs", None)
+        monkeypatch.setattr(
+            backbone,
+            "chain_of_blocks",
+            lambda *given: made.append(chain_of_blocks(*given) if one else None) or made[-1],
+        )
+        return model.generate(prompts, max_new_tokens=12)
+
+    wanted = generate(False)
+    assert generate(True) == wanted
+    assert made[-1] is not None
+    # The same programs see weights that were assigned since, of whichever block.
+    scale = model.backbone.decoder_layers[1].feed_forward.down_dense.kernel_scale
+    scale.assign(scale * -3)
+    changed = model.generate(prompts, max_new_tokens=12)
+    assert changed != wanted
+    assert generate(False) == changed
+    # Where there are too many chains, each block is called by itself.
+    library = native.library()
+    none = np.zeros(64, np.uintp)
+    kept = [library.kbn_chain_keep(none.ctypes.data, 1) for _ in range(300)]
+    try:
+        assert generate(True) == changed
+        assert made[-1] is None
+    finally:
+        for number in filter(None, kept):
+            library.kbn_chain_drop(number)
+    assert generate(True) == changed
+    assert made[-1] is not None
+
+
 def test_generation_takes_it(monkeypatch):
     keras.utils.set_random_seed(1)
     model = make_model(
         kernel_initializer=keras.initializers.RandomNormal(stddev=0.5),
     )
-    from keras_bitnet import pack_model
-
     model = pack_model(model, verbose=0)
+    monkeypatch.setattr(type(model.backbone), "chain_of_blocks", lambda *given: None)
     prompts, chosen, choose = [[3, 1, 4, 1, 5], [9, 2], [6]], [], decoder_block.choose
     monkeypatch.setattr(decoder_block, "choose", lambda *given: None)
     wanted = model.generate(prompts, max_new_tokens=12)

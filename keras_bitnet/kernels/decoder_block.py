@@ -5,13 +5,15 @@ one takes a framework longer, as the weights of the token before have left nothi
 caches. The rows take the place of the layers, see `keras_bitnet.layers.decode_at_once`.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_bitnet.kernels import attention, cpu, select
+from keras_bitnet.kernels import attention, cpu, native, select
 from keras_bitnet.kernels.norm import rms_norm
 from keras_bitnet.ops.bit_matmul import bit_matmul, joint_bit_matmul
 
@@ -118,6 +120,53 @@ def operands(x, weights, index, mask, rotary, none):
     gains = [none("float32") if gain is None else gain for gain in weights.gains]
     rotary = (none("float32"),) * 2 if rotary is None else rotary
     return [x, *products, *gains, *rotary, none("bool") if mask is None else mask, index]
+
+
+class Chain:
+    """Blocks that the operator of a first one runs after it: those of a whole decoder are one call.
+
+    Their operands have the shapes and dtypes of those of the first. The native library keeps the
+    addresses, and this object the tensors: when it goes, the library forgets the chain.
+
+    Attributes:
+        number: `int32 (1,)`, the operand that names the chain.
+    """
+
+    def __init__(self, number, tensors):
+        self.number, self._tensors = ops.convert_to_tensor([number], "int32"), tensors
+        weakref.finalize(self, native.library().kbn_chain_drop, number)
+
+    @staticmethod
+    def possible():
+        """Whether the operator of the backend takes a chain."""
+        row = _ROWS.get(keras.backend.backend())
+        return native.library() is not None and row is not None and hasattr(row(), "in_memory")
+
+    @classmethod
+    def of(cls, weights, caches):
+        """The chain of some blocks after the first, or `None` where there cannot be one.
+
+        Args:
+            weights: `Weights` of every block, the first too.
+            caches: Their caches: the operator writes into the very memory of these.
+        """
+        in_memory = _ROWS[keras.backend.backend()]().in_memory
+        rows = [_own_operands(*both) for both in zip(weights, caches, strict=True)]
+        rows = [[None if t is None else in_memory(t) for t in row] for row in rows]
+        kinds = [[t and (t[0].shape, t[0].dtype) for t in row] for row in rows]
+        if any(kind != kinds[0] for kind in kinds):
+            return None
+        addresses = np.array(
+            [[0 if t is None else t[1] for t in row] for row in rows[1:]], dtype=np.uintp
+        )
+        number = native.library().kbn_chain_keep(addresses.ctypes.data, len(addresses))
+        return cls(number, rows) if number else None
+
+
+def _own_operands(weights, cache):
+    """The operands of one block in the order of the native library, `None` for what all share."""
+    given = operands(None, weights, None, None, None, lambda dtype: None)
+    return [*given, *map(cache.get, attention.CACHE)]
 
 
 def reference(facts, x, weights, cache, index, mask, rotary):

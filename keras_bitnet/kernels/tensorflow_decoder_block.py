@@ -2,6 +2,7 @@
 
 import functools
 
+import numpy as np
 import tensorflow as tf
 
 from keras_bitnet.kernels.attention import CACHE
@@ -14,12 +15,24 @@ def find():
     return run
 
 
-def run(facts, x, weights, cache, index, mask, rotary):
-    """As `keras_bitnet.kernels.decoder_block.reference`; the cache is written in place."""
+def in_memory(tensor):
+    """`(array, address)` of a tensor that is no part of a graph: the array shares its memory."""
+    array = np.asarray(tensor)
+    return array, array.ctypes.data
+
+
+def run(facts, x, weights, cache, index, mask, rotary, chain=None):
+    """As `keras_bitnet.kernels.decoder_block.reference`; the cache is written in place.
+
+    `chain`: the number of a `Chain` of the blocks after this one, whose `y` is returned.
+    """
     none = functools.cache(lambda dtype: tf.zeros((0,), dtype))  # a node of the graph each
     given = operands(x, weights, tf.cast(index, "int32"), mask, rotary, none)
     y, *written = MODULE.keras_bitnet_decode_block(
-        *given, *(cache.get(name, none("float32")) for name in CACHE), **facts.attributes
+        *given,
+        *(cache.get(name, none("float32")) for name in CACHE),
+        none("int32") if chain is None else chain,
+        **facts.attributes,
     )
     found = dict(zip(CACHE, written, strict=True))
     return y, {name: found[name] for name in cache}

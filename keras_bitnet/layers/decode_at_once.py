@@ -15,52 +15,86 @@ from keras_bitnet.layers.rotary import in_float32
 ACTIVATIONS = {activations.relu: 0, relu_squared: 1, activations.silu: 2}
 
 
-def decode_at_once(block, x, attention_mask, positions, rotary, cache, cache_index):
+def decode_at_once(block, x, attention_mask, positions, rotary, cache, cache_index, chain=None):
     """What a block of a decoder makes of one new token of each sequence.
 
     Args:
         block: A built `BitTransformerDecoder`, not in training.
         x: Tensor `(batch, tokens, features)`.
         attention_mask, positions, rotary, cache, cache_index: See `BitGroupedQueryAttention`.
+        chain: The number of a `chain_of` it and the blocks after it, which then decode too.
 
     Returns:
         `(y, cache)`, or `None` where its layers must do it.
     """
     if x.shape[1] != 1 or isinstance(cache_index, int):
         return None
+    parts = _parts(block)
+    run = None if parts is None else decoder_block.choose(parts[0], x, cache)
+    if run is None:
+        return None
+    attention = block.attention
+    mask = attention.mask_of_cache(attention_mask, 1, cache, cache_index)
+    rotary = attention.rotary_of_call(1, positions, rotary, cache_index)
+    facts, weights = parts
+    return run(
+        facts,
+        x,
+        weights,
+        cache,
+        cache_index,
+        None if mask is None else ops.cast(mask, "bool"),
+        None if rotary is None else in_float32(rotary),
+        **({} if chain is None else {"chain": chain}),
+    )
+
+
+def chain_of(blocks, caches):
+    """A `Chain` of blocks one after another, or `None` where each must run by itself.
+
+    Args:
+        blocks: Layers that `decode_at_once` may take.
+        caches: The cache of each: as long as the chain is used, they stay where they are, and the
+            weights what they are now.
+    """
+    first = _parts(blocks[0]) if decoder_block.Chain.possible() else None
+    if first is None or len(blocks) < 2:
+        return None
+    sizes = caches[0]["key"].shape[0], 1, first[0].weights[0].in_features
+    if decoder_block.choose(first[0], ops.zeros(sizes, blocks[0].compute_dtype), caches[0]) is None:
+        return None
+    parts = [first, *map(_parts, blocks[1:])]
+    kinds = {
+        (own and own[0], block.attention.sliding_window, block.compute_dtype)
+        for block, own in zip(blocks, parts, strict=True)
+    }
+    if len(kinds) > 1:
+        return None
+    return decoder_block.Chain.of([weights for _, weights in parts], caches)
+
+
+def _parts(block):
+    """The `Facts` and `Weights` of a block, or `None` where its layers do more than multiply."""
     layers, norms = _layers(block), _norms(block)
     activation = block.feed_forward.activation
     if layers is None or norms is None or activation not in ACTIVATIONS:
         return None
-    attention, packed = block.attention, [layer.packed_kernel for layer in layers]
+    packed = [layer.packed_kernel for layer in layers]
     quantizers = [layer.activation_quantizer for layer in layers]
     facts = decoder_block.Facts(
-        attention.num_query_heads,
-        attention.head_dim,
+        block.attention.num_query_heads,
+        block.attention.head_dim,
         activation,
         ACTIVATIONS[activation],
         block.norm_epsilon,
         tuple(map(Facts.of, packed, quantizers)),
     )
-    run = decoder_block.choose(facts, x, cache)
-    if run is None:
-        return None
     products = [
         (ops.convert_to_tensor(w.tiles), ops.convert_to_tensor(w.scale), _float32(layer.row_bias()))
         for w, layer in zip(packed, layers, strict=True)
     ]
     gains = [None if norm is None else _float32(norm.scale) for norm in norms]
-    mask = attention.mask_of_cache(attention_mask, 1, cache, cache_index)
-    rotary = attention.rotary_of_call(1, positions, rotary, cache_index)
-    return run(
-        facts,
-        x,
-        decoder_block.Weights(tuple(products), tuple(gains)),
-        cache,
-        cache_index,
-        None if mask is None else ops.cast(mask, "bool"),
-        None if rotary is None else in_float32(rotary),
-    )
+    return facts, decoder_block.Weights(tuple(products), tuple(gains))
 
 
 def _float32(value):

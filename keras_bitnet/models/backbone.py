@@ -9,6 +9,7 @@ from keras_bitnet.layers.bit_embedding import BitEmbedding
 from keras_bitnet.layers.bit_linear import BitLinear
 from keras_bitnet.layers.bit_transformer_decoder import BitTransformerDecoder
 from keras_bitnet.layers.block import BitBlock
+from keras_bitnet.layers.decode_at_once import chain_of, decode_at_once
 from keras_bitnet.layers.key_value_cache import make_cache
 from keras_bitnet.layers.large_weights import UntouchedZeros
 from keras_bitnet.layers.rotary import rotary_tables
@@ -229,7 +230,7 @@ class BitNetBackbone(BitBlock, keras.Model):
             x = layer(x, padding_mask=padding_mask, rotary=rotary, training=training)
         return self.layer_norm(x) if watched is None else (self.layer_norm(x), attention)
 
-    def call_with_cache(self, token_ids, cache, cache_index, padding=None):
+    def call_with_cache(self, token_ids, cache, cache_index, padding=None, chain=None):
         """Runs new tokens after those in the cache.
 
         Args:
@@ -238,6 +239,7 @@ class BitNetBackbone(BitBlock, keras.Model):
             cache_index: How many tokens the cache holds: the Python integer 0 for the first
                 call, then an integer or an integer scalar tensor.
             padding: Integers `(batch,)`: padding tokens on the left, or `None` for none.
+            chain: The number of a chain, see `chain_of_blocks`, or `None`.
 
         Returns:
             `(hidden_states, cache)`.
@@ -254,6 +256,12 @@ class BitNetBackbone(BitBlock, keras.Model):
             at = ops.maximum(at - padding, 0)
         rotary = self.rotary_tables(at)
         x, caches = self._embed(token_ids), []
+        if chain is not None:
+            given = (mask, None, rotary, cache[0], cache_index)
+            at_once = decode_at_once(self.decoder_layers[0], x, *given, chain)
+            if at_once is not None:
+                x, first = at_once
+                return self.layer_norm(x), [first, *cache[1:]]
         for layer, layer_cache in zip(self.decoder_layers, cache, strict=True):
             x, layer_cache = layer(
                 x, attention_mask=mask, rotary=rotary, cache=layer_cache, cache_index=cache_index
@@ -272,6 +280,20 @@ class BitNetBackbone(BitBlock, keras.Model):
         sizes = (batch, length, self.num_key_value_heads, self.head_dim)
         dtype = dtype or self.compute_dtype
         return [make_cache(*sizes, dtype=dtype) for _ in self.decoder_layers]
+
+    def chain_of_blocks(self, cache):
+        """What lets one operator of a processor decode a token by all blocks (decision note 13).
+
+        Args:
+            cache: What `call_with_cache` gave. As long as the chain is used it and the weights stay
+                where they are: the operator writes into the very memory of this cache.
+
+        Returns:
+            An object whose `number` is the `chain` of `call_with_cache`, or `None`.
+        """
+        if any(type(layer) is not BitTransformerDecoder for layer in self.decoder_layers):
+            return None
+        return chain_of(self.decoder_layers, cache)
 
     def rotary_tables(self, positions):
         """Cosines and sines for positions `(batch or 1, length)`, shared by all blocks."""

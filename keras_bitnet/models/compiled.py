@@ -112,6 +112,11 @@ class _Program:
         with keras.StatelessScope(zip(self.model.variables, weights, strict=True)):
             return self.function(state, *arguments)
 
+    def evaluate(self, function, *arguments):
+        """`function(*arguments)` as it is, of the weights that the program reads."""
+        with keras.StatelessScope(zip(self.model.variables, self.weights, strict=True)):
+            return function(*arguments)
+
 
 class _Jax(_Program):
     """A jitted function to which the state is donated."""
@@ -154,19 +159,21 @@ class _Recorded(_Program):
     def __init__(self, function, model):
         super().__init__(function, model)
         self.recorded: dict = {}
-        self.last: Any = (None, None)  # the first tensor of the state given last, and its record
+        # The first tensor of the state given last, its record, and the weights that this reads.
+        self.last: Any = (None, None, None)
 
     def call(self, leaves, structure, inputs):
-        given, record = self.last
+        given, record, weights = self.last
         if leaves[0] is not given:
             key = self.key(leaves, inputs)
             if key not in self.recorded:
                 self.recorded[key] = self.record(structure, leaves, inputs)
             record = self.recorded[key]
-        step, result, count, places = record
-        flat = step(self.weights, leaves, inputs)
+            weights = [self.weights[i] for i in record[1]]
+        step, _, result, count, places = record
+        flat = step(weights, leaves, inputs)
         following = _State(flat[count:], places)
-        self.last = following.leaves[0], record
+        self.last = following.leaves[0], record, weights
         return keras.tree.pack_sequence_as(result, flat[:count]) if count else result, following
 
     @staticmethod
@@ -174,7 +181,7 @@ class _Recorded(_Program):
         """What a record is made for."""
         return tuple((tuple(t.shape), t.dtype, t.device) for t in (*leaves, *inputs))
 
-    def trace(self, run, leaves, inputs) -> Any:
+    def trace(self, run, weights, leaves, inputs) -> Any:
         """`run(weights, leaves, inputs)`, a list of tensors of lists of tensors, recorded."""
         raise NotImplementedError
 
@@ -182,22 +189,47 @@ class _Recorded(_Program):
         """What is recorded: a function of flat arguments, which gives a flat result and state.
 
         Returns:
-            That function, the structure of the result, how many tensors it has, and the structure
-            of the state, with the place of each tensor in it.
+            That function, the places of the weights that it takes, the structure of the result,
+            how many tensors it has, and the structure of the state, with the place of each in it.
         """
         structures: Any = None
 
-        def run(weights, leaves, inputs):
-            nonlocal structures
-            both = self.run(weights, keras.tree.pack_sequence_as(structure, leaves), inputs)
-            structures = keras.tree.map_structure(lambda _: 0, both)
-            return keras.tree.flatten(both)
+        def trace(places):
+            """The function of the weights at some places, and the places of those that it reads."""
+            variables = [self.model.variables[i] for i in places]
+            read: set = set()
 
-        step = self.trace(run, leaves, inputs)
+            def run(weights, leaves, inputs):
+                nonlocal structures
+                with _Scope(zip(variables, weights, strict=True), read):
+                    both = self.function(keras.tree.pack_sequence_as(structure, leaves), *inputs)
+                structures = keras.tree.map_structure(lambda _: 0, both)
+                return keras.tree.flatten(both)
+
+            step = self.trace(run, [self.weights[i] for i in places], leaves, inputs)
+            return step, [i for i, v in zip(places, variables, strict=True) if id(v) in read]
+
+        places = list(range(len(self.weights)))
+        step, read = trace(places)
+        if 2 * len(read) < len(places):  # a chain of blocks finds its weights by itself
+            places = read
+            step, _ = trace(places)
         result, state = structures
-        places = list(range(len(keras.tree.flatten(state))))
+        leaf_places = list(range(len(keras.tree.flatten(state))))
         count = len(keras.tree.flatten(result))
-        return step, result, count, keras.tree.pack_sequence_as(state, places)
+        return step, places, result, count, keras.tree.pack_sequence_as(state, leaf_places)
+
+
+class _Scope(keras.StatelessScope):
+    """Puts values in the place of variables and notes which were read."""
+
+    def __init__(self, values, read):
+        super().__init__(values)
+        self.read = read
+
+    def get_current_value(self, variable):
+        self.read.add(id(variable))
+        return super().get_current_value(variable)
 
 
 def _flat(state):
@@ -219,12 +251,10 @@ class _TensorFlow(_Recorded):
         leaves, structure = _flat(state)
         return self.call(leaves, structure, inputs)
 
-    def trace(self, run, leaves, inputs):
+    def trace(self, run, weights, leaves, inputs):
         import tensorflow as tf
 
-        graph = tf.function(run, autograph=False).get_concrete_function(
-            self.weights, leaves, inputs
-        )
+        graph = tf.function(run, autograph=False).get_concrete_function(weights, leaves, inputs)
         dtypes, constants = [t.dtype for t in graph.outputs], graph.captured_inputs
         config = tf.compat.v1.ConfigProto()  # of the graph rewriter, which finds little and warns
         config.graph_options.rewrite_options.disable_meta_optimizer = True
@@ -261,6 +291,12 @@ class _Torch(_Recorded):
     def begin(self, weights):
         self.weights = [tensor.contiguous() for tensor in weights]
 
+    def evaluate(self, function, *arguments):
+        import torch
+
+        with torch.inference_mode():
+            return super().evaluate(function, *arguments)
+
     @staticmethod
     def key(leaves, inputs):
         strides = tuple(t.stride() for t in (*leaves, *inputs))
@@ -272,11 +308,11 @@ class _Torch(_Recorded):
         self.seen[key] += 1
         return self.seen[key] > CALLS_UNTIL_RECORD
 
-    def trace(self, run, leaves, inputs):
+    def trace(self, run, weights, leaves, inputs):
         import torch
 
         # Recording runs the function, which writes into the state: into that of a copy.
-        example = (self.weights, [tensor.clone() for tensor in leaves], inputs)
+        example = (weights, [tensor.clone() for tensor in leaves], inputs)
         with warnings.catch_warnings():
             # Of values that become constants: shapes, which are those of every call.
             warnings.simplefilter("ignore")

@@ -104,14 +104,16 @@ class Generation(keras.Model):
             len(request.prompts), request.cache_length, request.cache_dtype
         )
         _, state = prefill({"cache": cache}, request.tokens, padding, uniform)
+        chain = step.evaluate(self.backbone.chain_of_blocks, state["cache"])
+        given = (padding, uniform) if chain is None else (padding, uniform, chain.number)
         tokens = compiled.start_copy(state["tokens"])
         ahead = compiled.is_asynchronous(state["tokens"])
         for _ in range(request.calls):
             if ahead:
-                chosen, state = step(state, padding, uniform)
+                chosen, state = step(state, *given)
             yield from np.reshape(tokens(), (-1, len(request.prompts))).tolist()
             if not ahead:
-                chosen, state = step(state, padding, uniform)
+                chosen, state = step(state, *given)
             tokens = compiled.start_copy(state["tokens"] if request.steps == 1 else chosen)
         yield from np.reshape(tokens(), (-1, len(request.prompts))).tolist()
 
@@ -160,10 +162,13 @@ def first_tokens(model, sampler, state, tokens, padding, uniform):
     return _chosen(model, sampler, x[:, -1], cache, index, uniform)
 
 
-def next_tokens(model, sampler, state, padding, uniform):
-    """Reads one token for each sequence and chooses the next; see `first_tokens`."""
+def next_tokens(model, sampler, state, padding, uniform, chain=None):
+    """Reads one token for each sequence and chooses the next; see `first_tokens`.
+
+    `chain`: the number of what `chain_of_blocks` of the backbone gave, or `None`.
+    """
     tokens, index = state["tokens"][:, None], state["index"]
-    x, cache = model.backbone.call_with_cache(tokens, state["cache"], index, padding)
+    x, cache = model.backbone.call_with_cache(tokens, state["cache"], index, padding, chain)
     return _chosen(model, sampler, x[:, 0], cache, index + 1, uniform)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_bitnet.ops import layout
 
-_ABI_VERSION = 9
+_ABI_VERSION = 10
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _lock = threading.Lock()
@@ -396,6 +396,8 @@ def _load_once():
         ("kbn_set_isa", ctypes.c_int, (ctypes.c_char_p,)),
         ("kbn_set_threads", None, (ctypes.c_int,)),
         ("kbn_threads", ctypes.c_int, ()),
+        ("kbn_chain_keep", ctypes.c_int32, (pointer, ctypes.c_int64)),
+        ("kbn_chain_drop", None, (ctypes.c_int32,)),
     ):
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments

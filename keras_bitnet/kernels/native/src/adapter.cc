@@ -1,5 +1,8 @@
 #include "adapter.h"
 
+#include <atomic>
+#include <vector>
+
 #include "pool.h"
 
 namespace {
@@ -19,6 +22,15 @@ const char* run_on(const Problem& problem, int32_t threads) {
   return kbn_adapter::run(problem, &parallel);
 }
 
+// Found without a lock, which a forked child might find taken.
+struct Chain {
+  int32_t number;
+  std::vector<void*> operands;
+};
+constexpr int kChains = 256;
+std::atomic<Chain*> chains[kChains];
+std::atomic<int32_t> chains_kept{0};
+
 }  // namespace
 
 const char* kbn_run_limited(const kbn_joint* problem, int32_t threads) {
@@ -35,4 +47,30 @@ const char* kbn_attend_limited(const kbn_attention* problem, int32_t threads) {
 
 const char* kbn_decode_limited(const kbn_block* block, int32_t threads) {
   return run_on(*block, threads);
+}
+
+int32_t kbn_chain_keep(void* const* operands, int64_t blocks) {
+  const int32_t serial = chains_kept.fetch_add(1) % (INT32_MAX / kChains - 1) + 1;
+  auto* chain = new Chain{0, {operands, operands + blocks * kbn_adapter::kBlockOperands}};
+  for (int place = 0; place < kChains; ++place) {
+    Chain* none = nullptr;
+    chain->number = serial * kChains + place;
+    if (chains[place].compare_exchange_strong(none, chain)) return chain->number;
+  }
+  delete chain;
+  return 0;
+}
+
+void kbn_chain_drop(int32_t number) {
+  Chain* chain = chains[number % kChains].load();
+  if (!chain || chain->number != number) return;
+  chains[number % kChains].store(nullptr);
+  delete chain;
+}
+
+void* const* kbn_chain_find(int32_t number, int64_t* blocks) {
+  const Chain* chain = number > 0 ? chains[number % kChains].load() : nullptr;
+  if (!chain || chain->number != number) return nullptr;
+  *blocks = static_cast<int64_t>(chain->operands.size()) / kbn_adapter::kBlockOperands;
+  return chain->operands.data();
 }

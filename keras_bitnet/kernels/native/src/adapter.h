@@ -341,3 +341,44 @@ KBN_API const char* kbn_run_limited(const kbn_joint* problem, int32_t threads);
 KBN_API const char* kbn_attend_limited(const kbn_attention* problem, int32_t threads);
 KBN_API const char* kbn_normalize_limited(const kbn_norm* problem, int32_t threads);
 KBN_API const char* kbn_decode_limited(const kbn_block* block, int32_t threads);
+
+// A chain: blocks that an operator runs after the one whose operands it is given. They have operands of the
+// same shapes and dtypes, whose addresses are kept here, as the headers of so many tensors leave the
+// caches between two tokens.
+
+// Keeps the addresses of the operands of some blocks, kBlockOperands each; null is that of the first block.
+// Returns the number of the chain, or 0: there are too many. All that they point to must stay where it
+// is until the chain is dropped.
+KBN_API int32_t kbn_chain_keep(void* const* operands, int64_t blocks);
+KBN_API void kbn_chain_drop(int32_t number);
+// The addresses and how many blocks they are of; null: there is no such chain.
+KBN_API void* const* kbn_chain_find(int32_t number, int64_t* blocks);
+
+namespace kbn_adapter {
+
+// Decodes a token by the block of some operands and by those of the chain that `number` names, an int32, or
+// has no elements. `run(block)` runs one and says what is wrong.
+template <typename Run>
+const char* decode(const BlockAttributes& attributes, Operand* operands, const Operand& number, void* y,
+                   const Run& run) {
+  void* const* following = nullptr;
+  int64_t blocks = 0;
+  if (number.dtype != kInt32 || number.shape.rank != 1 || number.shape[0] > 1)
+    return "the number of a chain must be an int32 of one axis";
+  if (number.shape[0] == 1) {
+    following = kbn_chain_find(*static_cast<const int32_t*>(number.data), &blocks);
+    if (!following) return "there is no such chain of blocks in this process";
+  }
+  for (int64_t i = 0;; ++i, following += kBlockOperands) {
+    Block block;
+    if (const char* wrong = describe(attributes, operands, &block)) return wrong;
+    block.y = y;
+    if (const char* wrong = run(block)) return wrong;
+    if (i == blocks) return nullptr;
+    for (int j = 0; j < kBlockOperands; ++j)
+      if (following[j]) operands[j].data = following[j];
+    operands[kBlockX].data = y;
+  }
+}
+
+}  // namespace kbn_adapter

@@ -262,7 +262,7 @@ int run_checked(const kbn_matmul& problem, const Probe& probe) {
 }  // namespace
 }  // namespace kbn
 
-int kbn_abi_version(void) { return 9; }
+int kbn_abi_version(void) { return 10; }
 
 int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel) {
   const kbn_joint one{1, {problem}};

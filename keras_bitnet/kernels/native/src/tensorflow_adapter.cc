@@ -400,15 +400,16 @@ void read_block(TF_OpKernelConstruction* context, kbn_adapter::BlockAttributes* 
 
 void decode(const kbn_adapter::BlockAttributes& attributes, TF_OpKernelContext* context,
             TF_Status* status) {
-  Cached<kbn_adapter::kBlockOperands, kbn_adapter::kBlockCache> cached(context, status);
+  constexpr int kChain = kbn_adapter::kBlockOperands;  // the number of a chain is the last operand
+  Cached<kChain + 1, kbn_adapter::kBlockCache> cached(context, status);
   if (TF_GetCode(status)) return;
-  kbn_adapter::Block block;
-  const char* wrong = kbn_adapter::describe(attributes, cached.operands, &block);
-  if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
-  block.y = cached.allocate(context, status);
+  void* y = cached.allocate(context, status);
   if (TF_GetCode(status)) return;
-  wrong = kbn_decode_limited(&block, max_threads.load(std::memory_order_relaxed));
-  if (wrong) TF_SetStatus(status, kInternal, wrong);
+  const auto run = [](const kbn_block& block) {
+    return kbn_decode_limited(&block, max_threads.load(std::memory_order_relaxed));
+  };
+  const char* wrong = kbn_adapter::decode(attributes, cached.operands, cached.operands[kChain], y, run);
+  if (wrong) TF_SetStatus(status, kInvalidArgument, wrong);
 }
 
 // An op as its definition and its kernel on the CPU.
@@ -473,6 +474,7 @@ Op block_op() {
   for (const std::string norm : {"query", "output", "up", "down"})
     op.inputs.push_back("gain_" + norm + ": float");
   op.inputs.insert(op.inputs.end(), of_attention.begin(), of_attention.end());
+  op.inputs.push_back("chain: int32");
   op.infer_shapes = infer_cached_shapes<kbn_adapter::kBlockCache>;
   op.create = create<BlockAttributes, read_block>;
   op.compute = compute<BlockAttributes, decode>;

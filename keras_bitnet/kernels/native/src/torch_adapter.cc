@@ -77,7 +77,7 @@ constexpr char kBlockSchema[] =
     KBN_WEIGHT("_output") KBN_WEIGHT("_up") KBN_WEIGHT("_down") KBN_WEIGHT("_gate")
     "Tensor gain_query, Tensor gain_output, Tensor gain_up, Tensor gain_down, Tensor cosines, "
     "Tensor sines, Tensor mask, Tensor index, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-    "Tensor(c!) key_scale, Tensor(d!) value_scale, int heads, int intermediate, int activation, int bits, "
+    "Tensor(c!) key_scale, Tensor(d!) value_scale, Tensor chain, int heads, int intermediate, int activation, int bits, "
     "int trits, int group_size, int activation_bits, float offset, float epsilon, float norm_epsilon, "
     "float scale) -> Tensor";
 constexpr char kNormSchema[] = "rms_norm(Tensor x, Tensor scale, float epsilon) -> Tensor";
@@ -228,7 +228,7 @@ const char* attend(Slot* stack, Tensor* tensors, Tensor* y) {
 }
 
 const char* decode(Slot* stack, Tensor* tensors, Tensor* y) {
-  constexpr int kCount = kbn_adapter::kBlockOperands;
+  constexpr int kCount = kbn_adapter::kBlockOperands + 1;  // the number of a chain is the last
   if (const char* wrong = read_all(tensors, kCount)) return wrong;
   kbn_adapter::Operand operands[kCount];
   for (int i = 0; i < kCount; ++i) operands[i] = operand_of(tensors[i]);
@@ -239,11 +239,10 @@ const char* decode(Slot* stack, Tensor* tensors, Tensor* y) {
   double* floats[] = {&attributes.offset, &attributes.epsilon, &attributes.norm_epsilon, &attributes.scale};
   for (int i = 0; i < 7; ++i) *integers[i] = static_cast<int64_t>(stack[kCount + i]);
   for (int i = 0; i < 4; ++i) *floats[i] = float_of(stack[kCount + 7 + i]);
-  kbn_adapter::Block block;
-  if (const char* wrong = kbn_adapter::describe(attributes, operands, &block)) return wrong;
   if (!allocate(tensors[0], tensors[0].dims, y)) return "no memory for the result";
-  block.y = y->data;
-  return run<kbn_block>(block, kbn_decode_limited);
+  return kbn_adapter::decode(attributes, operands, operands[kCount - 1], y->data, [](const kbn_block& block) {
+    return run(block, kbn_decode_limited);
+  });
 }
 
 const char* normalize(Slot* stack, Tensor* tensors, Tensor* y) {
@@ -316,7 +315,7 @@ bool register_operator() {
                                   kernel<kbn_adapter::kAttentionOperands, 1, attend>) &&
          !aoti_torch_library_impl(implementation, "rms_norm", kernel<2, 1, normalize>) &&
          !aoti_torch_library_impl(implementation, "decode_block",
-                                  kernel<kbn_adapter::kBlockOperands, 1, decode>);
+                                  kernel<kbn_adapter::kBlockOperands + 1, 1, decode>);
 }
 
 }  // namespace
