@@ -120,6 +120,7 @@ class Kernel:
         gathers: `gathers()`: whether `run` takes a `window` too.
         run_joint: `run_joint(x, packed, activation_quantizer, biases)`, as `ops.joint_bit_matmul`
             for weights that are alike; `None` where it has nothing faster than one after another.
+        load: `load()`: the row itself, where this one stands for a row of a module.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Kernel:
     normalizes: Callable[..., bool] = lambda activation_quantizer: False
     gathers: Callable[[], bool] = lambda: False
     run_joint: Callable[..., Any] = lambda *operands: None
+    load: Callable[[], Any] | None = None
 
 
 # The modules of the rows import their framework, so each is imported with its first question.
@@ -179,6 +181,7 @@ def later(name, row):
         lambda quantizer: row().normalizes(quantizer),
         lambda: row().gathers(),
         lambda *args: row().run_joint(*args),
+        row,
     )
 
 
@@ -246,8 +249,10 @@ def _find(name, table, facts):
     problem = _problem(*facts)
     forced = _named(name)
     if forced is None:
-        return next(row for row in table if row.refuse(problem) is None)
-    return _willing(forced, problem)
+        row = next(row for row in table if row.refuse(problem) is None)
+    else:
+        row = _willing(forced, problem)
+    return row.load() if row.load else row
 
 
 if keras.backend.backend() == "torch":

@@ -46,14 +46,16 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None,
     """As `keras_bitnet.ops.bit_matmul`, for a problem that was not refused."""
     none = missing(x)
     x_scale = none if activation_scale is None else ops.reshape(activation_scale, (1,))
-    gain, norm_epsilon = norm or (none, 0.0)
+    gain, norm_epsilon = none, 0.0
+    if norm is not None:
+        gain, norm_epsilon = _contiguous(norm[0]).to(torch.float32), norm[1]
     operators, numbers = torch.ops.keras_bitnet, () if window is None else window.numbers
     operator = operators.bit_matmul.default if window is None else operators.bit_conv.default
     return operator(
         x.contiguous(),
         *_weight(packed, bias, none),
         x_scale,
-        _contiguous(gain).to(torch.float32),
+        gain,
         packed.out_features,
         *_attributes(packed, activation_quantizer),
         norm_epsilon,
