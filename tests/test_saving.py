@@ -1,3 +1,5 @@
+import copy
+import pickle
 import zipfile
 
 import h5py
@@ -144,3 +146,16 @@ def test_flipped_bytes_never_pass_unseen(tmp_path, rng):
     path.write_bytes(bytes(data))
     with pytest.raises(Exception):  # noqa: B017, PT011  zip checks its sums
         keras.models.load_model(path)
+
+
+def test_packed_models_are_copied_and_given_other_weights(rng):
+    def packed_model():
+        return keras_bitnet.pack_model(model_and_input(rng)[0], verbose=0)
+
+    packed, other, (_, x) = packed_model(), packed_model(), model_and_input(rng)
+    before, wanted = to_numpy(packed(x)), to_numpy(other(x))
+    for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        np.testing.assert_array_equal(to_numpy(twin(x)), before)
+        twin.set_weights(other.get_weights())
+        np.testing.assert_array_equal(to_numpy(twin(x)), wanted)
+    np.testing.assert_array_equal(to_numpy(packed(x)), before)

@@ -48,12 +48,12 @@ def run(x, packed, activation_quantizer, bias, activation_scale=None, norm=None,
     x_scale = none if activation_scale is None else ops.reshape(activation_scale, (1,))
     gain, norm_epsilon = none, 0.0
     if norm is not None:
-        gain, norm_epsilon = _contiguous(norm[0]).to(torch.float32), norm[1]
+        gain, norm_epsilon = _beside(x, norm[0]).float(), norm[1]
     operators, numbers = torch.ops.keras_bitnet, () if window is None else window.numbers
     operator = operators.bit_matmul.default if window is None else operators.bit_conv.default
     return operator(
         x.contiguous(),
-        *_weight(packed, bias, none),
+        *_weight(packed, bias, x, none),
         x_scale,
         gain,
         packed.out_features,
@@ -69,7 +69,7 @@ def run_joint(x, packed, activation_quantizer, biases):
     if len(packed) not in operators:
         return None
     none = missing(x)
-    weights = [_weight(w, bias, none) for w, bias in zip(packed, biases, strict=True)]
+    weights = [_weight(w, bias, x, none) for w, bias in zip(packed, biases, strict=True)]
     return operators[len(packed)].default(
         x.contiguous(),
         *(tensor for weight in weights for tensor in weight),
@@ -81,10 +81,10 @@ def run_joint(x, packed, activation_quantizer, biases):
     )
 
 
-def _weight(packed, bias, none):
+def _weight(packed, bias, x, none):
     """The operands of one weight."""
-    bias = none if bias is None else ops.cast(bias, "float32")
-    return _contiguous(packed.tiles), _contiguous(packed.scale), bias.contiguous()
+    bias = none if bias is None else _beside(x, bias).float()
+    return _beside(x, packed.tiles), _beside(x, packed.scale), bias
 
 
 def _attributes(packed, activation_quantizer):
@@ -95,9 +95,14 @@ def _attributes(packed, activation_quantizer):
     return packed.bits, trits, group_size, bits, per_tensor, packed.offset, epsilon
 
 
-def _contiguous(array):
-    # Asked first, as Keras takes a microsecond to hand a tensor back as it is.
+def _beside(x, array):
+    """A tensor, variable or array as a contiguous tensor on the device of `x`."""
+    # Keras takes microseconds to hand a tensor back.
+    if isinstance(array, keras.Variable):
+        array = array.value
     tensor = array if isinstance(array, torch.Tensor) else ops.convert_to_tensor(array)
+    if tensor.device != x.device:
+        tensor = tensor.to(x.device)
     return tensor.contiguous()
 
 

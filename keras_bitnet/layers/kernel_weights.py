@@ -3,6 +3,7 @@
 import zlib
 from typing import Any
 
+import keras
 import numpy as np
 from keras import initializers, ops
 
@@ -200,9 +201,13 @@ class KernelWeights(NamedWeights):
                 f"Layer '{self.name}' is not packed: pack the model with "
                 "`keras_bitnet.pack_model(model)`."
             )
+        if keras.backend.backend() == "torch":  # Keras takes microseconds to hand a tensor on
+            tiles, scale = self.kernel_tiles.value, self.kernel_scale.value.float()
+        else:
+            tiles, scale = map(ops.convert_to_tensor, (self.kernel_tiles, self.kernel_scale))
         return PackedTensor(
-            tiles=ops.convert_to_tensor(self.kernel_tiles),
-            scale=ops.convert_to_tensor(self.kernel_scale, "float32"),
+            tiles=tiles,
+            scale=scale,
             offset=self.weight_quantizer.offset,
             bits=self.weight_quantizer.bits,
             in_features=self.in_features,
