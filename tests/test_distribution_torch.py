@@ -19,7 +19,7 @@ for sharded in (False, True):
     together = distributed.run(2, DEVICE, sharded)
     results.append(dict(
         losses=[alone[0], together[0]],
-        outputs=float(np.abs(alone[1][0] - together[1][0]).max() / scale),
+        outputs=(np.abs(alone[1][0] - together[1][0]).max(axis=1) / scale).tolist(),
         packed=float(np.abs(together[1][1] - together[1][0]).max() / scale),
     ))
 print(json.dumps(results))
@@ -57,7 +57,7 @@ together = train(strategy.scope())
 scale = np.abs(alone[1]).max()
 print(json.dumps({
     "losses": [alone[0], together[0]],
-    "outputs": float(np.abs(alone[1] - together[1]).max() / scale),
+    "outputs": (np.abs(alone[1] - together[1]).max(axis=1) / scale).tolist(),
     "packed": float(np.abs(together[2] - together[1]).max() / scale),
 }))
 """
@@ -67,7 +67,9 @@ def check(result):
     alone, together = result["losses"]
     assert together[-1] < together[0]
     np.testing.assert_allclose(together, alone, rtol=1e-4)
-    assert result["outputs"] < 1e-2  # an activation at the edge of rounding may take the other side
+    outputs = sorted(result["outputs"])
+    assert outputs[-3] < 1e-5
+    assert outputs[-1] < 1e-2  # an activation at the edge of rounding may take the other side
     assert result["packed"] < 1e-5
 
 
