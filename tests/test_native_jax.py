@@ -84,6 +84,25 @@ TRANSFORMED = {
         lambda x, b: (jax.lax.scan(lambda c, v: (c, f(v, b)), 0, x)[1] ** 2).sum(), argnums=(0, 1)
     ),
     "remat": lambda f: jax.grad(lambda x, b: (jax.checkpoint(f)(x, b) ** 2).sum()),
+    "jvp": lambda f: lambda x, b: jax.jvp(f, (x, b), (jnp.cos(x), jnp.sin(b))),
+    "jvp of the bias": lambda f: jax.jit(
+        lambda x, b: jax.jvp(lambda b: f(x, b), (b,), (jnp.sin(b),))
+    ),
+    "jacfwd": lambda f: jax.jit(jax.jacfwd(lambda x, b: f(x[0, :2], b), argnums=(0, 1))),
+    "jacrev": lambda f: jax.jit(jax.jacrev(lambda x, b: f(x[0, :2], b), argnums=(0, 1))),
+    "linearize": lambda f: jax.jit(lambda x, b: jax.linearize(f, x, b)[1](jnp.cos(x), jnp.sin(b))),
+    "Hessian": lambda f: jax.jit(
+        lambda x, b: jax.jvp(
+            jax.grad(lambda x, b: (jnp.tanh(f(x, b)) ** 2).sum(), argnums=(0, 1)),
+            (x, b),
+            (jnp.cos(x), jnp.sin(b)),
+        )
+    ),
+    "grad of jvp": lambda f: jax.jit(
+        jax.grad(
+            lambda x, b: (jax.jvp(lambda x: jnp.tanh(f(x, b)), (x,), (jnp.cos(x),))[1] ** 2).sum()
+        )
+    ),
     "no bias": lambda f: lambda x, b: jax.vmap(jax.grad(lambda v: (f(v) ** 2).sum()))(x),
 }
 
@@ -94,7 +113,9 @@ def test_transformations(name, functions, x, bias):
     same(transform(functions[0])(x, bias), transform(functions[1])(x, bias))
 
 
-@pytest.mark.parametrize("name", ["vmap", "vmap of vmap", "grad of vmap", "scan", "remat"])
+@pytest.mark.parametrize(
+    "name", ["vmap", "vmap of vmap", "grad of vmap", "scan", "remat", "jvp", "Hessian"]
+)
 def test_transformations_of_a_convolution(name, rng, bias):
     _, packed = make_packed(rng, 100, 33)
     window = Window.of(1, 4, 2, 1, "same", "channels_last")
@@ -109,6 +130,24 @@ def test_transformations_of_a_convolution(name, rng, bias):
 
     transform = TRANSFORMED[name]
     same(transform(run("native"))(x, bias), transform(run("reference"))(x, bias))
+
+
+def test_forward_mode_through_a_layer(rng, x):
+    layer = packed_layer(rng, norm="rms", activation="tanh")
+
+    def derivatives(kernel):
+        def call(x):
+            with kernels.use_kernel(kernel):
+                return layer(x)
+
+        def all_of_them(x):
+            slope = jax.grad(lambda x: (call(x) ** 2).sum())
+            tangents = [jax.jvp(f, (x,), (jnp.cos(x),)) for f in (call, slope)]
+            return tangents, jax.jacfwd(call)(x[0, :1])
+
+        return jax.jit(all_of_them)(x)
+
+    same(derivatives("native"), derivatives("reference"))
 
 
 def test_vmap_keeps_one_scale_for_each_tensor(rng, x):

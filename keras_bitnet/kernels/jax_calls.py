@@ -7,10 +7,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 from keras import ops
 
 from keras_bitnet.kernels.attention import CACHE
-from keras_bitnet.kernels.cpu import Activations, Facts, gradients
+from keras_bitnet.kernels.cpu import Activations, Facts
 from keras_bitnet.kernels.jax_partition import partitioned
 
 NOTHING = np.zeros(0, np.float32)  # what a handler takes for an operand that is not given
@@ -53,7 +54,7 @@ def run_operation(operation, *tensors):
     return _as_reference(operation, *tensors)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _as_reference(operation, *tensors):
     # The platform is not known while tracing.
     return jax.lax.platform_dependent(
@@ -63,16 +64,15 @@ def _as_reference(operation, *tensors):
     )
 
 
-def _reference_forward(operation, *tensors):
-    return _as_reference(operation, *tensors), tensors
+@_as_reference.defjvp
+def _tangents_of_reference(operation, tensors, tangents):
+    reference = _recomputed(functools.partial(operation.reference, operation.facts))
+    return _as_reference(operation, *tensors), jax.jvp(reference, tensors, tangents)[1]
 
 
-def _reference_backward(operation, tensors, gradients):
-    reference = functools.partial(operation.reference, operation.facts)
-    return jax.vjp(reference, *tensors)[1](gradients)
-
-
-_as_reference.defvjp(_reference_forward, _reference_backward)
+def _recomputed(function):
+    """A function of which a gradient keeps the arguments, not what is made of them on the way."""
+    return jax.checkpoint(function, prevent_cse=False)
 
 
 def call_with_cache(target, operands, cache, **attributes):
@@ -143,30 +143,34 @@ def traced(place, facts, x, weights, x_scale):
     return _differentiable(place, facts, x, weights, x_scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _differentiable(place, facts, x, weights, x_scale):
     return _batched(place, facts)(x, weights, x_scale)
 
 
-def _forward(place, facts, x, *others):
-    images = None if facts[0].window is None else x
-    return _differentiable(place, facts, x, *others), (images, *others)
+@functools.partial(_differentiable.defjvp, symbolic_zeros=True)
+def _tangents(place, facts, operands, tangents):
+    """Straight-through, of activations and biases; codes and scales are constants."""
+    results = _differentiable(place, facts, *operands)
+    _, weights, _ = operands
+    dx, dweights, _ = tangents
+    dys = []
+    for own, y, (tiles, scale, _), (_, _, dbias) in zip(
+        facts, results, weights, dweights, strict=True
+    ):
+        dy = jnp.zeros(y.shape, "float32")
+        if not isinstance(dx, SymbolicZero):
+            dy = _recomputed(functools.partial(_float_product, own))(dx, tiles, scale)
+        if not (dbias is None or isinstance(dbias, SymbolicZero)):
+            dy = dy + dbias
+        dys.append(dy.astype(y.dtype))
+    return results, tuple(dys)
 
 
-def _backward(place, facts, operands, dys):
-    images, weights, x_scale = operands
-    packed = [own.packed(*weight[:2]) for own, weight in zip(facts, weights, strict=True)]
-    dx, dbiases = gradients(dys, packed)
-    dweights = []
-    for (tiles, scale, bias), dbias in zip(weights, dbiases, strict=True):
-        no_gradient = np.zeros(tiles.shape, jax.dtypes.float0)
-        dweights.append((no_gradient, jnp.zeros_like(scale), None if bias is None else dbias))
-    if images is not None:
-        dx = facts[0].window.scatter(dx, images)
-    return dx, tuple(dweights), None if x_scale is None else jnp.zeros_like(x_scale)
-
-
-_differentiable.defvjp(_forward, _backward)
+def _float_product(facts, x, tiles, scale):
+    if facts.window is not None:
+        x = facts.window.patches(x)
+    return ops.matmul(x.astype("float32"), facts.packed(tiles, scale).dequantize())
 
 
 @functools.cache
