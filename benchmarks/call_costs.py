@@ -4,7 +4,8 @@
 
 *Time*: one row through a packed layer of 256x256 in memory that is cached, by the public
 `keras_bitnet.ops.bit_matmul` on one thread, less the bare C call in the same run. PyTorch runs it
-eagerly in inference mode, JAX and TensorFlow 64 of them in a row inside one compiled function.
+eagerly in inference mode, JAX and TensorFlow 64 of them in a row inside one compiled function. In
+PyTorch whole calls of the layer and of a `Dense` of its size, too.
 
 *Memory*: what packed layers of 4096 inputs and 14336 outputs add to the resident memory of a
 process whose framework is warm, before their first call and after it.
@@ -35,7 +36,7 @@ from keras_bitnet.layers import BitLinear
 
 BACKEND = keras.backend.backend()
 SIZE, CHAIN = 256, 64
-PRODUCTS = 2048  # in one sample
+PRODUCTS, CALLS = 2048, 256  # in one sample
 IN, OUT = 4096, 14336
 LATER = 4
 
@@ -96,15 +97,28 @@ def framework_call(layer, x):
     return (lambda: compiled(x)), CHAIN, product(x)
 
 
+def layer_calls(layer, x):
+    """Loops of calls of the layer and of its float rival: `{name: (call, calls in a sample)}`."""
+    if BACKEND != "torch":
+        return {}
+    dense, x = keras.layers.Dense(SIZE, use_bias=False), keras.ops.convert_to_tensor(x)
+    dense.build((None, SIZE))
+    return {"layer": (lambda: layer(x), CALLS), "dense": (lambda: dense(x), CALLS)}
+
+
 def added_time(repeats):
-    """Microseconds of a product: bare, through the framework, and what that adds."""
+    """Microseconds of a product: bare, through the framework, what that adds; of layers."""
     x = np.random.default_rng(1).standard_normal((1, SIZE)).astype("float32")
     layer = packed_layer(SIZE, SIZE)
     bare, out = bare_call(layer, x)
     bare()
     call, products, result = framework_call(layer, x)
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(result), out)
-    loops = {"bare": (bare, PRODUCTS), "framework": (call, PRODUCTS // products)}
+    loops = {
+        "bare": (bare, PRODUCTS),
+        "framework": (call, PRODUCTS // products),
+        **layer_calls(layer, x),
+    }
 
     def timed(function, count):
         def loop():
@@ -116,13 +130,13 @@ def added_time(repeats):
     times = common.interleaved_times(
         {name: timed(*loop) for name, loop in loops.items()}, repeats, warmup=5
     )
-    bare_time = statistics.median(times["bare"]) / PRODUCTS
-    framework = statistics.median(times["framework"]) / PRODUCTS
-    return {
-        "bare_microseconds": bare_time * 1e6,
-        "framework_microseconds": framework * 1e6,
-        "added_microseconds": (framework - bare_time) * 1e6,
+    found = {
+        f"{name}_microseconds": statistics.median(samples) / loops[name][1] * 1e6
+        for name, samples in times.items()
     }
+    found["framework_microseconds"] /= products
+    added = found["framework_microseconds"] - found["bare_microseconds"]
+    return {**found, "added_microseconds": added}
 
 
 def inference():
