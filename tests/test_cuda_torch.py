@@ -143,6 +143,31 @@ def test_blocks_that_share_inputs(out_features, rng):
             assert all(torch.equal(found, y[alone][0]) for found in y[kernel]), (kernel, rows)
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_narrow_blocks_in_the_last_wave(bits, rng):
+    """Those of 128 rows; on 132 SMs the first sizes have some."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("these kernels are for compute capability 9.0")
+
+    def random_weight(k, n):
+        shape = layout.tiles_shape(k, n, bits)
+        tiles = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+        return with_scale_1(tiles, k, n, bits)
+
+    for rows, n in ((300, 12000), (200, 17100), (1000, 4401), (128, 40000), (257, 600)):
+        packed = random_weight(300, n)
+        x = torch.randn(rows, 300, device="cuda")
+        of_64, of_128 = (product(x, packed, kernel) for kernel in (10, 11))
+        assert torch.equal(of_128, of_64), (rows, n)
+    weights = [random_weight(4096, n) for n in (9000, 33, 8000)]
+    x = torch.randn(200, 4096, device="cuda")
+    shared = bits, 0, 8, False, -1.0, 1e-5
+    sizes = [w.out_features for w in weights]
+    found = _joint(3, x, weights, [None] * 3, *sizes, *shared)
+    for y, w in zip(found, weights, strict=True):
+        assert torch.equal(y, product(x, w, 10))
+
+
 @pytest.mark.parametrize("activation_bits", [8, 4, 0])
 @pytest.mark.parametrize("group_size", [None, 32, 128])
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

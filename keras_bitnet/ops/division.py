@@ -24,17 +24,23 @@ def divide(x, y):
 
 def refined(x, quotient, y):
     """The nearest quotient of `x / y`, of one in JAX that is off by units in the last place."""
+    from jax import lax
     from jax import numpy as jnp
 
+    inverse = 1 / y
+    if y.size < x.size:  # computed once, not for every number that is divided
+        inverse = lax.optimization_barrier(inverse)
     (q, q_low), (d, d_low) = _halves(quotient), _halves(y)
     # Exact, whether products are fused with the differences or not: they have 24 bits at most.
     rest = ((x - q * d) - q * d_low - q_low * d) - q_low * d_low
-    return jnp.where(jnp.isfinite(rest), quotient + rest / y, quotient)
+    nearest = quotient + rest * inverse
+    return jnp.where(jnp.isfinite(nearest), nearest, quotient)
 
 
 def _halves(x):
     """A number as the sum of two with 12 bits each."""
     from jax import lax
+    from jax import numpy as jnp
 
-    high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=11)
+    high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -4096, jnp.float32)
     return high, x - high

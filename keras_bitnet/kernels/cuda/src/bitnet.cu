@@ -24,6 +24,7 @@ constexpr int GROUP_STAGES = 10 / (TILES<true> + 1);
   KERNEL(gemv_split_grouped_8_##suffix, 256, 2, gemv<T, 8, GROUP_STAGES, 8, true, T::PLANES>(p))      \
   KERNEL(gemv_split_grouped_16_##suffix, 512, 1, gemv<T, 16, GROUP_STAGES, 16, true, T::PLANES>(p))   \
   KERNEL(quantize_##suffix, QUANTIZE_WARPS * 32, 4, quantize<T, 1>(p))               \
+  KERNEL(quantize_few_##suffix, 2 * QUANTIZE_WARPS * 32, 2, quantize<T, 1, 2 * QUANTIZE_WARPS>(p))    \
   KERNEL(split_##suffix, QUANTIZE_WARPS * 32, 4, quantize<T, T::PLANES>(p))          \
   KERNEL(largest_##suffix, QUANTIZE_WARPS * 32, 4, largest_of_all<T>(p))
 #ifdef KBC_ROWS_F32

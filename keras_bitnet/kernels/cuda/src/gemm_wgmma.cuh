@@ -24,12 +24,12 @@ template <int FACTORS, class Unit> DEVICE void unpack_scaled(const Unit (&w)[QUA
   }
 }
 
-template <class Unit, int WARPS, int MB, int STAGES, int AHEAD, int FACTORS>
+template <class Unit, int WARPS, int MB, int STAGES, int AHEAD, int FACTORS, bool NARROWING>
 DEVICE void consume(const Matmuls& all, Share share, int first_row, Ring ring, bool sharing) {
   constexpr int STAGE = 8 * MB * LINE, SETS = 16 / WARPS;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const Matmul p = own_product(all);
-  const int first_column = ((blockIdx.y - p.first_block) * WARPS + warp) * (16 * SETS);
+  const int first_column = first_column_of_block<NARROWING>(p) + warp * (16 * SETS);
   Columns<Unit> columns(p, first_column, share.first, share.first + share.count);
   Unit weights[AHEAD][QUADS];
   load_first(p, columns, weights);
@@ -67,18 +67,24 @@ DEVICE void consume(const Matmuls& all, Share share, int first_row, Ring ring, b
       sums[i / (4 * MB)][i / 4 % MB][i % 4] += apart[f][i / (4 * MB)][i / 4 % MB][i % 4] >> (BITS * f);
   int begin = 0, end = MB;
   if (sharing) add_shares<WARPS>(sums, block_memory + STAGES * STAGE, begin, end);
-  write_tile(own_product(all), sums, first_row, first_column, begin, end);
+  const Matmul last = own_product(all);
+  // Computed again where it would take a register through the loop.
+  const int column = NARROWING ? first_column_of_block<NARROWING>(last) + warp * (16 * SETS) : first_column;
+  write_tile(last, sums, first_row, column, begin, end);
 }
 
 template <bool FOUR_GROUPS, int MB, int STAGES, int AHEAD, int FACTORS>
 DEVICE void gemm_wgmma(const Matmuls& p) {
   constexpr int WARPS = FOUR_GROUPS ? 16 : 8;
   constexpr bool SHARING = MB < 16;  // blocks of 128 rows have no memory for the sums of others
+  constexpr bool NARROWING = FOUR_GROUPS && !SHARING;
   const Share share(slices(p), AHEAD, SHARING);
   const int first_row = blockIdx.x / (SHARING ? cluster_size() : 1) * (8 * MB);
-  feed_and_consume<MB, 1, AHEAD, STAGES, WARPS, SHARING>(p, share, first_row, [&](Ring ring, bool sharing) {
-    consume<typename UnitOf<FOUR_GROUPS>::Type, WARPS, MB, STAGES, AHEAD, FACTORS>(p, share, first_row, ring, sharing);
-  });
+  auto consume_share = [&](Ring ring, bool sharing) {
+    consume<typename UnitOf<FOUR_GROUPS>::Type, WARPS, MB, STAGES, AHEAD, FACTORS, NARROWING>(p, share, first_row, ring,
+                                                                                              sharing);
+  };
+  feed_and_consume<MB, 1, AHEAD, STAGES, WARPS, SHARING, NARROWING>(p, share, first_row, consume_share);
 }
 
 #endif

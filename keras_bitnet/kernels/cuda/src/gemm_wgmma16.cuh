@@ -259,7 +259,8 @@ DEVICE void gemm_wgmma16(const Matmuls& p) {
   constexpr bool SHARING = MB < 16;  // blocks of 128 rows have no memory for the sums of others
   const Share share(wide_slices(p), AHEAD, SHARING);
   const int first_row = blockIdx.x / (SHARING ? cluster_size() : 1) * (8 * MB);
-  feed_and_consume<MB, 2 * SLICE / LINE, 1, STAGES, WARPS, SHARING>(p, share, first_row, [&](Ring ring, bool sharing) {
+  feed_and_consume<MB, 2 * SLICE / LINE, 1, STAGES, WARPS, SHARING, false>(p, share, first_row, [&](Ring ring,
+                                                                                             bool sharing) {
     consume16<T, MB, WARPS, STAGES, AHEAD, GROUPED>(p, share, first_row, ring, sharing);
   });
 }

@@ -29,7 +29,7 @@ constexpr MatrixKernel kMatrixKernels[] = {
     {"mma_grouped_32", 256, 32, 32, 2, 8, true, false, false, 255, 4000},
     {"wgmma_16", 384, 16, 256, 16, 1, false, true, false, 250, 2000, FOUR_GROUPS_16},
     {"wgmma_32", 384, 32, 256, 16, 1, false, true, false, 345, 2300, FOUR_GROUPS_32},
-    {"wgmma_64", 384, 64, 256, 8, 1, false, true, false, 560, 2300, FOUR_GROUPS_64},
+    {"wgmma_64", 384, 64, 256, 8, 1, false, true, false, 515, 2300, FOUR_GROUPS_64},
     {"wgmma_128", 384, 128, 256, 10, 1, false, true, false, 665, 2000, FOUR_GROUPS_128},
     {"wgmma16_64_", 640, 64, 256, 4, 1, false, true, true, 675, 2800},
     {"wgmma16_128_", 640, 128, 256, 4, 1, false, true, true, 1200, 2000},
@@ -70,6 +70,13 @@ int64_t column_blocks(const kbc_matmul& p, const MatrixKernel& k) {
   return (p.out_features + k.columns - 1) / k.columns;
 }
 
+// Blocks along y of a product that begins with the block `first`, where those from `wide` on are narrower.
+int64_t column_blocks(const kbc_matmul& p, const MatrixKernel& k, int64_t first, int64_t wide) {
+  const int64_t all = column_blocks(p, k), before = wide <= first ? 0 : wide - first;
+  if (before >= all) return all;
+  return before + (p.out_features - before * k.columns + NARROW_COLUMNS - 1) / NARROW_COLUMNS;
+}
+
 // The sum of what `of(product)` gives for each product.
 template <class Of> int64_t sum(const kbc_joint& joint, Of of) {
   int64_t sum = 0;
@@ -81,6 +88,26 @@ int64_t out_features(const kbc_joint& joint) {
 }
 int64_t column_blocks(const kbc_joint& joint, const MatrixKernel& k) {
   return sum(joint, [&](const kbc_matmul& p) { return column_blocks(p, k); });
+}
+
+// Blocks along y of all products.
+int64_t column_blocks(const kbc_joint& joint, const MatrixKernel& k, int64_t wide) {
+  int64_t first = 0;
+  for (int i = 0; i < joint.count; ++i) first += column_blocks(*joint.matmuls[i], k, first, wide);
+  return first;
+}
+
+// From which block along y on blocks have NARROW_COLUMNS, or INT32_MAX: where there are several waves, and the last one
+// holds the narrower blocks too. They take four fifths of the time.
+int wide_blocks(const kbc_joint& joint, const MatrixKernel& k, const Device& device) {
+  const kbc_matmul& p = *joint.matmuls[0];
+  if (!k.wgmma || k.wide || k.rows < 128 || !(k.four_groups & p.bits)) return INT32_MAX;
+  const int64_t rows = row_blocks(p, k), in_wave = device.multiprocessors / rows;  // blocks along y
+  const int64_t waves = (rows * column_blocks(joint, k) - 1) / device.multiprocessors;  // before the last one
+  const int64_t before = waves * device.multiprocessors / rows;
+  const int64_t free = in_wave - (column_blocks(joint, k, before) - before);
+  if (!waves || free < 0) return INT32_MAX;
+  return static_cast<int>(before - free * NARROW_COLUMNS / k.columns);
 }
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
@@ -103,7 +130,8 @@ int64_t estimate(const kbc_joint& joint, const Choice& c, const Device& device) 
   const int64_t read = k.columns * p.bits * (k.wide ? 36 : 26) / 100;  // the weights of a slice, of every column
   const int64_t time = k.time > read ? k.time : read;
   const int64_t blocks = row_blocks(p, k) * column_blocks(joint, k) * c.shares;
-  return (blocks + places - 1) / places * (turns * time + k.start + sum);
+  const int64_t narrower = wide_blocks(joint, k, device) < INT32_MAX ? turns * time / 5 : 0;
+  return (blocks + places - 1) / places * (turns * time + k.start + sum) - narrower;
 }
 
 // Bytes of shared memory: stages, and a place for the sums of every block of a cluster.
@@ -319,10 +347,13 @@ const char* run_matrix(Device& device, const kbc_joint& joint, Activations m, vo
   const MatrixKernel& k = kMatrixKernels[choice.kernel];
   if (const char* wrong = refuse(p, k, device)) return wrong;
   const std::string dtype = kDtypes[p.dtype];
-  const std::string prepare = (k.wide ? "arrange_" : m.planes > 1 ? "split_" : "quantize_") + dtype;
+  // Blocks of more threads take less time where there is one for each row at once.
+  const bool few = !k.wide && m.planes == 1 && p.rows <= 2 * device.multiprocessors;
+  const char* const quantize = m.planes > 1 ? "split_" : few ? "quantize_few_" : "quantize_";
+  const std::string prepare = (k.wide ? "arrange_" : quantize) + dtype;
   const std::string multiply = k.name + (k.wide ? dtype : "");
   if (k.wide) m.planes = 1;
-  const Launch first{prepare.c_str(), static_cast<unsigned>(p.rows), 1, kQuantizeThreads, 0,
+  const Launch first{prepare.c_str(), static_cast<unsigned>(p.rows), 1, kQuantizeThreads * (few ? 2u : 1u), 0,
                      starts_early(joint)};
   const Matmuls only{m, {}};
   if (const char* wrong = launch(device, p.bits, first, &only, stream)) return wrong;
@@ -330,7 +361,13 @@ const char* run_matrix(Device& device, const kbc_joint& joint, Activations m, vo
   Launch second{multiply.c_str(), static_cast<unsigned>(row_blocks(p, k)) * choice.shares, 1,
                 static_cast<unsigned>(threads), static_cast<unsigned>(memory(choice)), true};
   second.cluster = choice.shares;
-  auto blocks = [&](const kbc_matmul& one) { return column_blocks(one, k); };
+  m.wide_blocks = wide_blocks(joint, k, device);
+  int64_t first_block = 0;
+  auto blocks = [&](const kbc_matmul& one) {
+    const int64_t count = column_blocks(one, k, first_block, m.wide_blocks);
+    first_block += count;
+    return count;
+  };
   return launch_products(device, joint, m, second, blocks, stream);
 }
 

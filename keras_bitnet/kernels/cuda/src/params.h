@@ -24,6 +24,7 @@ struct Activations {
   int planes;                // rows of the image for one of x: 1; 2 or 4 where x stays float
   int dtype;                 // 0 float32, 1 bfloat16, 2 float16
   int x_aligned;             // whether four neighbours of x can be read at once
+  int wide_blocks;           // of the grid along y, of kernels with narrower blocks behind them: see wgmma.cuh
   int weights_ready;         // whether no kernel of the stream that may still run writes the weights
   int step, step_offset;     // the integer sums are of step * (code + offset)
   float epsilon, highest, inverse_highest, inverse_step;
@@ -35,6 +36,8 @@ constexpr int MOST_PRODUCTS = 4;
 struct Matmuls : Activations {
   Product of[MOST_PRODUCTS];  // those that are not there begin behind the last block
 };
+
+constexpr int WGMMA_COLUMNS = 256, NARROW_COLUMNS = 192;  // of a block of wgmma.cuh
 
 // The widths of weights whose blocks of so many rows have four warp groups of 64 columns in gemm_wgmma.cuh, added up;
 // those of others have two of 128 columns. What was faster.

@@ -43,10 +43,10 @@ DEVICE int first_of(int unit, int part) {
 }
 
 // A block quantizes one row.
-template <class T, int PLANES> DEVICE void quantize(const Activations& p) {
-  __shared__ u32 maxima[QUANTIZE_WARPS];
-  __shared__ int sums[PLANES][QUANTIZE_WARPS];
-  constexpr int THREADS = QUANTIZE_WARPS * 32, HELD = T::SIZE == 4 ? 2 : 4;
+template <class T, int PLANES, int WARPS = QUANTIZE_WARPS> DEVICE void quantize(const Activations& p) {
+  __shared__ u32 maxima[WARPS];
+  __shared__ int sums[PLANES][WARPS];
+  constexpr int THREADS = WARPS * 32, HELD = (T::SIZE == 4 ? 16 : 32) / WARPS;
   const int row = blockIdx.x, units = slices(p) * (SLICE / 16);
   const char* x = static_cast<const char*>(p.x) + (long long)row * p.k * T::SIZE;
   auto load = [&](Four<T>(&v)[4], int unit) {
@@ -66,7 +66,7 @@ template <class T, int PLANES> DEVICE void quantize(const Activations& p) {
 #pragma unroll
     for (int part = 0; part < 4; ++part) largest = largest_of(v[part], largest);
   }
-  largest = block_max<QUANTIZE_WARPS>(largest, maxima);
+  largest = block_max<WARPS>(largest, maxima);
   const Ratio ratio = ratio_of(p, p.largest ? __ldg(p.largest) : largest, largest);
 
   int sum[PLANES] = {};
@@ -98,7 +98,7 @@ template <class T, int PLANES> DEVICE void quantize(const Activations& p) {
   float scale = ratio.scale;
 #pragma unroll
   for (int plane = 0; plane < PLANES; ++plane, scale = __fmul_rn(scale, 1 / PLANE)) {
-    const int all = block_sum<QUANTIZE_WARPS>(sum[plane], sums[plane]);
+    const int all = block_sum<WARPS>(sum[plane], sums[plane]);
     if (threadIdx.x == 0) {
       p.row_scale[row * PLANES + plane] = scale;
       p.row_sum[row * PLANES + plane] = all;

@@ -208,14 +208,26 @@ DEVICE void add_shares(N (&sums)[SETS][MB][4], void* memory, int& begin, int& en
   }
 }
 
+// Where blocks of four groups make several waves, those of the last one may be NARROW_COLUMNS wide and leave a group
+// idle: more multiprocessors have one, and each has less to do. They begin at `wide_blocks`.
+template <bool NARROWING> DEVICE int columns_of_block(const Activations& p) {
+  return !NARROWING || (int)blockIdx.y < p.wide_blocks ? WGMMA_COLUMNS : NARROW_COLUMNS;
+}
+template <bool NARROWING> DEVICE int first_column_of_block(const Matmul& p) {
+  const int block = blockIdx.y - p.first_block, wide = max(p.wide_blocks - p.first_block, 0);
+  return WGMMA_COLUMNS * block - (NARROWING ? (WGMMA_COLUMNS - NARROW_COLUMNS) * max(block - wide, 0) : 0);
+}
+
 // The stages in shared memory and the barriers that hand them over: addresses.
 struct Ring {
   u32 shared, full, empty;
 };
 
-// A block: WARPS consume the lines of activations that one thread feeds, whose group leaves them its registers.
-template <int MB, int LINES, int ROUND, int STAGES, int WARPS, bool SHARING, class Consume>
+// A block: WARPS, or those that have columns, consume the lines of activations that one thread feeds, whose group
+// leaves them its registers.
+template <int MB, int LINES, int ROUND, int STAGES, int WARPS, bool SHARING, bool NARROWING, class Consume>
 DEVICE void feed_and_consume(const Activations& p, Share share, int first_row, Consume consume) {
+  const int warps = columns_of_block<NARROWING>(p) / (WGMMA_COLUMNS / WARPS);
   __shared__ __align__(8) u64 barriers[2 * STAGES];
   Ring ring = {shared_address(block_memory), shared_address(barriers)};
   ring.empty = ring.full + 8 * STAGES;
@@ -223,7 +235,7 @@ DEVICE void feed_and_consume(const Activations& p, Share share, int first_row, C
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       barrier_init(ring.full + 8 * i, 1);
-      barrier_init(ring.empty + 8 * i, WARPS);
+      barrier_init(ring.empty + 8 * i, warps);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
@@ -240,7 +252,8 @@ DEVICE void feed_and_consume(const Activations& p, Share share, int first_row, C
       cluster_arrive();
       cluster_wait();
     }
-  } else {
+  } else if (warps == WARPS || __shfl_sync(~0u, threadIdx.x / 32, 0) < warps) {
+    // A comparison of threadIdx.x with a variable would take the uniform registers from the loop.
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WARPS == 8 ? 240 : 112));
     consume(ring, sharing);
   }
