@@ -310,6 +310,10 @@ def test_blocks_that_differ_are_no_chain(rng):
     assert not is_chain({"norm": "layer"})
     assert not is_chain({"dtype": "bfloat16"})
     assert not is_chain()
+    blocks = [make_block(rng) for _ in range(2)]
+    caches = [problem(rng, block)[1] for block in blocks]
+    blocks[1].feed_forward.down_dense.enable_lora(2)
+    assert decode_at_once.chain_of(blocks, caches) is None
 
 
 @CHAINS

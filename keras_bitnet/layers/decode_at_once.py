@@ -64,9 +64,11 @@ def chain_of(blocks, caches):
     if decoder_block.choose(first[0], ops.zeros(sizes, blocks[0].compute_dtype), caches[0]) is None:
         return None
     parts = [first, *map(_parts, blocks[1:])]
+    if any(own is None for own in parts):
+        return None
     kinds = {
-        (own and own[0], block.attention.sliding_window, block.compute_dtype)
-        for block, own in zip(blocks, parts, strict=True)
+        (facts, block.attention.sliding_window, block.compute_dtype)
+        for block, (facts, _) in zip(blocks, parts, strict=True)
     }
     if len(kinds) > 1:
         return None

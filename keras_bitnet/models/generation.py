@@ -104,10 +104,10 @@ class Generation(keras.Model):
             len(request.prompts), request.cache_length, request.cache_dtype
         )
         _, state = prefill({"cache": cache}, request.tokens, padding, uniform)
-        chain = step.evaluate(self.backbone.chain_of_blocks, state["cache"])
-        given = (padding, uniform) if chain is None else (padding, uniform, chain.number)
         tokens = compiled.start_copy(state["tokens"])
         ahead = compiled.is_asynchronous(state["tokens"])
+        chain = None if ahead else step.evaluate(self.backbone.chain_of_blocks, state["cache"])
+        given = (padding, uniform) if chain is None else (padding, uniform, chain.number)
         for _ in range(request.calls):
             if ahead:
                 chosen, state = step(state, *given)

@@ -29,7 +29,7 @@ struct Chain {
 };
 constexpr int kChains = 256;
 std::atomic<Chain*> chains[kChains];
-std::atomic<int32_t> chains_kept{0};
+std::atomic<uint32_t> chains_kept{0};
 
 }  // namespace
 
@@ -50,7 +50,7 @@ const char* kbn_decode_limited(const kbn_block* block, int32_t threads) {
 }
 
 int32_t kbn_chain_keep(void* const* operands, int64_t blocks) {
-  const int32_t serial = chains_kept.fetch_add(1) % (INT32_MAX / kChains - 1) + 1;
+  const auto serial = static_cast<int32_t>(chains_kept.fetch_add(1) % (INT32_MAX / kChains - 1)) + 1;
   auto* chain = new Chain{0, {operands, operands + blocks * kbn_adapter::kBlockOperands}};
   for (int place = 0; place < kChains; ++place) {
     Chain* none = nullptr;
