@@ -78,8 +78,8 @@ constexpr char kBlockSchema[] =
     "Tensor gain_query, Tensor gain_output, Tensor gain_up, Tensor gain_down, Tensor cosines, "
     "Tensor sines, Tensor mask, Tensor index, Tensor(a!) key_cache, Tensor(b!) value_cache, "
     "Tensor(c!) key_scale, Tensor(d!) value_scale, Tensor chain, int heads, int intermediate, "
-    "int activation, int bits, int trits, int group_size, int activation_bits, float offset, float epsilon, float norm_epsilon, "
-    "float scale) -> Tensor";
+    "int activation, int bits, int trits, int group_size, int activation_bits, float offset, float epsilon, "
+    "float norm_epsilon, float scale) -> Tensor";
 constexpr char kNormSchema[] = "rms_norm(Tensor x, Tensor scale, float epsilon) -> Tensor";
 constexpr int64_t kMaxRank = 32;
 
