@@ -219,3 +219,34 @@ def test_layers_leave_it_to_the_product_where_nothing_is_between(arguments, with
         assert relative_error(to_numpy(packed(x)), y) < 1e-5
     if HAS_ROW and layer.norm == "rms":
         assert bool(ran) != within
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="JAX has derivatives of forward mode")
+def test_the_row_of_a_gpu_on_jax_has_every_derivative(rng):
+    """Where there is no GPU its reference runs, under the same derivatives."""
+    import jax
+
+    from keras_bitnet.kernels.cuda import jax_norm
+
+    if jax.default_backend() != "cpu":
+        pytest.skip("tests/test_cuda_norm.py runs the kernel")
+    x, scale = (rng.normal(size=size).astype("float32") for size in ((3, 5, 32), 32))
+
+    def wanted(x, scale):
+        return jax_norm._reference(1e-5, x, scale)
+
+    def row(x, scale):
+        return jax_norm._norm_once(1e-5, x, scale)
+
+    def gradient(f):
+        return jax.grad(lambda x, scale: ops.sum(ops.sin(f(x, scale))), argnums=(0, 1))
+
+    derivatives = (
+        lambda f: jax.jit(gradient(f))(x, scale),
+        lambda f: jax.jvp(f, (x, scale), (2 * x, scale + 1)),
+        lambda f: jax.vmap(gradient(f), in_axes=(0, None))(x, scale),
+        lambda f: jax.jvp(gradient(f), (x, scale), (x, scale)),
+    )
+    for derivative in derivatives:
+        for found, true in zip(*map(jax.tree.leaves, map(derivative, (row, wanted))), strict=True):
+            np.testing.assert_allclose(found, true, rtol=1e-4, atol=1e-5)

@@ -37,20 +37,14 @@ def _norm_once(epsilon, x, scale):
     return _norm(epsilon, x, scale)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _norm(epsilon, x, scale):
     return _batched(epsilon)(x, scale)
 
 
-def _forward(epsilon, x, scale):
-    return jax.vjp(functools.partial(_reference, epsilon), x, scale)
-
-
-def _backward(epsilon, transposed, dy):
-    return transposed(dy)
-
-
-_norm.defvjp(_forward, _backward)
+@_norm.defjvp
+def _tangents(epsilon, operands, tangents):
+    return jax.jvp(functools.partial(_reference, epsilon), operands, tangents)
 
 
 @functools.cache
