@@ -92,7 +92,7 @@ def _parts(block):
         tuple(map(Facts.of, packed, quantizers)),
     )
     products = [
-        (ops.convert_to_tensor(w.tiles), ops.convert_to_tensor(w.scale), _float32(layer.row_bias()))
+        (w.tiles, w.scale, _float32(layer.row_bias()))
         for w, layer in zip(packed, layers, strict=True)
     ]
     gains = [None if norm is None else _float32(norm.scale) for norm in norms]

@@ -108,14 +108,14 @@ class _Program:
     def begin(self, weights):
         self.weights = weights
 
-    def run(self, weights, state, arguments):
+    def call_with(self, weights, function, *arguments):
+        """`function(*arguments)` where the model has these weights."""
         with keras.StatelessScope(zip(self.model.variables, weights, strict=True)):
-            return self.function(state, *arguments)
+            return function(*arguments)
 
     def evaluate(self, function, *arguments):
         """`function(*arguments)` as it is, of the weights that the program reads."""
-        with keras.StatelessScope(zip(self.model.variables, self.weights, strict=True)):
-            return function(*arguments)
+        return self.call_with(self.weights, function, *arguments)
 
 
 class _Jax(_Program):
@@ -126,6 +126,9 @@ class _Jax(_Program):
 
         super().__init__(function, model)
         self.jitted = jax.jit(self.run, donate_argnums=1)
+
+    def run(self, weights, state, arguments):
+        return self.call_with(weights, self.function, state, *arguments)
 
     def __call__(self, state, *arguments):
         return self.jitted(self.weights, state, arguments)
