@@ -180,7 +180,7 @@ def test_joint_products(rows, granularity, quantizer, rng):
 
     def joint(x, last):
         biases = [ops.convert_to_tensor(first), None, last]
-        return kernels.select.TABLES[BACKEND][0].run_joint(x, weights, quantizer, biases)
+        return kernels.select.TABLES[BACKEND][0].load().run_joint(x, weights, quantizer, biases)
 
     def apart(x, last):
         with kernels.use_kernel("cuda"):

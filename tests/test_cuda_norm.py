@@ -39,7 +39,8 @@ def wide(x):
 def ran(monkeypatch):
     """Counts the calls of the norm by itself."""
     calls = []
-    row, *others = norm.TABLES[BACKEND]
+    first, *others = norm.TABLES[BACKEND]
+    row = first.load()
     counting = kernels.Kernel(row.name, row.refuse, lambda *a: calls.append(1) or row.run(*a))
     monkeypatch.setitem(norm.TABLES, BACKEND, (counting, *others))
     return calls

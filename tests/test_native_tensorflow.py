@@ -34,7 +34,7 @@ def test_function_and_shape_inference(shape, rng):
     layer = packed_layer(rng)
     _, packed = make_packed(rng, 100, 33)
     if shape is None:  # even the rank is unknown
-        call = kernels.select.TABLES[BACKEND][0].run
+        call = kernels.select.TABLES[BACKEND][0].load().run
         function = lambda x: call(x, packed, ActivationInt8(), None)  # noqa: E731
     else:
         function = layer

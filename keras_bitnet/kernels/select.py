@@ -115,17 +115,18 @@ class Kernel:
     Attributes:
         name: What `KERAS_BITNET_KERNEL` and `use_kernel` call it.
         refuse: `refuse(problem)` gives the reason why it cannot run it, or `None`.
-        run: `run(x, packed, activation_quantizer, bias, activation_scale)`, as `ops.bit_matmul`.
+        run: `run(x, packed, activation_quantizer, bias, activation_scale)`, as `ops.bit_matmul`;
+            `None` where there is `load`.
         normalizes: `normalizes(activation_quantizer)`: whether `run` takes a `norm` too.
         gathers: `gathers()`: whether `run` takes a `window` too.
         run_joint: `run_joint(x, packed, activation_quantizer, biases)`, as `ops.joint_bit_matmul`
             for weights that are alike; `None` where it has nothing faster than one after another.
-        load: `load()`: the row itself, where this one stands for a row of a module.
+        load: `load()`: the row itself, where this one only refuses for a row of a module.
     """
 
     name: str
     refuse: Callable[[Problem], str | None]
-    run: Callable[..., Any]
+    run: Any = None
     normalizes: Callable[..., bool] = lambda activation_quantizer: False
     gathers: Callable[[], bool] = lambda: False
     run_joint: Callable[..., Any] = lambda *operands: None
@@ -172,17 +173,13 @@ def _tensorflow():
     return tensorflow.NATIVE
 
 
-def later(name, row):
-    """The row that `row()` gives, under its name; it is imported with its first question."""
-    return Kernel(
-        name,
-        lambda problem: row().refuse(problem),
-        lambda *args: row().run(*args),
-        lambda quantizer: row().normalizes(quantizer),
-        lambda: row().gathers(),
-        lambda *args: row().run_joint(*args),
-        row,
-    )
+def later(name, load):
+    """Stands for the row that `load()` gives; it is imported with its first question."""
+    return Kernel(name, lambda problem: load().refuse(problem), load=load)
+
+
+def _loaded(row):
+    return row.load() if row.load else row
 
 
 REFERENCE = Kernel("reference", refuse=lambda problem: None, run=reference_matmul)
@@ -252,7 +249,7 @@ def _find(name, table, facts):
         row = next(row for row in table if row.refuse(problem) is None)
     else:
         row = _willing(forced, problem)
-    return row.load() if row.load else row
+    return _loaded(row)
 
 
 if keras.backend.backend() == "torch":
@@ -286,11 +283,13 @@ def first_or_forced(table, problem, strict=True):
     """
     name = forced_name()
     if name == "auto":
-        return next(row for row in table if row.refuse(problem) is None)
-    row = next((row for row in table if row.name == name), table[-1])
-    if not strict and row.refuse(problem) is not None:
-        return table[-1]
-    return _willing(row, problem)
+        row = next(row for row in table if row.refuse(problem) is None)
+    else:
+        row = next((row for row in table if row.name == name), table[-1])
+        if not strict and row.refuse(problem) is not None:
+            row = table[-1]
+        row = _willing(row, problem)
+    return _loaded(row)
 
 
 def _willing(row, problem):
