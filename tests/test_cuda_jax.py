@@ -8,7 +8,7 @@ if BACKEND != "jax":
 
 import jax
 import jax.numpy as jnp
-from test_native_adapters import make_packed
+from test_native_adapters import make_packed, packed_layer
 
 from keras_bitnet import kernels
 from keras_bitnet.kernels import norm
@@ -57,6 +57,15 @@ TRANSFORMED = {
         lambda x, b: (jax.lax.scan(lambda c, v: (c, f(v, b)), 0, x)[1] ** 2).sum(), argnums=(0, 1)
     ),
     "remat": lambda f: jax.grad(lambda x, b: (jax.checkpoint(f)(x, b) ** 2).sum()),
+    "jvp": lambda f: lambda x, b: jax.jvp(f, (x, b), (jnp.cos(x), jnp.sin(b))),
+    "linearize": lambda f: jax.jit(lambda x, b: jax.linearize(f, x, b)[1](jnp.cos(x), jnp.sin(b))),
+    "jvp of grad": lambda f: jax.jit(
+        lambda x, b: jax.jvp(
+            jax.grad(lambda x, b: (jnp.tanh(f(x, b)) ** 2).sum(), argnums=(0, 1)),
+            (x, b),
+            (jnp.cos(x), jnp.sin(b)),
+        )
+    ),
 }
 
 
@@ -66,6 +75,18 @@ def test_transformations(name, functions, rng):
     bias = jnp.asarray(rng.normal(size=128).astype("float32"))
     transform = TRANSFORMED[name]
     same(transform(functions[0])(x, bias), transform(functions[1])(x, bias))
+
+
+@pytest.mark.parametrize("norm", [None, "rms"])
+def test_forward_mode_of_a_layer(norm, rng):
+    layer = packed_layer(rng, norm=norm)
+    x = jnp.asarray(rng.normal(size=(4, 100)).astype("float32"))
+
+    def derivatives(name):
+        with kernels.use_kernel(name):
+            return jax.jvp(layer, (x,), (jnp.cos(x),))
+
+    same(derivatives("cuda"), derivatives("reference"))
 
 
 @pytest.mark.parametrize("rows", [1, 4, 100])
