@@ -7,10 +7,13 @@ Activations are quantized to 8 bits, or stay bfloat16; the weights share one sca
 inputs of an output as `--group-size` says. Every candidate with packed weights is checked against
 float64 first. Then a CUDA graph (torch) or a compiled loop (jax) calls it with each of several
 copies of its weights in turn, more than the L2 cache holds, and the candidates take turns; the
-table holds medians in microseconds a call, the quantization of activations included. "read" is a
-kernel that only reads the packed bytes (it needs CuPy); on PyTorch the libraries of `gpu_peers.py`
-take part where they are installed, but for groups. Writes `results/gpu_matmul_<backend>.json`, of
-float activations `.._float.json`, of groups `.._groups.json`.
+table holds medians in microseconds a call, the quantization of activations included. At many rows
+the power that a candidate draws decides the clock of the GPU, which takes some tenths of a second
+to get there, so a candidate runs for that long before each turn that is timed: else it has the
+clock that the one before it left. "read" is a kernel that only reads the packed bytes (it needs
+CuPy); on PyTorch the libraries of `gpu_peers.py` take part where they are installed, but for
+groups. Writes `results/gpu_matmul_<backend>.json`, of float activations `.._float.json`, of groups
+`.._groups.json`.
 """
 
 import argparse
@@ -40,6 +43,7 @@ SHAPES = ((28672, 8192), (8192, 8192), (14336, 4096), (4096, 14336), (4096, 4096
 ROWS = (1, 16, 64, 256, 2048)
 OFFSETS = {1: -0.5, 2: -1.0, 4: -8.0, 8: -128.0}
 COLD_BYTES = 160_000_000
+SETTLE_ROWS, SETTLE, SETTLED_TURNS = 256, 0.4, 7  # from so many rows on; seconds; turns
 CALLS = 200 if BACKEND == "jax" else 48  # of a program, at least: they share its launch
 READ = r"""
 extern "C" __global__ void __launch_bounds__(512) read(const uint4* p, unsigned* out, long long n) {
@@ -170,9 +174,19 @@ def jax_candidates(case, x):
 
 
 def prepare(functions):
-    """A function that calls them all in turn, and returns the seconds of a call on the GPU."""
+    """A function that calls them all in turn, and returns the seconds of a call on the GPU.
+
+    It takes for how many seconds it calls them before.
+    """
     turns = -(-CALLS // len(functions))
     return (prepare_jax if BACKEND == "jax" else prepare_torch)(functions, turns)
+
+
+def repeat(function, seconds):
+    """Calls a function that returns when the work is done, for so long."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        function()
 
 
 def prepare_jax(functions, turns):
@@ -200,9 +214,13 @@ def prepare_jax(functions, turns):
     compiled = jax.jit(program)
     jax.block_until_ready(compiled(rows, weights))
 
-    def timed():
-        begin = time.perf_counter()
+    def run():
         jax.block_until_ready(compiled(rows, weights))
+
+    def timed(settle):
+        repeat(run, settle)
+        begin = time.perf_counter()
+        run()
         return (time.perf_counter() - begin) / (turns * len(functions))
 
     return timed
@@ -220,7 +238,12 @@ def prepare_torch(functions, turns):
                 for function in functions:
                     function()
 
-    def timed():
+    def run():
+        graph.replay()
+        torch.cuda.synchronize()
+
+    def timed(settle):
+        repeat(run, settle)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
@@ -242,7 +265,15 @@ def measure(case, rows, repeats, peers):
                 # Peers add parts in bfloat16.
                 case.check(name, found[name][0](), x, 0.05 if name in peers else 0.02)
         programs = {name: prepare(functions) for name, functions in found.items()}
-    times = common.in_turns(programs, repeats)
+    settles = rows >= SETTLE_ROWS
+    timers = {
+        name: functools.partial(program, SETTLE if settles else 0)
+        for name, program in programs.items()
+    }
+    if settles:
+        times = common.in_turns(timers, min(repeats, SETTLED_TURNS), warmup=0)
+    else:
+        times = common.in_turns(timers, repeats)
     record = {
         "out": case.n,
         "in": case.k,
@@ -298,7 +329,8 @@ def main():
             if m > 256 and (n, k) not in SHAPES[:2]:
                 continue
             records.append(measure(case, m, arguments.repeats, peers))
-        head = common.header(gpu=common.gpu(), cold_bytes=COLD_BYTES, repeats=arguments.repeats)
+        head = common.header(gpu=common.gpu(), cold_bytes=COLD_BYTES, repeats=arguments.repeats,
+                             settle_rows=SETTLE_ROWS, settle_seconds=SETTLE)  # fmt: skip
         common.write_json(output, {**head, "skipped": skipped, "rows": records})
 
 
