@@ -20,19 +20,19 @@ struct MatrixKernel {
   int four_groups = 0;         // widths of weights, added up, for which it has 640 threads
 };
 constexpr MatrixKernel kMatrixKernels[] = {
-    {"mma_8", 256, 8, 32, 4, 8, false, false, false, 160, 600},
+    {"mma_8", 256, 8, 32, 4, 8, false, false, false, 135, 500},
     {"mma_16", 256, 16, 64, 4, 4, false, false, false, 0, 0},
     {"mma_32", 256, 32, 64, 3, 4, false, false, false, 0, 0},
     {"mma_64", 256, 64, 128, 3, 2, false, false, false, 0, 0},
     {"mma_grouped_8", 256, 8, 32, 4, 8, true, false, false, 160, 1200},
     {"mma_grouped_16", 256, 16, 32, 3, 8, true, false, false, 180, 1700},
     {"mma_grouped_32", 256, 32, 32, 2, 8, true, false, false, 255, 4000},
-    {"wgmma_16", 384, 16, 256, 16, 1, false, true, false, 250, 2000, FOUR_GROUPS_16},
-    {"wgmma_32", 384, 32, 256, 16, 1, false, true, false, 345, 2300, FOUR_GROUPS_32},
-    {"wgmma_64", 384, 64, 256, 8, 1, false, true, false, 515, 2300, FOUR_GROUPS_64},
-    {"wgmma_128", 384, 128, 256, 10, 1, false, true, false, 665, 2000, FOUR_GROUPS_128},
-    {"wgmma16_64_", 640, 64, 256, 4, 1, false, true, true, 675, 2800},
-    {"wgmma16_128_", 640, 128, 256, 4, 1, false, true, true, 1200, 2000},
+    {"wgmma_16", 384, 16, 256, 16, 1, false, true, false, 250, 2300, FOUR_GROUPS_16},
+    {"wgmma_32", 384, 32, 256, 16, 1, false, true, false, 300, 2300, FOUR_GROUPS_32},
+    {"wgmma_64", 384, 64, 256, 8, 1, false, true, false, 435, 2300, FOUR_GROUPS_64},
+    {"wgmma_128", 384, 128, 256, 10, 1, false, true, false, 755, 1800, FOUR_GROUPS_128},
+    {"wgmma16_64_", 640, 64, 256, 4, 1, false, true, true, 755, 2600},
+    {"wgmma16_128_", 640, 128, 256, 4, 1, false, true, true, 1440, 1400},
     {"wgmma16_grouped_64_", 640, 64, 256, 4, 1, true, true, true, 1000, 2000},
     {"wgmma16_grouped_128_", 640, 128, 256, 4, 1, true, true, true, 1200, 3000},
 };
@@ -86,12 +86,9 @@ template <class Of> int64_t sum(const kbc_joint& joint, Of of) {
 int64_t out_features(const kbc_joint& joint) {
   return sum(joint, [](const kbc_matmul& p) { return p.out_features; });
 }
-int64_t column_blocks(const kbc_joint& joint, const MatrixKernel& k) {
-  return sum(joint, [&](const kbc_matmul& p) { return column_blocks(p, k); });
-}
 
 // Blocks along y of all products.
-int64_t column_blocks(const kbc_joint& joint, const MatrixKernel& k, int64_t wide) {
+int64_t column_blocks(const kbc_joint& joint, const MatrixKernel& k, int64_t wide = INT32_MAX) {
   int64_t first = 0;
   for (int i = 0; i < joint.count; ++i) first += column_blocks(*joint.matmuls[i], k, first, wide);
   return first;
@@ -126,12 +123,15 @@ int64_t estimate(const kbc_joint& joint, const Choice& c, const Device& device) 
   if (c.shares > 2) places = places * 10 / 11;  // larger clusters leave multiprocessors idle
   const int64_t slices = (p.in_features + kSlice - 1) / kSlice;
   const int64_t turns = round_up((slices + c.shares - 1) / c.shares, kRound);
-  const int64_t sum = c.shares > 1 ? (k.wide ? 30 : 60) * k.rows : 0;  // to add what the blocks of a cluster have
-  const int64_t read = k.columns * p.bits * (k.wide ? 36 : 26) / 100;  // the weights of a slice, of every column
+  int64_t sum = c.shares > 1 ? (k.wide ? 30 : 54) * k.rows : 0;  // to add what the blocks of a cluster have
+  if (c.shares == 8 && !k.grouped) sum += 1100;
+  const int64_t read = k.columns * p.bits * (k.wide ? 40 : 20) / 100;  // the weights of a slice, of every column
   const int64_t time = k.time > read ? k.time : read;
   const int64_t blocks = row_blocks(p, k) * column_blocks(joint, k) * c.shares;
   const int64_t narrower = wide_blocks(joint, k, device) < INT32_MAX ? turns * time / 5 : 0;
-  return (blocks + places - 1) / places * (turns * time + k.start + sum) - narrower;
+  // What all blocks read comes from the second cache where several read the same.
+  const int64_t bytes = k.grouped ? 0 : row_blocks(p, k) * out_features(joint) * p.in_features * p.bits / 8;
+  return (blocks + places - 1) / places * (turns * time + k.start + sum) - narrower + bytes * 18 / 1000000;
 }
 
 // Bytes of shared memory: stages, and a place for the sums of every block of a cluster.
