@@ -7,11 +7,11 @@ Activations are quantized to 8 bits, or stay bfloat16; the weights share one sca
 inputs of an output as `--group-size` says. Every candidate with packed weights is checked against
 float64 first. Then a CUDA graph (torch) or a compiled loop (jax) calls it with each of several
 copies of its weights in turn, more than the L2 cache holds, and the candidates take turns; the
-table holds medians in microseconds a call, the quantization of activations included. At many rows
-the power that a candidate draws decides the clock of the GPU, which takes some tenths of a second
-to get there, so a candidate runs for that long before each turn that is timed: else it has the
-clock that the one before it left. "read" is a kernel that only reads the packed bytes (it needs
-CuPy); on PyTorch the libraries of `gpu_peers.py` take part where they are installed, but for
+table holds medians in microseconds a call, the quantization of activations included. The power that
+a candidate draws at many rows decides the clock of the GPU, which takes some tenths of a second to
+get there. So from 64 rows on a candidate runs for that long before each turn that is timed: else it
+has the clock that the one before it left. "read" is a kernel that only reads the packed bytes (it
+needs CuPy); on PyTorch the libraries of `gpu_peers.py` take part where they are installed, but for
 groups. Writes `results/gpu_matmul_<backend>.json`, of float activations `.._float.json`, of groups
 `.._groups.json`.
 """
@@ -43,7 +43,7 @@ SHAPES = ((28672, 8192), (8192, 8192), (14336, 4096), (4096, 14336), (4096, 4096
 ROWS = (1, 16, 64, 256, 2048)
 OFFSETS = {1: -0.5, 2: -1.0, 4: -8.0, 8: -128.0}
 COLD_BYTES = 160_000_000
-SETTLE_ROWS, SETTLE, SETTLED_TURNS = 256, 0.4, 7  # from so many rows on; seconds; turns
+SETTLE_ROWS, SETTLE, SETTLED_TURNS = 64, 0.4, 5  # from so many rows on; seconds; turns
 CALLS = 200 if BACKEND == "jax" else 48  # of a program, at least: they share its launch
 READ = r"""
 extern "C" __global__ void __launch_bounds__(512) read(const uint4* p, unsigned* out, long long n) {
