@@ -30,9 +30,9 @@ constexpr MatrixKernel kMatrixKernels[] = {
     {"wgmma_16", 384, 16, 256, 16, 1, false, true, false, 250, 2300, FOUR_GROUPS_16},
     {"wgmma_32", 384, 32, 256, 16, 1, false, true, false, 300, 2300, FOUR_GROUPS_32},
     {"wgmma_64", 384, 64, 256, 8, 1, false, true, false, 435, 2300, FOUR_GROUPS_64},
-    {"wgmma_128", 384, 128, 256, 10, 1, false, true, false, 755, 1800, FOUR_GROUPS_128},
-    {"wgmma16_64_", 640, 64, 256, 4, 1, false, true, true, 755, 2600},
-    {"wgmma16_128_", 640, 128, 256, 4, 1, false, true, true, 1440, 1400},
+    {"wgmma_128", 384, 128, 256, 10, 1, false, true, false, 705, 3400, FOUR_GROUPS_128},
+    {"wgmma16_64_", 640, 64, 256, 4, 1, false, true, true, 850, 1000},
+    {"wgmma16_128_", 640, 128, 256, 4, 1, false, true, true, 1390, 2600},
     {"wgmma16_grouped_64_", 640, 64, 256, 4, 1, true, true, true, 1000, 2000},
     {"wgmma16_grouped_128_", 640, 128, 256, 4, 1, true, true, true, 1200, 3000},
 };
@@ -125,7 +125,7 @@ int64_t estimate(const kbc_joint& joint, const Choice& c, const Device& device) 
   const int64_t turns = round_up((slices + c.shares - 1) / c.shares, kRound);
   int64_t sum = c.shares > 1 ? (k.wide ? 30 : 54) * k.rows : 0;  // to add what the blocks of a cluster have
   if (c.shares == 8 && !k.grouped) sum += 1100;
-  const int64_t read = k.columns * p.bits * (k.wide ? 40 : 20) / 100;  // the weights of a slice, of every column
+  const int64_t read = k.columns * p.bits * (k.wide ? 48 : 20) / 100;  // the weights of a slice, of every column
   const int64_t time = k.time > read ? k.time : read;
   const int64_t blocks = row_blocks(p, k) * column_blocks(joint, k) * c.shares;
   const int64_t narrower = wide_blocks(joint, k, device) < INT32_MAX ? turns * time / 5 : 0;
