@@ -56,7 +56,7 @@ QUANTIZER = {1: "binary", 2: "ternary", 4: "int4", 8: "int8"}[ARGS.bits]
 CHECKED_COLUMNS = 64
 BUDGET = 1.0  # seconds of samples of a candidate at one size
 TURN, SLOW = 5, 0.02  # calls that a candidate makes in its turn, unless one takes so many seconds
-PAUSE = 0.02  # seconds: OpenMP of gcc spins for 300,000 pause instructions, some 16 ms on a Xeon
+PAUSE = 0.02  # seconds
 
 
 class Case:
@@ -226,12 +226,23 @@ def prepare(case, skipped):
     return ready
 
 
+def rest():
+    """Waits until the threads of what ran before are idle.
+
+    Those of frameworks spin for a while: of OpenMP for some 20 ms, of ONNX Runtime for 140 ms.
+    """
+    for _ in range(50):
+        before = time.process_time()
+        time.sleep(PAUSE)
+        if time.process_time() - before < 0.05 * PAUSE:
+            return
+
+
 def measure(ready, case, rounds, ceilings):
     """Seconds of each call, `{(name, m): [...]}`; a slow candidate takes part in fewer rounds.
 
-    The frameworks' idle threads spin for a while and would slow the next candidate, so there is
-    a pause before each, and a call that only wakes its own threads. Then some calls follow one
-    another, as those of layers do. The order is another one in each round: a heavy neighbour,
+    Before each there is a rest, and a call that only wakes its own threads. Then some calls follow
+    one another, as those of layers do. The order is another one in each round: a heavy neighbour,
     which leaves the processor slow, is never the same.
     """
     samples = {(name, m): [] for name in ready for m in case.x}
@@ -240,11 +251,11 @@ def measure(ready, case, rounds, ceilings):
         for place in rng.permutation(len(samples)):
             (name, m), taken = list(samples.items())[place]
             if sum(taken) < BUDGET or len(taken) < 3:
-                time.sleep(PAUSE)
+                rest()
                 ready[name](m, i * TURN - 1)  # on a copy that the timed calls reach last
                 calls = 1 if taken and taken[-1] > SLOW else TURN
                 taken += [ready[name](m, i * TURN + j)[0] for j in range(calls)]
-        time.sleep(PAUSE)
+        rest()
         ceilings.measure()
         time.sleep(0.5)  # what ran first would be slower after such a load
     return samples
