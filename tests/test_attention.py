@@ -22,11 +22,17 @@ if not GPU and native.library() is None:
     pytest.skip(native.reason(), allow_module_level=True)
 ROW = "cuda" if GPU else "native"
 
-# batch, query heads, key heads, head_dim, cache length, index of the new token
+# batch, new tokens, query heads, key heads, head_dim, cache length, index of the first new token
 SIZES = (
-    (1, 20, 5, 128, 320, 300), (3, 8, 8, 64, 40, 0), (2, 6, 1, 256, 700, 699), (1, 7, 7, 4, 17, 1),
-    (2, 12, 2, 100, 2000, 1234), (40, 4, 1, 32, 64, 63), (1, 9, 3, 132, 5000, 4999),
+    (1, 1, 20, 5, 128, 320, 300), (3, 1, 8, 8, 64, 40, 0), (2, 1, 6, 1, 256, 700, 699),
+    (1, 1, 7, 7, 4, 17, 1), (2, 1, 12, 2, 100, 2000, 1234), (40, 1, 4, 1, 32, 64, 63),
+    (1, 1, 9, 3, 132, 5000, 4999), (1, 64, 20, 5, 128, 128, 0), (3, 2, 8, 8, 64, 40, 38),
+    (2, 33, 6, 1, 256, 300, 17), (1, 3, 130, 1, 4, 17, 1), (2, 10, 12, 2, 100, 2000, 1234),
+    (40, 7, 4, 1, 32, 64, 57), (1, 250, 9, 3, 132, 400, 100),
 )  # fmt: skip
+if GPU:
+    SIZES = tuple(size for size in SIZES if size[1] == 1)
+TOKENS = pytest.mark.parametrize("tokens", [1] if GPU else [1, 20])
 DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = (*DTYPES, "int8")
 TOLERANCE = {"float32": 5e-6, "bfloat16": 1e-2, "float16": 2e-3}
@@ -42,7 +48,7 @@ def floats(x):
 
 def problem(rng, size, dtype, cache_dtype):
     """A cache full of numbers, behind the new token too, and the arguments of `attend_next`."""
-    batch, heads, key_heads, head_dim, length, index = size
+    batch, tokens, heads, key_heads, head_dim, length, index = size
 
     def write(*rows):
         cache = key_value_cache.make_cache(batch, length, key_heads, head_dim, cache_dtype)
@@ -50,12 +56,13 @@ def problem(rng, size, dtype, cache_dtype):
 
     rows = (rng.normal(size=(batch, length, key_heads, head_dim)) for _ in range(2))
     cache = compiled(write, *(tensor(x) for x in rows))
-    query = tensor(rng.normal(size=(batch, 1, heads, head_dim)), dtype)
-    key, value = (tensor(rng.normal(size=(batch, 1, key_heads, head_dim)), dtype) for _ in range(2))
-    mask = rng.random((batch, 1, length)) < 0.7
-    mask[..., index] = True
-    mask[..., index + 1 :] = False
-    places = ops.convert_to_tensor(rng.integers(0, length, (batch, 1)), "int32")
+    query = tensor(rng.normal(size=(batch, tokens, heads, head_dim)), dtype)
+    sizes = (batch, tokens, key_heads, head_dim)
+    key, value = (tensor(rng.normal(size=sizes), dtype) for _ in range(2))
+    mask = rng.random((batch, tokens, length)) < 0.7
+    mask |= np.arange(length) == index + np.arange(tokens)[:, None]
+    mask[..., index + tokens :] = False
+    places = ops.convert_to_tensor(rng.integers(0, length, (batch, tokens)), "int32")
     rotary = compiled(lambda places: rotary_tables(places, head_dim, 10000.0), places)
     at = ops.convert_to_tensor(index, "int32")
     return cache, (query, key, value, at, head_dim**-0.5, ops.convert_to_tensor(mask), rotary)
@@ -79,16 +86,16 @@ def cached(cache, name):
 def expected(cache, query, index, scale, mask):
     """In float64, of a cache that holds the new token; `query` is turned already."""
     keys, values = cached(cache, "key"), cached(cache, "value")
-    batch, key_heads, _, head_dim = keys.shape
-    query = floats(query).reshape(batch, key_heads, -1, head_dim) * scale
-    scores = np.einsum("bhgd,bhkd->bhgk", query, keys)
-    seen = np.arange(keys.shape[2]) <= index
-    if mask is not None:
-        seen = seen & to_numpy(mask)[:, :, None]
-    scores = np.where(seen, scores, -np.inf)
+    batch, key_heads, length, head_dim = keys.shape
+    tokens = query.shape[1]
+    query = floats(query).reshape(batch, tokens, key_heads, -1, head_dim) * scale
+    scores = np.einsum("bthgd,bhkd->bthgk", query, keys)
+    seen = np.arange(length) <= index + np.arange(tokens)[:, None]
+    seen = seen[None] if mask is None else to_numpy(mask)
+    scores = np.where(seen[:, :, None, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("bhgk,bhkd->bhgd", weights, values).reshape(batch, 1, -1, head_dim)
+    return np.einsum("bthgk,bhkd->bthgd", weights, values).reshape(batch, tokens, -1, head_dim)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -112,12 +119,12 @@ def test_equals_numpy(dtype, cache_dtype, masked, rng):
 
 
 def check_written(before, after, key, value, size):
-    index = size[-1]
-    for name, row in (("key", key), ("value", value)):
-        others = np.delete(floats(before[name]), index, axis=2)
-        np.testing.assert_array_equal(np.delete(floats(after[name]), index, axis=2), others)
-        found = cached(after, name)[:, :, index]
-        apart = relative_error(found, floats(row)[:, 0])
+    new = np.arange(size[1]) + size[-1]
+    for name, rows in (("key", key), ("value", value)):
+        others = np.delete(floats(before[name]), new, axis=2)
+        np.testing.assert_array_equal(np.delete(floats(after[name]), new, axis=2), others)
+        found = cached(after, name)[:, :, new].transpose(0, 2, 1, 3)
+        apart = relative_error(found, floats(rows))
         assert apart < {4: 8e-3}.get(len(after), TOLERANCE["bfloat16"])
 
 
@@ -133,10 +140,11 @@ def test_writes_the_bits_of_the_reference(dtype, cache_dtype, rng):
             np.testing.assert_array_equal(floats(ours[name]), floats(x))
 
 
-def test_what_nobody_sees_does_not_matter(rng):
-    cache, arguments = problem(rng, (1, 8, 2, 64, 300, 200), "float32", "float32")
+@TOKENS
+def test_what_nobody_sees_does_not_matter(tokens, rng):
+    cache, arguments = problem(rng, (1, tokens, 8, 2, 64, 300, 200), "float32", "float32")
     y, _ = run(ROW, cache, arguments)
-    hidden = ~to_numpy(arguments[5])[:, 0]
+    hidden = ~to_numpy(arguments[5]).any(1)
     others = {
         name: tensor(np.where(hidden[:, None, :, None], 7.0, floats(x)))
         for name, x in cache.items()
@@ -149,19 +157,20 @@ def test_what_nobody_sees_does_not_matter(rng):
     np.testing.assert_array_equal(floats(run(ROW, late, arguments)[0]), floats(y))
 
 
-def test_nan_is_not_lost(rng):
-    cache, arguments = problem(rng, (1, 8, 2, 64, 300, 200), "float32", "int8")
+@TOKENS
+def test_nan_is_not_lost(tokens, rng):
+    cache, arguments = problem(rng, (1, tokens, 8, 2, 64, 300, 200), "float32", "int8")
     query, key, *rest = arguments
     bad = tensor(np.where(np.arange(64) == 3, np.nan, floats(key)))
     y, written = run(ROW, cache, (query, bad, *rest))
     assert np.isnan(floats(y)).all()
-    assert np.isnan(floats(written["key_scale"])[:, :, 200]).all()
+    assert np.isnan(floats(written["key_scale"])[:, :, 200 : 200 + tokens]).all()
 
 
 def test_a_longer_cache_has_the_same_result(rng):
     # More blocks share the tokens; their order of sums differs.
-    _, arguments = problem(rng, (2, 8, 2, 128, 64, 50), "float32", "float32")
-    cache, _ = problem(rng, (2, 8, 2, 128, 64, 50), "float32", "float32")
+    _, arguments = problem(rng, (2, 1, 8, 2, 128, 64, 50), "float32", "float32")
+    cache, _ = problem(rng, (2, 1, 8, 2, 128, 64, 50), "float32", "float32")
     query, key, value, at, scale, _, rotary = arguments
     short, _ = run(ROW, cache, (query, key, value, at, scale, None, rotary))
     long = {name: ops.pad(x, ((0, 0), (0, 0), (0, 4000), (0, 0))) for name, x in cache.items()}
@@ -170,17 +179,17 @@ def test_a_longer_cache_has_the_same_result(rng):
 
 
 def test_refusals(rng):
-    cache, (query, *_) = problem(rng, (1, 8, 2, 64, 300, 200), "float32", "float32")
+    cache, (query, *_) = problem(rng, (1, 1, 8, 2, 64, 300, 200), "float32", "float32")
     facts = attention.Attention.of(cache, query)
     rows = {row.name: row for row in attention.TABLES[BACKEND]}
     assert rows[ROW].refuse(facts) is None
     only_cuda = [
+        ({"tokens": 2}, "2 new tokens"),
         ({"head_dim": 6}, "heads of size 6"),
         ({"head_dim": 260}, "heads of size 260"),
         ({"device": "cpu"}, "not on a CUDA device"),
     ]
     for changes, reason in (
-        ({"tokens": 2}, "2 new tokens"),
         ({"dtype": "float64"}, "queries of dtype float64"),
         ({"cache_dtype": "float64"}, "a cache of dtype float64"),
         ({"gradient": True}, "gradient"),
@@ -190,8 +199,9 @@ def test_refusals(rng):
 
 
 @pytest.mark.skipif(GPU, reason="of the native library")
-def test_every_instruction_set(rng):
-    cache, arguments = problem(rng, (2, 12, 2, 100, 500, 434), "float32", "int8")
+@TOKENS
+def test_every_instruction_set(tokens, rng):
+    cache, arguments = problem(rng, (2, tokens, 12, 2, 100, 500, 434), "float32", "int8")
     y, _ = run(ROW, cache, arguments)
     try:
         for name in native.isas():
@@ -202,13 +212,13 @@ def test_every_instruction_set(rng):
 
 
 @pytest.mark.skipif(GPU, reason="a GPU does not say that an index is out of range")
-@pytest.mark.parametrize("index", [-1, 300])
-def test_an_index_outside_the_cache_is_an_error(index, rng):
+@pytest.mark.parametrize("tokens, index", [(1, -1), (1, 300), (3, 298)])
+def test_an_index_outside_the_cache_is_an_error(tokens, index, rng):
     cache, (query, key, value, _, *rest) = problem(
-        rng, (1, 8, 2, 64, 300, 200), "float32", "float32"
+        rng, (1, tokens, 8, 2, 64, 300, 200), "float32", "float32"
     )
     at = ops.convert_to_tensor(index, "int32")
-    with pytest.raises(Exception, match=r"index must be in \[0, 300\)"):
+    with pytest.raises(Exception, match=rf"index must be in \[0, {300 - tokens}\]"):
         floats(run(ROW, cache, (query, key, value, at, *rest))[0])
 
 

@@ -67,9 +67,7 @@ def refuse_attention(problem):
 
 
 def refuse_attention_operands(problem):
-    """Why no kernel of one new token can compute an attention, on whatever device, or `None`."""
-    if problem.tokens != 1:
-        return f"{problem.tokens} new tokens; accepted: 1"
+    """Why no kernel can compute an attention to a cache, on whatever device, or `None`."""
     if problem.dtype not in DTYPES:
         return f"queries of dtype {problem.dtype}; accepted: {', '.join(DTYPES)}"
     if problem.cache_dtype not in (*DTYPES, "int8"):

@@ -1,8 +1,9 @@
-"""One new token of each sequence through a block of a decoder: one operator of the native library.
+"""New tokens of each sequence through a block of a decoder: one operator of the native library.
 
-Of the fifteen operators of a block those between the products compute for microseconds, and to call
-one takes a framework longer, as the weights of the token before have left nothing of it in the
-caches. The rows take the place of the layers, see `keras_bitnet.layers.decode_at_once`.
+Of the fifteen operators of a block those between the products compute one token for microseconds, and
+to call one takes a framework longer, as the weights of the token before have left nothing of it in
+the caches. With the tokens of a prompt the products take less than half of what frameworks need for
+the rest. The rows take the place of the layers, see `keras_bitnet.layers.decode_at_once`.
 """
 
 import weakref
@@ -80,7 +81,7 @@ def choose(facts, x, cache):
 
     Args:
         facts: `Facts`.
-        x: Tensor `(batch, 1, features)`.
+        x: Tensor `(batch, tokens, features)`.
         cache: A cache of `keras_bitnet.layers.key_value_cache`.
 
     Returns:
@@ -88,7 +89,7 @@ def choose(facts, x, cache):
     """
     alike = {(w.bits, w.offset, w.group_size, w.layout, w.quantizer) for w in facts.weights}
     granularity = getattr(facts.weights[0].quantizer, "granularity", "token")
-    if x.shape[0] is None or len(alike) > 1 or granularity != "token":
+    if None in x.shape[:2] or len(alike) > 1 or granularity != "token":
         return None
     backend = keras.backend.backend()
     products, row = select.TABLES.get(backend), _ROWS.get(backend)
@@ -177,18 +178,18 @@ def reference(facts, x, weights, cache, index, mask, rotary):
 
     Args:
         facts: `Facts`.
-        x: Tensor `(batch, 1, features)`.
+        x: Tensor `(batch, tokens, features)`.
         weights: `Weights`.
         cache: A cache, not to be used again after.
-        index: Where the new token goes: an integer scalar tensor.
+        index: Where the first new token goes: an integer scalar tensor.
         mask, rotary: See `attend_next` of `keras_bitnet.layers.key_value_cache`.
 
     Returns:
-        `(y, cache)`: a tensor of the shape and dtype of `x`, and the cache with the token.
+        `(y, cache)`: a tensor of the shape and dtype of `x`, and the cache with the tokens.
     """
     from keras_bitnet.layers.key_value_cache import attend_next
 
-    quantizer, batch = facts.weights[0].quantizer, x.shape[0]
+    quantizer, sizes = facts.weights[0].quantizer, tuple(x.shape[:2])
     parts = zip(facts.weights, weights.products, strict=True)
     packed = [own.packed(tiles, scale) for own, (tiles, scale, _) in parts]
     biases = [bias for *_, bias in weights.products]
@@ -206,11 +207,11 @@ def reference(facts, x, weights, cache, index, mask, rotary):
         return bit_matmul(x, packed[place], quantizer, biases[place], norm=norm)
 
     query, key, value = (
-        ops.reshape(y, (batch, 1, -1, facts.head_dim)) for y in joint(x, ("query", "key", "value"))
+        ops.reshape(y, (*sizes, -1, facts.head_dim)) for y in joint(x, ("query", "key", "value"))
     )
     scale = facts.head_dim**-0.5
     y, cache = attend_next(cache, query, key, value, index, scale, mask, rotary)
-    x = x + product(ops.reshape(y, (batch, 1, facts.heads * facts.head_dim)), "output")
+    x = x + product(ops.reshape(y, (*sizes, facts.heads * facts.head_dim)), "output")
     up, *gate = joint(x, ("up", "gate") if len(packed) == len(WEIGHTS) else ("up",))
     inner = facts.activation(gate[0]) * up if gate else facts.activation(up)
     return x + product(inner, "down"), cache

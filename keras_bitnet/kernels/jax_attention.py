@@ -1,4 +1,4 @@
-"""Attention of one new token to a cache for JAX: XLA FFI calls of the native library and CUDA's."""
+"""Attention of new tokens to a cache for JAX: XLA FFI calls of the native library and CUDA's."""
 
 import jax.numpy as jnp
 import numpy as np

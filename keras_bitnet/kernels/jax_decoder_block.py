@@ -1,4 +1,4 @@
-"""A block of a decoder for one new token by the native CPU library, for JAX: one XLA FFI call."""
+"""A block of a decoder for new tokens by the native CPU library, for JAX: one XLA FFI call."""
 
 import jax
 import jax.numpy as jnp

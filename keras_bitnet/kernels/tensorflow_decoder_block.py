@@ -1,4 +1,4 @@
-"""A block of a decoder for one new token by the native CPU library, for TensorFlow: one op."""
+"""A block of a decoder for new tokens by the native CPU library, for TensorFlow: one op."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Attention of one new token to a cache by the native CPU library, for PyTorch: one operator."""
+"""Attention of new tokens to a cache by the native CPU library, for PyTorch: one operator."""
 
 import torch
 

@@ -289,7 +289,7 @@ class BitGroupedQueryAttention(key_value_cache.TakesCache, BitBlock):
             return mask
         sources = ops.arange(cache["key"].shape[2])[None, None]
         ends = ops.arange(targets)[None, :, None] + cache_index
-        near = ends - sources < self.sliding_window
+        near = ops.abs(ends - sources) < self.sliding_window
         return ops.logical_and(near, sources <= ends if mask is None else mask)
 
     def compute_output_shape(self, query_shape, value_shape, key_shape=None):

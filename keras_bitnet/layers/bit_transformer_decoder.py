@@ -151,7 +151,7 @@ class BitTransformerDecoder(TakesCache, BitBlock):
         if padding_mask is None and attention_mask is None:
             padding_mask = mask
         cache = untouched(cache)
-        if cache is not None and not training:
+        if cache is not None and padding_mask is None and not training:
             at_once = decode_at_once(
                 self, inputs, attention_mask, positions, rotary, cache, cache_index
             )

@@ -1,4 +1,4 @@
-"""A packed block of a decoder for one new token: where it can be, one operator."""
+"""A packed block of a decoder for new tokens: where it can be, one operator."""
 
 from keras import activations, ops
 
@@ -16,7 +16,7 @@ ACTIVATIONS = {activations.relu: 0, relu_squared: 1, activations.silu: 2}
 
 
 def decode_at_once(block, x, attention_mask, positions, rotary, cache, cache_index, chain=None):
-    """What a block of a decoder makes of one new token of each sequence.
+    """What a block of a decoder makes of new tokens of each sequence.
 
     Args:
         block: A built `BitTransformerDecoder`, not in training.
@@ -27,15 +27,16 @@ def decode_at_once(block, x, attention_mask, positions, rotary, cache, cache_ind
     Returns:
         `(y, cache)`, or `None` where its layers must do it.
     """
-    if x.shape[1] != 1 or isinstance(cache_index, int):
+    tokens, attention = x.shape[1], block.attention
+    is_prompt = isinstance(cache_index, int) and cache_index == 0
+    if is_prompt and not _sees_cache(attention_mask, x, cache):
         return None
     parts = _parts(block)
     run = None if parts is None else decoder_block.choose(parts[0], x, cache)
     if run is None:
         return None
-    attention = block.attention
-    mask = attention.mask_of_cache(attention_mask, 1, cache, cache_index)
-    rotary = attention.rotary_of_call(1, positions, rotary, cache_index)
+    mask = attention.mask_of_cache(attention_mask, tokens, cache, cache_index)
+    rotary = attention.rotary_of_call(tokens, positions, rotary, cache_index)
     facts, weights = parts
     return run(
         facts,
@@ -97,6 +98,13 @@ def _parts(block):
     ]
     gains = [None if norm is None else _float32(norm.scale) for norm in norms]
     return facts, decoder_block.Weights(tuple(products), tuple(gains))
+
+
+def _sees_cache(mask, x, cache):
+    """Whether a prompt attends to what it leaves in the cache: with the layers it need not."""
+    length, dtype = cache["key"].shape[2], cache["key"].dtype
+    fits = mask is None or (tuple(mask.shape[1:]) == (x.shape[1], length))
+    return fits and dtype == x.dtype
 
 
 def _float32(value):

@@ -103,11 +103,11 @@ class Generation(keras.Model):
         cache = self.backbone.make_cache(
             len(request.prompts), request.cache_length, request.cache_dtype
         )
-        _, state = prefill({"cache": cache}, request.tokens, padding, uniform)
-        tokens = compiled.start_copy(state["tokens"])
-        ahead = compiled.is_asynchronous(state["tokens"])
-        chain = None if ahead else step.evaluate(self.backbone.chain_of_blocks, state["cache"])
+        ahead = compiled.is_asynchronous(padding)
+        chain = None if ahead else step.evaluate(self.backbone.chain_of_blocks, cache)
         given = (padding, uniform) if chain is None else (padding, uniform, chain.number)
+        _, state = prefill({"cache": cache}, request.tokens, *given)
+        tokens = compiled.start_copy(state["tokens"])
         for _ in range(request.calls):
             if ahead:
                 chosen, state = step(state, *given)
@@ -141,7 +141,7 @@ class _Programs:
         self.made = {}
 
 
-def first_tokens(model, sampler, state, tokens, padding, uniform):
+def first_tokens(model, sampler, state, tokens, padding, uniform, chain=None):
     """Reads the prompts, padded on the left, and chooses the first tokens.
 
     Args:
@@ -152,21 +152,19 @@ def first_tokens(model, sampler, state, tokens, padding, uniform):
         padding: Integers `(batch,)`, how many tokens of a row are padding.
         uniform: Numbers in [0, 1), `(cache length, batch)`: each row chooses the tokens of its
             place in the sequence.
+        chain: The number of what `chain_of_blocks` of the backbone gave, or `None`.
 
     Returns:
         `((), state)` with `{"cache", "tokens", "index"}`: the tokens `(batch,)` that were chosen,
         not yet in the cache, and their place, a scalar. It all stays on the device.
     """
-    x, cache = model.backbone.call_with_cache(tokens, state["cache"], 0, padding)
+    x, cache = model.backbone.call_with_cache(tokens, state["cache"], 0, padding, chain)
     index = ops.convert_to_tensor(tokens.shape[1], "int32")
     return _chosen(model, sampler, x[:, -1], cache, index, uniform)
 
 
 def next_tokens(model, sampler, state, padding, uniform, chain=None):
-    """Reads one token for each sequence and chooses the next; see `first_tokens`.
-
-    `chain`: the number of what `chain_of_blocks` of the backbone gave, or `None`.
-    """
+    """Reads one token for each sequence and chooses the next; see `first_tokens`."""
     tokens, index = state["tokens"][:, None], state["index"]
     x, cache = model.backbone.call_with_cache(tokens, state["cache"], index, padding, chain)
     return _chosen(model, sampler, x[:, 0], cache, index + 1, uniform)

@@ -166,8 +166,9 @@ void check_float_output(const Example& example) {
   }
 }
 
-// Attention of a new token to a cache of float32 or int8, with rotary tables and a mask or without.
-void check_attention(int64_t groups, int64_t dim, int64_t tokens, bool int8, bool all, uint32_t seed) {
+// Attention of the last tokens to a cache of float32 or int8, with rotary tables and a mask or without.
+void check_attention(int64_t groups, int64_t dim, int64_t tokens, int64_t now, bool int8, bool all,
+                     uint32_t seed) {
   const int64_t batch = 2, heads = 2, rows = batch * heads;
   std::mt19937 random(seed);
   std::uniform_real_distribution<float> uniform(-1, 1);
@@ -176,8 +177,8 @@ void check_attention(int64_t groups, int64_t dim, int64_t tokens, bool int8, boo
     for (float& x : v) x = uniform(random);
     return v;
   };
-  auto query = numbers(rows * groups * dim), key = numbers(rows * dim), value = numbers(rows * dim);
-  auto cosines = numbers(dim), sines = numbers(dim), y = numbers(rows * groups * dim);
+  auto query = numbers(now * rows * groups * dim), key = numbers(now * rows * dim), y = query;
+  auto value = numbers(now * rows * dim), cosines = numbers(now * dim), sines = numbers(now * dim);
   auto keys = numbers(rows * tokens * dim), values = numbers(rows * tokens * dim);
   std::vector<int8_t> key_codes(keys.size()), value_codes(values.size());
   for (int8_t& code : key_codes) code = int8_t(random() % 255 - 127);
@@ -185,12 +186,12 @@ void check_attention(int64_t groups, int64_t dim, int64_t tokens, bool int8, boo
   auto key_scale = numbers(rows * tokens), value_scale = numbers(rows * tokens);
   for (float& scale : key_scale) scale *= 0.01f;
   for (float& scale : value_scale) scale *= 0.01f;
-  std::vector<uint8_t> mask(tokens);
+  std::vector<uint8_t> mask(now * tokens);
   for (uint8_t& seen : mask) seen = random() % 3 != 0;
-  mask[tokens - 1] = 1;
-  const int32_t index = int32_t(tokens - 1);
+  for (int64_t i = 0; i < now; ++i) mask[i * tokens + tokens - now + i] = 1;
+  const int32_t index = int32_t(tokens - now);
   kbn_attention problem{};
-  problem.batch = batch, problem.length = tokens, problem.heads = heads * groups;
+  problem.batch = batch, problem.tokens = now, problem.length = tokens, problem.heads = heads * groups;
   problem.key_heads = heads, problem.head_dim = dim, problem.tables = problem.masks = 1;
   problem.cache_dtype = int8 ? KBN_I8 : KBN_F32, problem.scale = 0.7f, problem.index = &index;
   problem.query = query.data(), problem.key = key.data(), problem.value = value.data();
@@ -202,11 +203,14 @@ void check_attention(int64_t groups, int64_t dim, int64_t tokens, bool int8, boo
   problem.y = y.data();
   require(kbn_attend(&problem, nullptr) == 0, std::string("attend: ") + kbn_error(1));
 
-  const auto turned = [&](const std::vector<float>& x, int64_t head, int64_t i) -> double {
-    const float* row = x.data() + head * dim;
+  // Numbers of a new token: of head `head` of so many in a sequence.
+  const auto row_of = [&](const std::vector<float>& x, int64_t head, int64_t of, int64_t token) {
+    return x.data() + ((head / of * now + token) * of + head % of) * dim;
+  };
+  const auto turned = [&](const float* row, int64_t token, int64_t i) -> double {
     if (!all) return row[i];
     const double other = i < dim / 2 ? -row[i + dim / 2] : row[i - dim / 2];
-    return double(row[i]) * cosines[i] + other * sines[i];
+    return double(row[i]) * cosines[token * dim + i] + other * sines[token * dim + i];
   };
   const auto cached = [&](bool is_key, int64_t head, int64_t t, int64_t i) -> double {
     const int64_t row = head * tokens + t;
@@ -215,26 +219,31 @@ void check_attention(int64_t groups, int64_t dim, int64_t tokens, bool int8, boo
            double((is_key ? key_codes : value_codes)[row * dim + i]);
   };
   for (int64_t head = 0; head < rows; ++head) {
-    for (int64_t i = 0; i < dim; ++i) {
-      const double step = int8 ? 0.51 / 127 * 2 : 1e-6;
-      const double written = cached(true, head, index, i), row = cached(false, head, index, i);
-      require(std::fabs(written - turned(key, head, i)) <= step, "key in the cache");
-      require(std::fabs(row - value[head * dim + i]) <= step, "value in the cache");
+    for (int64_t token = 0; token < now; ++token) {
+      const float *new_key = row_of(key, head, heads, token), *new_value = row_of(value, head, heads, token);
+      for (int64_t i = 0; i < dim; ++i) {
+        const double step = int8 ? 0.51 / 127 * 2 : 1e-6;
+        const double written = cached(true, head, index + token, i), row = cached(false, head, index + token, i);
+        require(std::fabs(written - turned(new_key, token, i)) <= step, "key in the cache");
+        require(std::fabs(row - new_value[i]) <= step, "value in the cache");
+      }
     }
-    for (int64_t g = 0; g < groups; ++g) {
+  }
+  for (int64_t head = 0; head < rows * groups; ++head) {
+    for (int64_t token = 0; token < now; ++token) {
+      const float* own = row_of(query, head, heads * groups, token);
       std::vector<double> wanted(dim), weights(tokens);
       double sum = 0;
       for (int64_t t = 0; t < tokens; ++t) {
         double score = 0;
-        for (int64_t i = 0; i < dim; ++i) {
-          score += turned(query, head * groups + g, i) * cached(true, head, t, i);
-        }
-        weights[t] = all && !mask[t] ? 0 : std::exp(score * 0.7f);
+        for (int64_t i = 0; i < dim; ++i) score += turned(own, token, i) * cached(true, head / groups, t, i);
+        const bool seen = all ? mask[token * tokens + t] : t <= index + token;
+        weights[t] = seen ? std::exp(score * 0.7f) : 0;
         sum += weights[t];
       }
       for (int64_t i = 0; i < dim; ++i) {
-        for (int64_t t = 0; t < tokens; ++t) wanted[i] += weights[t] / sum * cached(false, head, t, i);
-        const double got = y[(head * groups + g) * dim + i];
+        for (int64_t t = 0; t < tokens; ++t) wanted[i] += weights[t] / sum * cached(false, head / groups, t, i);
+        const double got = row_of(y, head, heads * groups, token)[i];
         require(std::fabs(got - wanted[i]) < 1e-3 * (1 + std::fabs(wanted[i])), "attention");
       }
     }
@@ -277,8 +286,9 @@ void check_normalized_product(Example& example) {
 }
 
 // A block of a decoder gives the bits of its parts one after another.
-void check_block(int activation, bool gated, bool normalized, uint32_t seed) {
-  const int64_t batch = 2, heads = 4, key_heads = 2, dim = 8, hidden = 40, inner = 100, length = 6;
+void check_block(int64_t tokens, int activation, bool gated, bool normalized, uint32_t seed) {
+  const int64_t sequences = 2, heads = 4, key_heads = 2, dim = 8, hidden = 40, inner = 100, length = 6;
+  const int64_t batch = sequences * tokens;  // rows
   Example query(batch, hidden, heads * dim, 2, -1, 0, seed), key(batch, hidden, key_heads * dim, 2, -1, 0, seed + 1);
   Example value(batch, hidden, key_heads * dim, 2, -1, 0, seed + 2), up(batch, hidden, inner, 2, -1, 0, seed + 3);
   Example output(batch, heads * dim, hidden, 2, -1, 0, seed + 4), down(batch, inner, hidden, 2, -1, 0, seed + 5);
@@ -294,10 +304,11 @@ void check_block(int activation, bool gated, bool normalized, uint32_t seed) {
     return example.y;
   };
   const std::vector<float> x(query.x.begin(), query.x.begin() + batch * hidden);
-  const std::vector<float> rows(batch * key_heads * length * dim, 0.25f);
+  const std::vector<float> rows(sequences * key_heads * length * dim, 0.25f);
   const int32_t index = 3;
   kbn_attention attention{};
-  attention.batch = batch, attention.length = length, attention.heads = heads, attention.key_heads = key_heads;
+  attention.batch = sequences, attention.tokens = tokens, attention.length = length;
+  attention.heads = heads, attention.key_heads = key_heads;
   attention.head_dim = dim, attention.tables = attention.masks = 1, attention.scale = 0.5f, attention.index = &index;
   std::vector<float> keys = rows, values = rows, attended(batch * heads * dim);
   attention.key_cache = keys.data(), attention.value_cache = values.data(), attention.y = attended.data();
@@ -412,7 +423,10 @@ void check_isa() {
   }
   for (int64_t dim : {2, 20, 128}) {
     for (int64_t tokens : {1, 16, 77}) {
-      for (int i = 0; i < 4; ++i, ++count) check_attention(1 + i, dim, tokens, i % 2, i / 2, ++seed);
+      for (int i = 0; i < 8; ++i, ++count) {
+        const int64_t now = i < 4 ? 1 : (tokens + 1) / 2;
+        check_attention(1 + i % 4, dim, tokens, now, i % 2, i / 2 % 2, ++seed);
+      }
     }
   }
   for (int64_t size : {1, 2, 3}) {
@@ -424,7 +438,7 @@ void check_isa() {
   }
   for (int64_t features : {1, 15, 2560}) check_norm(40, features, ++seed), ++count;
   for (int activation : {KBN_RELU, KBN_RELU2, KBN_SILU}) {
-    for (int i = 0; i < 4; ++i, ++count) check_block(activation, i % 2, i / 2, seed += 7);
+    for (int i = 0; i < 4; ++i, ++count) check_block(1 + i % 3, activation, i % 2, i / 2, seed += 7);
   }
   for (int64_t m : {1, 2, 70}) {
     for (int64_t k : {100, 512}) {

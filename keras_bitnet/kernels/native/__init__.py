@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_bitnet.ops import layout
 
-_ABI_VERSION = 10
+_ABI_VERSION = 11
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 _SUFFIXES = {"darwin": ".dylib", "win32": ".dll"}
 _lock = threading.Lock()

@@ -178,14 +178,14 @@ inline bool has_shape(const Shape& shape, int64_t a, int64_t b, int64_t c, int64
 // As the other `describe`; fills all but y.
 inline const char* describe(const Operand* in, double scale, kbn_attention* problem) {
   const Shape query = in[kQuery].shape, cache = in[kKeyCache].shape;
-  if (query.rank != 4 || query[1] != 1) return "query must be (batch, 1, heads, head_dim)";
+  if (query.rank != 4) return "query must be (batch, tokens, heads, head_dim)";
   if (cache.rank != 4) return "key_cache must be (batch, key_heads, length, head_dim)";
-  const int64_t batch = query[0], dim = query[3], heads = cache[1], length = cache[2];
+  const int64_t batch = query[0], tokens = query[1], dim = query[3], heads = cache[1], length = cache[2];
   const auto given = [&](int i) { return in[i].data && (in[i].shape.rank != 1 || in[i].shape[0]); };
   const auto same = [&](int i, int j) { return in[i].dtype == in[j].dtype; };
   for (int i : {kKey, kValue})
-    if (!has_shape(in[i].shape, batch, 1, heads, dim) || !same(i, kQuery))
-      return "key and value must be (batch, 1, key_heads, head_dim), of the dtype of query";
+    if (!has_shape(in[i].shape, batch, tokens, heads, dim) || !same(i, kQuery))
+      return "key and value must be (batch, tokens, key_heads, head_dim), of the dtype of query";
   for (int i : {kKeyCache, kValueCache})
     if (!has_shape(in[i].shape, batch, heads, length, dim) || !same(i, kKeyCache))
       return "the caches must be (batch, key_heads, length, head_dim), of one dtype";
@@ -193,17 +193,18 @@ inline const char* describe(const Operand* in, double scale, kbn_attention* prob
     if (given(i) && (!has_shape(in[i].shape, batch, heads, length, 1) || in[i].dtype != KBN_F32))
       return "the scales of a cache must be float32 (batch, key_heads, length, 1)";
   for (int i : {kCosines, kSines})
-    if (given(i) && (!has_shape(in[i].shape, in[kCosines].shape[0], 1, 1, dim) ||
+    if (given(i) && (!has_shape(in[i].shape, in[kCosines].shape[0], tokens, 1, dim) ||
                      in[i].dtype != KBN_F32))
-      return "cosines and sines must be float32 (1 or batch, 1, 1, head_dim)";
+      return "cosines and sines must be float32 (1 or batch, tokens, 1, head_dim)";
   const Shape mask = in[kMask].shape;
   if (given(kMask) &&
-      (mask.rank != 3 || mask[1] != 1 || mask[2] != length || in[kMask].dtype != kBool))
-    return "mask must be bool (1 or batch, 1, length)";
+      (mask.rank != 3 || mask[1] != tokens || mask[2] != length || in[kMask].dtype != kBool))
+    return "mask must be bool (1 or batch, tokens, length)";
   if (in[kIndex].shape.rank > 1 || in[kIndex].dtype != kInt32) return "index must be an int32";
   const auto numbers = [&](int i) { return static_cast<float*>(given(i) ? in[i].data : nullptr); };
   *problem = kbn_attention{};
   problem->batch = batch;
+  problem->tokens = tokens;
   problem->length = length;
   problem->heads = query[2];
   problem->key_heads = heads;
@@ -261,10 +262,11 @@ struct Block : kbn_block {
 inline const char* describe(const BlockAttributes& a, const Operand* in, Block* block) {
   const Operand& x = in[kBlockX];
   const Shape cache = in[kBlockCache].shape;
-  if (x.shape.rank != 3 || x.shape[1] != 1) return "x must be (batch, 1, features)";
+  if (x.shape.rank != 3) return "x must be (batch, tokens, features)";
   if (cache.rank != 4) return "key_cache must be (batch, key_heads, length, head_dim)";
-  const int64_t batch = x.shape[0], hidden = x.shape[2], key_heads = cache[1], dim = cache[3];
-  const int64_t query_dims[] = {batch, 1, a.heads, dim}, key_dims[] = {batch, 1, key_heads, dim};
+  const int64_t batch = x.shape[0], tokens = x.shape[1], hidden = x.shape[2];
+  const int64_t key_heads = cache[1], dim = cache[3];
+  const int64_t query_dims[] = {batch, tokens, a.heads, dim}, key_dims[] = {batch, tokens, key_heads, dim};
   Operand attention[kAttentionOperands];
   attention[kQuery] = {{query_dims, 4}, x.dtype, x.data};
   attention[kKey] = attention[kValue] = {{key_dims, 4}, x.dtype, x.data};
@@ -282,11 +284,11 @@ inline const char* describe(const BlockAttributes& a, const Operand* in, Block* 
     const Operand &bias = weight[2], &gain = in[kBlockGain + parts[i].gain];
     *parts[i].place = nullptr;
     if (i == kGateWeight && tiles.shape.rank == 1) continue;
-    const int64_t rows[] = {batch, parts[i].in};
+    const int64_t rows[] = {batch, tokens, parts[i].in};
     Attributes attributes = a;
     attributes.out_features = parts[i].out;
     Matmul* matmul = &block->matmuls[i];
-    const char* wrong = describe(attributes, {rows, 2}, tiles.shape, scale.shape, bias.shape, kNothing,
+    const char* wrong = describe(attributes, {rows, 3}, tiles.shape, scale.shape, bias.shape, kNothing,
                                  gain.shape, matmul);
     if (wrong) return wrong;
     if (tiles.dtype != kUint8 || scale.dtype != KBN_F32 || bias.dtype != KBN_F32 || gain.dtype != KBN_F32)

@@ -24,25 +24,52 @@ void widen(const void* data, int dtype, int64_t row, int dim, float* to) {
 
 // Turns each pair (x[i], x[i + dim / 2]) by its angle, then rounds as the dtype is.
 template <typename Element>
-void turn_as(const Head& head, float* x) {
-  const int half = head.dim / 2;
+void turn_as(const float* cosines, const float* sines, int dim, float* x) {
+  const int half = dim / 2;
   for (int i = 0; i < half; ++i) {
     const float first = x[i], second = x[i + half];
-    const float turned = first * head.cosines[i] + -second * head.sines[i];
-    const float other = second * head.cosines[i + half] + first * head.sines[i + half];
+    const float turned = first * cosines[i] + -second * sines[i];
+    const float other = second * cosines[i + half] + first * sines[i + half];
     x[i] = Element::widen(Element::narrow(turned));
     x[i + half] = Element::widen(Element::narrow(other));
   }
 }
 
-void turn(const Head& head, float* x) {
+void turn(const Head& head, int64_t token, float* x) {
   if (head.cosines == nullptr) return;
-  with_element(head.dtype, [&](auto element) { turn_as<decltype(element)>(head, x); });
+  const int64_t at = token * head.dim;
+  with_element(head.dtype, [&](auto element) {
+    turn_as<decltype(element)>(head.cosines + at, head.sines + at, head.dim, x);
+  });
 }
 
-// Writes the row of the new token to a cache; an int8 row as `ActivationInt8` quantizes it.
-void put(const Head& head, const float* row, void* cache, float* scales) {
-  const int64_t at = head.index * head.dim;
+// Where the numbers of a new token begin.
+const void* token_at(const Head& head, const void* data, int64_t stride, int64_t token) {
+  return static_cast<const char*>(data) + token * stride * size_of(head.dtype);
+}
+
+// The queries of a new token, [groups][width], turned and scaled.
+void read_queries(const Head& head, int64_t token, float* queries) {
+  const void* from = token_at(head, head.query, head.query_stride, token);
+  const int64_t width = padded(head.dim);
+  for (int g = 0; g < head.groups; ++g) {
+    float* query = queries + g * width;
+    widen(from, head.dtype, g, head.dim, query);
+    turn(head, token, query);
+    for (int i = 0; i < head.dim; ++i) query[i] *= head.factor;
+  }
+}
+
+void write_results(const Head& head, int64_t token, const float* y) {
+  const int64_t bytes = int64_t{head.dim} * size_of(head.dtype);
+  auto* to = static_cast<char*>(const_cast<void*>(token_at(head, head.y, head.query_stride, token)));
+  for (int g = 0; g < head.groups; ++g)
+    store(y + g * padded(head.dim), 1.0f, nullptr, head.dtype, head.dim, to + g * bytes);
+}
+
+// Writes the row of a new token to a cache; an int8 row as `ActivationInt8` quantizes it.
+void put(const Head& head, int64_t token, const float* row, void* cache, float* scales) {
+  const int64_t place = head.index + token, at = place * head.dim;
   if (head.cache_dtype != KBN_I8) {
     const int size = size_of(head.cache_dtype);
     char* to = static_cast<char*>(cache) + at * size;
@@ -52,9 +79,18 @@ void put(const Head& head, const float* row, void* cache, float* scales) {
   const float absmax = kbn::absmax(row, KBN_F32, head.dim);
   const bool finite = absmax < as_float(0x7f800000u);
   const Step step = step_of(absmax, 1e-5f, 127.0f);
-  scales[head.index] = finite ? step.scale : as_float(0x7fc00000u);
+  scales[place] = finite ? step.scale : as_float(0x7fc00000u);
   if (finite) return quantize(row, KBN_F32, head.dim, step.inverse, 127.0f, codes);
   memset(codes, 0, head.dim);
+}
+
+// Writes a new token to the caches; `row` is working space.
+void write_token(const Head& head, int64_t token, float* row) {
+  widen(token_at(head, head.key, head.key_stride, token), head.dtype, 0, head.dim, row);
+  turn(head, token, row);
+  put(head, token, row, head.keys, head.key_scales);
+  widen(token_at(head, head.value, head.key_stride, token), head.dtype, 0, head.dim, row);
+  put(head, token, row, head.values, head.value_scales);
 }
 
 // Fetches a row some tokens ahead: what is computed with one takes too long for the processor to look
@@ -108,8 +144,12 @@ void sum_as(const Head& head, const float* weights, float* token, float* y) {
 
 // Softmax in place; behind the last number there is room for whole lanes.
 void softmax(float* scores, int64_t count) {
-  float largest = scores[0];
-  for (int64_t t = 1; t < count; ++t) largest = scores[t] > largest ? scores[t] : largest;
+  for (int64_t t = count; t < padded(count); ++t) scores[t] = scores[0];
+  Lanes highest(scores);
+  for (int64_t t = kLanes; t < count; t += kLanes) highest.raise(scores + t);
+  float numbers[kLanes], largest = scores[0];
+  highest.store(numbers);
+  for (float number : numbers) largest = number > largest ? number : largest;
   for (int64_t t = 0; t < count; ++t) scores[t] = exp_of(scores[t] - largest);
   for (int64_t t = count; t < padded(count); ++t) scores[t] = 0.0f;
   Lanes sums;
@@ -118,38 +158,29 @@ void softmax(float* scores, int64_t count) {
   for (int64_t t = 0; t < count; ++t) scores[t] *= inverse;
 }
 
-void attend(const Head& head) {
+// Does it with the type of what the cache holds.
+template <typename Do>
+void with_cached(const Head& head, const Do& with) {
+  head.cache_dtype == KBN_I8 ? with(Int8{}) : with_element(head.cache_dtype, with);
+}
+
+void attend(const Head& head, float* scratch) {
   const int64_t width = padded(head.dim), row = padded(head.index + 1);
-  float* queries = head.scratch;                    // [groups][width]
+  float* queries = scratch;                         // [groups][width]
   float* y = queries + head.groups * width;         // [groups][width]
   float* scores = y + head.groups * width;          // [groups][row]
   float* token = scores + head.groups * row;        // [width]
-  memset(head.scratch, 0, sizeof(float) * 2 * head.groups * width);
+  memset(scratch, 0, sizeof(float) * 2 * head.groups * width);
   memset(token, 0, sizeof(float) * width);
-  for (int g = 0; g < head.groups; ++g) {
-    float* query = queries + g * width;
-    widen(head.query, head.dtype, g, head.dim, query);
-    turn(head, query);
-    for (int i = 0; i < head.dim; ++i) query[i] *= head.factor;
-  }
-  widen(head.key, head.dtype, 0, head.dim, token);
-  turn(head, token);
-  put(head, token, head.keys, head.key_scales);
-  widen(head.value, head.dtype, 0, head.dim, token);
-  put(head, token, head.values, head.value_scales);
-
-  const auto each = [&](auto element) {
+  read_queries(head, 0, queries);
+  write_token(head, 0, token);
+  with_cached(head, [&](auto element) {
     using Element = decltype(element);
     score_as<Element>(head, queries, token, scores);
     for (int g = 0; g < head.groups; ++g) softmax(scores + g * row, head.index + 1);
     sum_as<Element>(head, scores, token, y);
-  };
-  head.cache_dtype == KBN_I8 ? each(Int8{}) : with_element(head.cache_dtype, each);
-  const int size = size_of(head.dtype);
-  for (int g = 0; g < head.groups; ++g) {
-    store(y + g * width, 1.0f, nullptr, head.dtype, head.dim,
-          static_cast<char*>(head.y) + int64_t{g} * head.dim * size);
-  }
+  });
+  write_results(head, 0, y);
 }
 
 }  // namespace

@@ -73,12 +73,14 @@ typedef struct kbn_parallel {
   int32_t threads;
 } kbn_parallel;
 
-// Attention of one new token of each sequence to a cache, which its key and value join.
+// Attention of new tokens of each sequence to a cache, which their keys and values join.
 //
-// The cache is written at `index`, nothing behind it is read. An int8 row is `scale * code`.
+// The cache is written from `index` on, nothing behind the new tokens is read. An int8 row is
+// `scale * code`.
 // Meaning: `attend_next` of keras_bitnet/layers/key_value_cache.py.
 typedef struct kbn_attention {
   int64_t batch;
+  int64_t tokens;          // new ones of each sequence
   int64_t length;          // tokens that the cache can hold
   int64_t heads;           // of queries, a multiple of
   int64_t key_heads;       // those of keys and values
@@ -88,18 +90,18 @@ typedef struct kbn_attention {
   int64_t tables;          // rows of cosines and sines: 1 or batch
   int64_t masks;           // rows of mask: 1 or batch
   float scale;             // of the scores
-  const void* query;       // (batch, heads, head_dim)
-  const void* key;         // (batch, key_heads, head_dim)
+  const void* query;       // (batch, tokens, heads, head_dim)
+  const void* key;         // (batch, tokens, key_heads, head_dim)
   const void* value;       // the same
-  const float* cosines;    // (tables, head_dim), halves equal, or null: queries and keys are not
-  const float* sines;      // turned
-  const uint8_t* mask;     // (masks, length), 0: not seen; or null: all up to the new token
+  const float* cosines;    // (tables, tokens, head_dim), halves equal, or null: queries and keys are
+  const float* sines;      // not turned
+  const uint8_t* mask;     // (masks, tokens, length), 0: not seen; or null: all up to a token itself
   const int32_t* index;    // (1): tokens that the cache holds so far
   void* key_cache;         // (batch, key_heads, length, head_dim)
   void* value_cache;       // the same
   float* key_scale;        // (batch, key_heads, length) of an int8 cache, else null
   float* value_scale;      // the same
-  void* y;                 // (batch, heads, head_dim)
+  void* y;                 // (batch, tokens, heads, head_dim)
 } kbn_attention;
 
 // Root mean square normalization, y = x / sqrt(mean(x^2) + epsilon) * scale, row by row.
@@ -117,13 +119,13 @@ typedef struct kbn_norm {
 // that, x * sigmoid(x).
 enum kbn_activation { KBN_RELU = 0, KBN_RELU2 = 1, KBN_SILU = 2 };
 
-// One new token of each sequence through a block of a decoder:
+// New tokens of each sequence through a block of a decoder:
 //     a = x + output(attend(query(n), key(n), value(n))),   n = norm(x)
 //     y = a + down(activation(gate(m)) * up(m)),            m = norm(a)
 // The norms are the gains of the matmuls; query, key and value agree in theirs, gate and up too.
 // Every result is rounded to the dtype. Meaning: keras_bitnet/layers/bit_transformer_decoder.py.
 typedef struct kbn_block {
-  const kbn_matmul* query; // matmuls without x and y, of one dtype, and as many rows as sequences
+  const kbn_matmul* query; // matmuls without x and y, of one dtype, a row for each new token
   const kbn_matmul* key;
   const kbn_matmul* value;
   const kbn_matmul* output;
@@ -132,8 +134,8 @@ typedef struct kbn_block {
   const kbn_matmul* gate;  // or null: activation(up(m)) in place of the product
   const kbn_attention* attention; // without query, key, value and y
   int32_t activation;      // kbn_activation
-  const void* x;           // (batch, hidden)
-  void* y;                 // (batch, hidden), other memory
+  const void* x;           // (batch, tokens, hidden)
+  void* y;                 // (batch, tokens, hidden), other memory
 } kbn_block;
 
 KBN_API int kbn_abi_version(void);

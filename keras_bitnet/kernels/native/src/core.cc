@@ -153,13 +153,13 @@ int check_joint(const kbn_joint& p) {
 }
 
 int check_attention(const kbn_attention& p) {
-  const bool sizes = p.batch >= 0 && p.length > 0 && p.heads > 0 && p.key_heads > 0 &&
+  const bool sizes = p.batch >= 0 && p.tokens > 0 && p.length > 0 && p.heads > 0 && p.key_heads > 0 &&
                      p.head_dim > 0 && p.head_dim < (1 << 24) && p.heads % p.key_heads == 0;
   if (!sizes || (p.cosines && p.head_dim % 2)) {
     return fail(kInvalid, "sizes must be positive, heads a multiple of key_heads, head_dim even "
-                "where there are tables. Received: batch=%lld, length=%lld, heads=%lld, "
-                "key_heads=%lld, head_dim=%lld", printable(p.batch), printable(p.length),
-                printable(p.heads), printable(p.key_heads), printable(p.head_dim));
+                "where there are tables. Received: batch=%lld, tokens=%lld, length=%lld, heads=%lld, "
+                "key_heads=%lld, head_dim=%lld", printable(p.batch), printable(p.tokens),
+                printable(p.length), printable(p.heads), printable(p.key_heads), printable(p.head_dim));
   }
   if (p.dtype < KBN_F32 || p.dtype > KBN_F16 || p.cache_dtype < KBN_F32 || p.cache_dtype > KBN_I8) {
     return fail(kInvalid, "dtype must be 0 to 2, cache_dtype 0 to 3. Received: dtype=%d, "
@@ -173,9 +173,10 @@ int check_attention(const kbn_attention& p) {
   }
   const bool given = p.query && p.key && p.value && p.index && p.key_cache && p.value_cache && p.y;
   if (p.batch > 0 && !given) return fail(kInvalid, "an operand is missing. Received: null");
-  if (p.batch > 0 && (*p.index < 0 || *p.index >= p.length)) {
-    return fail(kInvalid, "index must be in [0, %lld), the tokens that the cache can hold. "
-                "Received: index=%d", printable(p.length), *p.index);
+  if (p.batch > 0 && (*p.index < 0 || *p.index > p.length - p.tokens)) {
+    return fail(kInvalid, "index must be in [0, %lld], as the cache can hold %lld tokens. "
+                "Received: index=%d, tokens=%lld", printable(p.length - p.tokens), printable(p.length),
+                *p.index, printable(p.tokens));
   }
   return kOk;
 }
@@ -226,7 +227,7 @@ int check_block(const kbn_block& b) {
              b.down->out_features == hidden && b.down->in_features == inner &&
              (!b.gate || b.gate->out_features == inner);
   for (const kbn_matmul* p : {b.query, b.output, b.up, b.down}) {
-    fit = fit && p->rows == attention.batch && p->dtype == attention.dtype && !p->window;
+    fit = fit && p->rows == attention.batch * attention.tokens && p->dtype == attention.dtype && !p->window;
   }
   if (!fit || b.activation < KBN_RELU || b.activation > KBN_SILU) {
     return fail(kInvalid, "the parts of a block must fit each other, activation be 0 to 2. Received: "
@@ -262,7 +263,7 @@ int run_checked(const kbn_matmul& problem, const Probe& probe) {
 }  // namespace
 }  // namespace kbn
 
-int kbn_abi_version(void) { return 10; }
+int kbn_abi_version(void) { return 11; }
 
 int kbn_run(const kbn_matmul* problem, const kbn_parallel* parallel) {
   const kbn_joint one{1, {problem}};

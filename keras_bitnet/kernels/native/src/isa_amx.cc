@@ -215,7 +215,7 @@ void multiply(const Block& block) {
 extern const Kernels kAmx = {
     "amx", 2 * kRegisterRows, shape, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, finish, store, attend, normalize, add, activate, leave, &kAvx512Vnni,
+    add_scaled, finish, store, attend, remember, attend_block, normalize, add, activate, leave, &kAvx512Vnni,
 };
 
 }  // namespace kbn

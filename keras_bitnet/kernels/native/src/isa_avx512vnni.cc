@@ -219,7 +219,7 @@ Shape shape(int rows) { return {rows > 1 && rows <= kFewRows ? 4 : 2, 4}; }
 extern const Kernels kAvx512Vnni = {
     "avx512vnni", 12, shape, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, finish, store, attend, normalize, add, activate, nullptr, nullptr,
+    add_scaled, finish, store, attend, remember, attend_block, normalize, add, activate, nullptr, nullptr,
 };
 
 }  // namespace kbn

@@ -38,7 +38,7 @@ void multiply(const Block& block) {
 extern const Kernels kAvxVnni = {
     "avxvnni", 5, shape, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, finish, store, attend, normalize, add, activate, nullptr, nullptr,
+    add_scaled, finish, store, attend, remember, attend_block, normalize, add, activate, nullptr, nullptr,
 };
 
 }  // namespace kbn

@@ -1,5 +1,5 @@
 // Portable C++: correct on every machine, and the meaning that the other tables must match.
-#include "attention.h"
+#include "attend_block.h"
 #include "elementwise.h"
 #include "normalize.h"
 #include "scale.h"
@@ -54,7 +54,7 @@ void multiply(const Block& block) {
 extern const Kernels kGeneric = {
     "generic", 4, one_column, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, finish, store, attend, normalize, add, activate, nullptr, nullptr,
+    add_scaled, finish, store, attend, remember, attend_block, normalize, add, activate, nullptr, nullptr,
 };
 
 }  // namespace kbn

@@ -1,7 +1,7 @@
 // NEON with dotprod: `sdot` multiplies signed bytes four by four and adds to int32.
 #include <arm_neon.h>
 
-#include "attention.h"
+#include "attend_block.h"
 #include "elementwise.h"
 #include "normalize.h"
 #include "scale.h"
@@ -92,7 +92,7 @@ void multiply(const Block& block) {
 extern const Kernels kNeon = {
     "neon", 4, one_column, absmax, quantize, split, sum, interleave,
     {multiply<kBits1>, multiply<kBits2>, multiply<kBits4>, multiply<kBits8>, multiply<kTrits>},
-    add_scaled, finish, store, attend, normalize, add, activate, nullptr, nullptr,
+    add_scaled, finish, store, attend, remember, attend_block, normalize, add, activate, nullptr, nullptr,
 };
 
 }  // namespace kbn

@@ -87,27 +87,46 @@ struct Outputs {
   int64_t stride;         // bytes from a row to the next
 };
 
-// One key head of one sequence: the numbers of its new token, and its part of the cache.
+// One key head of one sequence: the numbers of its new tokens, and its part of the cache. Those of a
+// token lie side by side, and so many numbers behind them those of the next.
 struct Head {
   int groups;              // query heads
   int dim;
   int dtype;               // kbn_dtype of query, key, value and y
   int cache_dtype;         // kbn_dtype of keys and values, which may be int8
   float factor;            // of the scores
-  int64_t index;           // tokens before the new one
-  const void* query;       // [groups][dim]
-  const void* key;         // [dim]
-  const void* value;       // [dim]
-  const float* cosines;    // [dim], or null
+  int64_t index;           // tokens before the new ones
+  int64_t tokens;          // new ones
+  const void* query;       // [tokens][groups][dim]
+  void* y;                 // the same
+  int64_t query_stride;
+  const void* key;         // [tokens][dim]
+  const void* value;       // the same
+  int64_t key_stride;
+  const float* cosines;    // [tokens][dim], or null
   const float* sines;
-  const uint8_t* mask;     // [index + 1], or null
-  void* keys;              // [index + 1][dim]
+  const uint8_t* mask;     // [tokens][index + tokens], or null
+  int64_t mask_stride;
+  void* keys;              // [index + tokens][dim]
   void* values;
-  float* key_scales;       // [index + 1], of int8
+  float* key_scales;       // [index + tokens], of int8
   float* value_scales;
-  void* y;                 // [groups][dim]
-  float* scratch;          // `head_scratch` numbers
 };
+
+// A matrix of floats in panels of kPanel columns, each [rows][kPanel].
+constexpr int kPanel = 64;
+struct Panels {
+  float* data;
+  int64_t rows;
+};
+
+// What several new tokens of a head attend to: everything that the cache holds then, as floats.
+struct Memory {
+  Panels keys;    // dim rows, a column for each token
+  Panels values;  // a row for each token
+};
+constexpr int kQueriesAtOnce = 6;  // a block of queries has a multiple of these
+constexpr int kMostQueries = 96;    // that attend together, if one token has no more
 
 constexpr int kLanes = 16;
 
@@ -121,8 +140,20 @@ inline int64_t output(const Block& block, int column) { return column * block.sp
 
 inline int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-inline int64_t head_scratch(int64_t groups, int64_t dim, int64_t tokens) {
-  return groups * (2 * padded(dim) + padded(tokens)) + padded(dim);
+inline float* place_in(const Panels& matrix, int64_t row, int64_t column) {
+  return matrix.data + (column / kPanel * matrix.rows + row) * kPanel + column % kPanel;
+}
+
+inline int64_t whole_blocks(int64_t queries) {
+  return (queries + kQueriesAtOnce - 1) / kQueriesAtOnce * kQueriesAtOnce;
+}
+
+// Numbers of the working space of so many queries that attend to so many tokens, and of a matrix.
+inline int64_t attention_scratch(int64_t queries, int64_t dim, int64_t seen) {
+  return queries * (2 * padded(dim) + padded(seen)) + padded(dim);
+}
+inline int64_t panels_size(int64_t rows, int64_t columns) {
+  return rows * ((columns + kPanel - 1) / kPanel * kPanel);
 }
 
 // What numbers of this absolute maximum are quantized with: x = scale * code, code = x * inverse.
@@ -173,8 +204,14 @@ struct Kernels {
   // out = y * x_scale + bias as a `kbn_dtype`; `bias` may be null.
   void (*store)(const float* y, float x_scale, const float* bias, int dtype, int count, void* out);
 
-  // Writes the new token to the cache and attends to all up to it.
-  void (*attend)(const Head& head);
+  // Writes the one new token to the cache and attends to all up to it.
+  void (*attend)(const Head& head, float* scratch);
+
+  // Writes several new tokens to the cache, and all that it holds then to the memory; and attends to
+  // that with the queries of some of them. The working space of both is that of `whole_blocks`.
+  void (*remember)(const Head& head, const Memory& memory, float* scratch);
+  void (*attend_block)(const Head& head, const Memory& memory, int64_t first, int64_t count,
+                       float* scratch);
 
   // One row: y = x / sqrt(mean(x^2) + epsilon) * scale.
   void (*normalize)(const void* x, const float* scale, int dtype, int64_t count, float epsilon,

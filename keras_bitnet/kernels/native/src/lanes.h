@@ -52,6 +52,12 @@ class Lanes {
   void add(const float* a) {
     KBN_UNROLL for (int i = 0; i < kParts; ++i) parts_[i] += load(a + i * kWidth);
   }
+  void raise(const float* a) {
+    KBN_UNROLL for (int i = 0; i < kParts; ++i) {
+      const Register x = load(a + i * kWidth);
+      parts_[i] = x > parts_[i] ? x : parts_[i];
+    }
+  }
   // Adds float(sums + added) * scale, or (2 * sums + added); `sums` and what is added wrap.
   template <bool Twice, bool Shared>
   void add_scaled(const int32_t* sums, uint32_t added, const float* scale) {

@@ -2,7 +2,7 @@
 #pragma once
 #include <immintrin.h>
 
-#include "attention.h"
+#include "attend_block.h"
 #include "elementwise.h"
 #include "normalize.h"
 #include "scale.h"
