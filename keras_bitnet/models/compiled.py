@@ -45,11 +45,21 @@ def read_weights(model):
     values = [v.value for v in model.variables]
     if BACKEND == "torch":
         return [value.detach() for value in values]
-    if BACKEND == "tensorflow":
-        import tensorflow as tf  # Keras takes its variables for tensors
+    return _read_variables(values) if BACKEND == "tensorflow" else values
 
-        return [tf.convert_to_tensor(value) for value in values]
-    return values
+
+def _read_variables(variables):
+    """Their tensors: Keras takes variables of TensorFlow for tensors."""
+    import tensorflow as tf
+
+    # As it is converted to a tensor takes four times as long, 20 ms for a decoder's hundreds.
+    read, distributed = tf.raw_ops.ReadVariableOp, tf.distribute.DistributedValues
+    return [
+        tf.convert_to_tensor(v)
+        if isinstance(v, distributed)
+        else read(resource=v.handle, dtype=v.dtype)
+        for v in variables
+    ]
 
 
 def is_asynchronous(tensor):
