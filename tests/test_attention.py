@@ -212,7 +212,7 @@ def test_every_instruction_set(tokens, rng):
 
 
 @pytest.mark.skipif(GPU, reason="a GPU does not say that an index is out of range")
-@pytest.mark.parametrize("tokens, index", [(1, -1), (1, 300), (3, 298)])
+@pytest.mark.parametrize(("tokens", "index"), [(1, -1), (1, 300), (3, 298)])
 def test_an_index_outside_the_cache_is_an_error(tokens, index, rng):
     cache, (query, key, value, _, *rest) = problem(
         rng, (1, tokens, 8, 2, 64, 300, 200), "float32", "float32"

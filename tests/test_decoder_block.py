@@ -121,8 +121,8 @@ def test_a_prompt_equals_the_layers(name, rng):
     x, cache, _ = problem(rng, block, tokens=LENGTH - 1)
     padding = np.arange(LENGTH) >= np.array([0, 3])[:, None, None]
     causal = np.arange(LENGTH) <= np.arange(LENGTH - 1)[:, None]
-    mask = (causal & padding) | np.eye(LENGTH - 1, LENGTH, dtype=bool)
-    for mask in (None, ops.convert_to_tensor(mask)):
+    seen = (causal & padding) | np.eye(LENGTH - 1, LENGTH, dtype=bool)
+    for mask in (None, ops.convert_to_tensor(seen)):
         y, written = run(block, x, cache, 0, mask)
         wanted, rows = run(block, x, cache, 0, mask, one=False)
         assert wanted.std() > 0.1
@@ -144,7 +144,7 @@ def test_every_dtype(dtype, cache_dtype, tokens, rng):
         assert relative_error(written[key], rows[key]) < 0.02
 
 
-@pytest.mark.parametrize("batch, tokens", [(70, 1), (300, 4)])
+@pytest.mark.parametrize(("batch", "tokens"), [(70, 1), (300, 4)])
 def test_many_sequences(batch, tokens, rng):
     """Enough for several threads between the products too, and for several rounds of rows."""
     block = make_block(rng, intermediate_dim=1600)
@@ -204,9 +204,7 @@ def test_the_layers_run_where_they_do_more(rng):
     assert not decodes_at_once(given={"training": True})
     assert decodes_at_once(given={"cache_index": 0})
     assert not decodes_at_once(given={"cache_index": 0}, cache_dtype="int8")
-    assert not decodes_at_once(
-        given={"cache_index": 0, "attention_mask": np.ones((2, 1, 1), bool)}
-    )
+    assert not decodes_at_once(given={"cache_index": 0, "attention_mask": np.ones((2, 1, 1), bool)})
     assert not decodes_at_once(given={"cache_index": 0, "padding_mask": np.ones((2, 1), bool)})
     assert not decodes_at_once(activation="gelu")
     assert not decodes_at_once(norm="layer")

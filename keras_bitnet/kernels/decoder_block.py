@@ -1,9 +1,9 @@
 """New tokens of each sequence through a block of a decoder: one operator of the native library.
 
-Of the fifteen operators of a block those between the products compute one token for microseconds, and
-to call one takes a framework longer, as the weights of the token before have left nothing of it in
-the caches. With the tokens of a prompt the products take less than half of what frameworks need for
-the rest. The rows take the place of the layers, see `keras_bitnet.layers.decode_at_once`.
+Of the fifteen operators of a block those between the products compute one token for microseconds,
+and to call one takes a framework longer, as the weights of the token before have left nothing of it
+in the caches. Of a prompt frameworks need as long for what is between the products as these take.
+The rows take the place of the layers, see `keras_bitnet.layers.decode_at_once`.
 """
 
 import weakref
