@@ -227,11 +227,12 @@ def test_the_layers_run_where_a_gradient_is_recorded(rng):
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="the operator has a gradient on JAX alone")
-def test_the_gradient_is_that_of_the_layers(rng):
+@TOKENS
+def test_the_gradient_is_that_of_the_layers(tokens, rng):
     import jax
 
     block = make_block(rng)
-    x, cache, index = problem(rng, block)
+    x, cache, index = problem(rng, block, tokens=tokens)
 
     def loss(x):
         y, _ = block(x, cache=cache, cache_index=index)

@@ -64,6 +64,14 @@ void multiply_panels(const float* a, int64_t a_stride, const Panels& b, int64_t 
   }
 }
 
+// A token of the cache as floats.
+template <typename Element>
+void recall(const Head& head, const void* cache, const float* scales, int64_t token, float* row) {
+  widen_as<Element>(cache, token, head.dim, row);
+  if (scales == nullptr) return;
+  for (int k = 0; k < head.dim; ++k) row[k] *= scales[token];
+}
+
 // Eight keys at a time, which become columns.
 template <typename Element>
 void lay_out(const Head& head, const Memory& memory, float* rows) {
@@ -72,9 +80,11 @@ void lay_out(const Head& head, const Memory& memory, float* rows) {
   for (int64_t t = 0; t < end; t += kAtOnce) {
     for (int64_t i = 0; i < kAtOnce; ++i) {
       float* row = rows + i * head.dim;
-      if (t + i < seen) widen_as<Element>(head.keys, t + i, head.dim, row);
-      const float scale = t + i >= seen ? 0.0f : head.key_scales ? head.key_scales[t + i] : 1.0f;
-      for (int k = 0; k < head.dim; ++k) row[k] = scale == 0.0f ? 0.0f : row[k] * scale;
+      if (t + i < seen) {
+        recall<Element>(head, head.keys, head.key_scales, t + i, row);
+      } else {
+        memset(row, 0, sizeof(float) * head.dim);
+      }
     }
     for (int k = 0; k < head.dim; ++k) {
       float* to = place_in(memory.keys, k, t);
@@ -82,13 +92,11 @@ void lay_out(const Head& head, const Memory& memory, float* rows) {
     }
   }
   for (int64_t t = 0; t < seen; ++t) {
-    widen_as<Element>(head.values, t, head.dim, rows);
-    const float scale = head.value_scales ? head.value_scales[t] : 1.0f;
+    recall<Element>(head, head.values, head.value_scales, t, rows);
     for (int64_t k = 0; k < head.dim; k += kPanel) {
       const int64_t count = head.dim - k < kPanel ? head.dim - k : kPanel;
       float* to = place_in(memory.values, t, k);
-      for (int64_t i = 0; i < count; ++i) to[i] = rows[k + i] * scale;
-      for (int64_t i = count; i < kPanel; ++i) to[i] = 0.0f;
+      for (int64_t i = 0; i < kPanel; ++i) to[i] = i < count ? rows[k + i] : 0.0f;
     }
   }
 }
