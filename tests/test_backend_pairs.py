@@ -7,6 +7,7 @@ import pytest
 from helpers import once, run_python
 
 BACKENDS = ("jax", "torch", "tensorflow")
+PAIRS = list(itertools.product(BACKENDS, BACKENDS))
 
 pytestmark = once
 
@@ -150,7 +151,7 @@ def assert_alike(actual, wanted):
         assert np.abs(np.subtract(y, wanted[name])).max() <= tolerance * largest, name
 
 
-@pytest.mark.parametrize(("writer", "reader"), itertools.product(BACKENDS, BACKENDS))
+@pytest.mark.parametrize(("writer", "reader"), PAIRS)
 def test_pair(writer, reader, results):
     saved, loaded = results
     wanted, actual = saved[writer], loaded[reader][writer]
@@ -167,7 +168,7 @@ def test_packing_keeps_the_outputs(backend, results):
     assert np.abs(y - qat).max() <= 1e-5 * np.abs(qat).max()
 
 
-@pytest.mark.parametrize(("writer", "reader"), itertools.product(BACKENDS, BACKENDS))
+@pytest.mark.parametrize(("writer", "reader"), PAIRS)
 def test_pair_of_every_layer(writer, reader, results):
     saved, loaded = results
     assert_alike(loaded[reader][writer]["family"], saved[writer]["family"]["packed"])
@@ -179,7 +180,7 @@ def test_packing_keeps_the_outputs_of_every_layer(backend, results):
     assert_alike(family["packed"], family["qat"])
 
 
-@pytest.mark.parametrize(("writer", "reader"), itertools.product(BACKENDS, BACKENDS))
+@pytest.mark.parametrize(("writer", "reader"), PAIRS)
 def test_pair_of_language_models(writer, reader, results):
     """The same tokens everywhere, trained and packed, and the same logits to 1e-4."""
     saved, loaded = results

@@ -20,8 +20,6 @@ NOTHING = np.zeros(0, np.float32)  # what a handler takes for an operand that is
 @functools.cache
 def registration_error(library, symbol, target, platform):
     """Registers a function of a library with XLA, once. Returns why it could not, or `None`."""
-    if not hasattr(jax, "ffi"):
-        return f"JAX {jax.__version__} has no `jax.ffi`"
     try:
         # With the backend up, a handler of another version is refused; before, it breaks it.
         jax.local_devices(backend=platform.lower())

@@ -80,7 +80,7 @@ class PackedTensor:
     def dequantize(self):
         """The weights as a `float32` tensor `(in_features, out_features)`."""
         values = ops.cast(self.codes(), "float32") + self.offset
-        return values * expand_scale(self.scale, self.in_features, self.group_size)
+        return ops.multiply(values, expand_scale(self.scale, self.in_features, self.group_size))
 
     def gather(self, columns):
         """The weights of chosen outputs; the rest of the matrix is not unpacked.
