@@ -103,7 +103,7 @@ def _parts(block):
 def _sees_cache(mask, x, cache):
     """Whether a prompt attends to what it leaves in the cache: with the layers it need not."""
     length, dtype = cache["key"].shape[2], cache["key"].dtype
-    fits = mask is None or (tuple(mask.shape[1:]) == (x.shape[1], length))
+    fits = mask is None or tuple(mask.shape[1:]) == (x.shape[1], length)
     return fits and dtype == x.dtype
 
 

@@ -35,10 +35,7 @@ class Attention {
     space_ = attention_scratch(groups_, p_.head_dim, seen_);
     Scratch scratch(count * space_ * sizeof(float));
     scratch_ = reinterpret_cast<float*>(scratch.data());
-    run_tasks(parallel_, alone_, count, [](void* self, int64_t i) {
-      auto& own = *static_cast<Attention*>(self);
-      own.kernels_.attend(own.head(i), own.scratch_ + i * own.space_);
-    }, this);
+    run_tasks(parallel_, alone_, count, [this](int64_t i) { kernels_.attend(head(i), scratch_ + i * space_); });
   }
 
   // Several: some sequences at a time, first each head writes its tokens and lays out all that it has
@@ -69,18 +66,10 @@ class Attention {
   // Runs `part(i, scratch)` for every i in [0, count), the last first: those of most work.
   using Part = void (Attention::*)(int64_t i, float* scratch);
   void each(int64_t count, int64_t most, Part part) {
-    struct Loop {
-      Attention& own;
-      int64_t count, tasks;
-      Part part;
-
-      static void run(void* self, int64_t task) {
-        const Loop& loop = *static_cast<Loop*>(self);
-        for (int64_t i = loop.count - 1 - task; i >= 0; i -= loop.tasks)
-          (loop.own.*loop.part)(i, loop.own.scratch_ + task * loop.own.space_);
-      }
-    } loop{*this, count, count < most ? count : most, part};
-    run_tasks(parallel_, alone_, loop.tasks, Loop::run, &loop);
+    const int64_t tasks = count < most ? count : most;
+    run_tasks(parallel_, alone_, tasks, [=](int64_t task) {
+      for (int64_t i = count - 1 - task; i >= 0; i -= tasks) (this->*part)(i, scratch_ + task * space_);
+    });
   }
 
   void remember(int64_t i, float* scratch) { kernels_.remember(head(first_ + i), memory(i), scratch); }

@@ -97,16 +97,8 @@ class DecoderBlock {
   // Does it where each row of so many numbers begins, on several threads where it is enough.
   template <typename Do>
   void each_row(int64_t rows, int64_t numbers, const Do& with) {
-    struct Rows {
-      const Do& with;
-      int64_t bytes;
-
-      static void run(void* self, int64_t row) {
-        const Rows& rows = *static_cast<Rows*>(self);
-        rows.with(row * rows.bytes);
-      }
-    } loop{with, bytes(numbers)};
-    run_tasks(parallel_, rows * numbers < kSmall, rows, Rows::run, &loop);
+    const int64_t stride = bytes(numbers);
+    run_tasks(parallel_, rows * numbers < kSmall, rows, [&](int64_t row) { with(row * stride); });
   }
 
   const kbn_block& b_;

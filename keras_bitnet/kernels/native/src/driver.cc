@@ -100,15 +100,11 @@ class Matmul {
       tensor_absmax_ = p_.window ? absmax_of_images()
                                  : kernels_.absmax(p_.x, p_.dtype, p_.rows * p_.in_features);
     }
-    for_each(few, shares_, [](void* self, int64_t i) {
-      static_cast<Matmul*>(self)->take_rows(i);
-    });
+    run_tasks(parallel_, few, shares_, [this](int64_t i) { take_rows(i); });
     if (by_rows_ || probe_.quantized) return;
 
     plan_columns(small ? 1 : threads);
-    run_tasks(parallel_, small, tasks_, [](void* self, int64_t i) {
-      static_cast<Matmul*>(self)->multiply_columns(i);
-    }, this, ahead());
+    run_tasks(parallel_, small, tasks_, [this](int64_t i) { multiply_columns(i); }, ahead());
   }
 
  private:
@@ -154,10 +150,6 @@ class Matmul {
   // Rows of codes that a row of x becomes.
   static int planes_of(const kbn_matmul& p) {
     return p.activation_bits ? 1 : p.dtype == KBN_F32 ? 3 : 2;
-  }
-
-  void for_each(bool alone, int64_t count, Task task) {
-    run_tasks(parallel_, alone, count, task, this);
   }
 
   // Blocks of nearly equal size, in rows of codes; those of one row of x stay together.

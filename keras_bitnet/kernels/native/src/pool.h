@@ -20,12 +20,15 @@ struct Ahead {
 // the end, and when all are done fetches `ahead`.
 void pool_run(int64_t count, Task task, void* arg, const Ahead& ahead = {});
 
-// The same on the threads of `parallel`, or where it is null on the pool; in this thread alone where
-// it is all too little to wake another.
-inline void run_tasks(const kbn_parallel* parallel, bool alone, int64_t count, Task task, void* arg,
-                      const Ahead& ahead = {}) {
+// Runs with(i) for every i in [0, count) on the threads of `parallel`, or where it is null on the pool;
+// in this thread alone where it is all too little to wake another.
+template <typename Do>
+void run_tasks(const kbn_parallel* parallel, bool alone, int64_t count, const Do& with,
+               const Ahead& ahead = {}) {
+  const Task task = [](void* arg, int64_t i) { (*static_cast<const Do*>(arg))(i); };
+  void* arg = const_cast<Do*>(&with);
   if (alone || count < 2) {
-    for (int64_t i = 0; i < count; ++i) task(arg, i);
+    for (int64_t i = 0; i < count; ++i) with(i);
   } else if (parallel) {
     parallel->run(parallel->context, count, task, arg);
   } else {
