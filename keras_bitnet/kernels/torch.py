@@ -98,9 +98,10 @@ def _attributes(packed, activation_quantizer):
 def _beside(x, array):
     """A tensor, variable or array as a contiguous tensor on the device of `x`."""
     # Keras takes microseconds to hand a tensor back.
-    if isinstance(array, keras.Variable):
-        array = array.value
-    tensor = array if isinstance(array, torch.Tensor) else ops.convert_to_tensor(array)
+    if isinstance(array, torch.Tensor):
+        tensor = array
+    else:
+        tensor = array.value if isinstance(array, keras.Variable) else ops.convert_to_tensor(array)
     if tensor.device != x.device:
         tensor = tensor.to(x.device)
     return tensor.contiguous()

@@ -214,12 +214,6 @@ void compute(void* kernel, TF_OpKernelContext* context) {
   if (TF_GetCode(status.get())) TF_OpKernelContext_Failure(context, status.get());
 }
 
-std::vector<int64_t> dims(const TF_Tensor* tensor) {
-  std::vector<int64_t> sizes(TF_NumDims(tensor));
-  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = TF_Dim(tensor, static_cast<int>(i));
-  return sizes;
-}
-
 int32_t kbn_dtype_of(int dtype) {
   return dtype == kFloat ? KBN_F32 : dtype == kBfloat16 ? KBN_BF16 : dtype == kHalf ? KBN_F16 : -1;
 }
@@ -232,63 +226,70 @@ int32_t operand_dtype_of(int dtype) {
                            : kbn_dtype_of(dtype);
 }
 
+constexpr int kMaxRank = 32;
+
 // An input of an op, as long as its kernel runs.
 struct Input {
   TensorOwner tensor;
-  std::vector<int64_t> sizes;
+  int64_t sizes[kMaxRank];
+  kbn_adapter::Operand operand;
 
-  Input(TF_OpKernelContext* context, int i, TF_Status* status) {
+  void read(TF_OpKernelContext* context, int i, TF_Status* status) {
     TF_Tensor* found = nullptr;
-    if (!TF_GetCode(status)) TF_GetInput(context, i, &found, status);
+    TF_GetInput(context, i, &found, status);
+    if (TF_GetCode(status)) return;
     tensor.reset(found);
-    if (found) sizes = dims(found);
-  }
-  kbn_adapter::Operand operand() const {
-    return {{sizes.data(), static_cast<int64_t>(sizes.size())},
-            operand_dtype_of(TF_TensorType(tensor.get())), TF_TensorData(tensor.get())};
+    const int rank = TF_NumDims(found);
+    if (rank > kMaxRank) return TF_SetStatus(status, kInvalidArgument, "an operand has too many axes");
+    for (int axis = 0; axis < rank; ++axis) sizes[axis] = TF_Dim(found, axis);
+    operand = {{sizes, rank}, operand_dtype_of(TF_TensorType(found)), TF_TensorData(found)};
   }
 };
 
-// An output of an op: of the dtype of an input, and these sizes.
-TensorOwner allocate_like(const Input& input, const std::vector<int64_t>& sizes,
-                          TF_OpKernelContext* context, TF_Status* status, int output = 0) {
-  const int type = TF_TensorType(input.tensor.get());
+void read_inputs(Input* inputs, int count, TF_OpKernelContext* context, TF_Status* status) {
+  for (int i = 0; i < count && !TF_GetCode(status); ++i) inputs[i].read(context, i, status);
+}
+
+// An output of an op: of the dtype and rank of an input, and these sizes.
+TensorOwner allocate_like(const Input& input, const int64_t* sizes, TF_OpKernelContext* context,
+                          TF_Status* status, int output = 0) {
+  const int type = TF_TensorType(input.tensor.get()), rank = static_cast<int>(input.operand.shape.rank);
   size_t bytes = TF_DataTypeSize(type);
-  for (int64_t size : sizes) bytes *= static_cast<size_t>(size);
-  return TensorOwner(TF_AllocateOutput(context, output, type, sizes.data(),
-                                       static_cast<int>(sizes.size()), bytes, status));
+  for (int axis = 0; axis < rank; ++axis) bytes *= static_cast<size_t>(sizes[axis]);
+  return TensorOwner(TF_AllocateOutput(context, output, type, sizes, rank, bytes, status));
 }
 
 void multiply(const Attributes& given, TF_OpKernelContext* context, TF_Status* status) {
   Attributes attributes = given;
   const int inputs = TF_NumInputs(context), weights = weights_of(inputs);
   if (weights > KBN_MAX_JOINT) return TF_SetStatus(status, kInvalidArgument, "too many weights");
-  std::vector<Input> in;
-  for (int i = 0; i < inputs; ++i) in.emplace_back(context, i, status);
+  Input in[3 * KBN_MAX_JOINT + 3];
+  read_inputs(in, inputs, context, status);
   if (TF_GetCode(status)) return;
-  const Input &x = in[0], &x_scale = in[inputs - 2], &gain = in[inputs - 1];
+  const kbn_adapter::Operand &x = in[0].operand, &x_scale = in[inputs - 2].operand,
+                             &gain = in[inputs - 1].operand;
   kbn_adapter::Matmul matmuls[KBN_MAX_JOINT];
   TensorOwner results[KBN_MAX_JOINT];
   kbn_joint problem{weights, {}};
   for (int i = 0; i < weights; ++i) {
-    const Input &tiles = in[1 + i], &scale = in[1 + weights + i], &bias = in[1 + 2 * weights + i];
+    const kbn_adapter::Operand &tiles = in[1 + i].operand, &scale = in[1 + weights + i].operand,
+                               &bias = in[1 + 2 * weights + i].operand;
     kbn_adapter::Matmul& matmul = matmuls[i];
-    attributes.out_features = bias.sizes.size() == 1 ? bias.sizes[0] : 0;
-    const char* wrong = kbn_adapter::describe(
-        attributes, x.operand().shape, tiles.operand().shape, scale.operand().shape,
-        bias.operand().shape, x_scale.operand().shape, gain.operand().shape, &matmul);
+    attributes.out_features = bias.shape.rank == 1 ? bias.shape[0] : 0;
+    const char* wrong = kbn_adapter::describe(attributes, x.shape, tiles.shape, scale.shape, bias.shape,
+                                              x_scale.shape, gain.shape, &matmul);
     if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
-    matmul.dtype = x.operand().dtype;
-    std::vector<int64_t> sizes = x.sizes;
-    matmul.shape_of_y(x.operand().shape, sizes.data());
-    results[i] = allocate_like(x, sizes, context, status, i);
+    matmul.dtype = x.dtype;
+    int64_t sizes[kMaxRank];
+    matmul.shape_of_y(x.shape, sizes);
+    results[i] = allocate_like(in[0], sizes, context, status, i);
     if (TF_GetCode(status)) return;
-    matmul.x = x.operand().data;
-    matmul.tiles = static_cast<const uint8_t*>(tiles.operand().data);
-    matmul.scale = static_cast<const float*>(scale.operand().data);
-    matmul.bias = static_cast<const float*>(bias.operand().data);
-    if (x_scale.sizes[0]) matmul.x_scale = static_cast<const float*>(x_scale.operand().data);
-    if (gain.sizes[0]) matmul.gain = static_cast<const float*>(gain.operand().data);
+    matmul.x = x.data;
+    matmul.tiles = static_cast<const uint8_t*>(tiles.data);
+    matmul.scale = static_cast<const float*>(scale.data);
+    matmul.bias = static_cast<const float*>(bias.data);
+    if (x_scale.shape[0]) matmul.x_scale = static_cast<const float*>(x_scale.data);
+    if (gain.shape[0]) matmul.gain = static_cast<const float*>(gain.data);
     matmul.y = TF_TensorData(results[i].get());
     problem.matmuls[i] = &matmul;
   }
@@ -325,14 +326,13 @@ void read_number(TF_OpKernelConstruction* context, double* number, TF_Status* st
 // came in, handed out as TensorFlow's InplaceUpdate does.
 template <int kCount, int kCache>
 struct Cached {
-  std::vector<Input> in;
+  Input in[kCount];
   kbn_adapter::Operand operands[kCount];
   TensorOwner y;
 
   Cached(TF_OpKernelContext* context, TF_Status* status) {
-    for (int i = 0; i < kCount; ++i) in.emplace_back(context, i, status);
-    if (TF_GetCode(status)) return;
-    for (int i = 0; i < kCount; ++i) operands[i] = in[i].operand();
+    read_inputs(in, kCount, context, status);
+    for (int i = 0; i < kCount && !TF_GetCode(status); ++i) operands[i] = in[i].operand;
   }
   void* allocate(TF_OpKernelContext* context, TF_Status* status) {
     y = allocate_like(in[0], in[0].sizes, context, status);
@@ -375,12 +375,13 @@ void infer_norm_shape(TF_ShapeInferenceContext* context, TF_Status* status) {
 }
 
 void normalize(const double& epsilon, TF_OpKernelContext* context, TF_Status* status) {
-  Input x(context, 0, status), scale(context, 1, status);
+  Input in[2];
+  read_inputs(in, 2, context, status);
   if (TF_GetCode(status)) return;
   kbn_norm problem;
-  const char* wrong = kbn_adapter::describe(x.operand(), scale.operand(), epsilon, &problem);
+  const char* wrong = kbn_adapter::describe(in[0].operand, in[1].operand, epsilon, &problem);
   if (wrong) return TF_SetStatus(status, kInvalidArgument, wrong);
-  TensorOwner y = allocate_like(x, x.sizes, context, status);
+  TensorOwner y = allocate_like(in[0], in[0].sizes, context, status);
   if (TF_GetCode(status)) return;
   problem.y = TF_TensorData(y.get());
   wrong = kbn_normalize_limited(&problem, max_threads.load(std::memory_order_relaxed));
