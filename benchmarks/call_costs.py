@@ -4,9 +4,9 @@
 
 *Time*: one row through a packed layer of 256x256 in memory that is cached, by the public
 `keras_bitnet.ops.bit_matmul` on one thread, less the bare C call in the same run. PyTorch runs it
-eagerly in inference mode; of JAX and TensorFlow it is what a product adds to a compiled function,
-by the difference of two functions with 64 and 192 of them in a row: to call any function of TensorFlow
-takes hundreds of microseconds. In PyTorch whole calls of the layer and of a `Dense` of its size, too.
+eagerly in inference mode. Of JAX and TensorFlow it is what a product adds to a compiled function,
+by the difference of two with 64 and 192 of them in a row: to call any function of TensorFlow takes
+hundreds of microseconds. In PyTorch whole calls of the layer and of a `Dense` of its size, too.
 
 *Memory*: what packed layers of 4096 inputs and 14336 outputs add to the resident memory of a
 process whose framework is warm, before their first call and after it.
