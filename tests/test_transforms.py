@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import test_models
-from helpers import bit_layers, relative_error, to_numpy
+from helpers import bit_layers, needs, relative_error, to_numpy
 from rounding import clear_tokens
 
 import keras_bitnet
@@ -398,6 +398,31 @@ class Branches(keras.Model):
 
     def get_config(self):
         return {**super().get_config(), "kind": self.kind}
+
+
+@needs("tensorflow")  # Keras looks words and numbers up with it
+def test_what_adapt_found_is_kept(rng, tmp_path):
+    data = rng.normal(300, 50, (64, 4)).astype("float32")
+    numbers = rng.choice([3, 5, 9], (64, 2))
+    normalization = keras.layers.Normalization(name="normalization")
+    normalization.adapt(data)
+    lookup = keras.layers.IntegerLookup(output_mode="multi_hot", name="lookup")
+    lookup.adapt(numbers)
+    inputs = [keras.Input((4,)), keras.Input((2,), dtype="int64")]
+    features = [normalization(inputs[0]), lookup(inputs[1])]
+    outputs = keras.layers.Dense(3)(keras.layers.Concatenate()(features))
+    model = keras.Model(inputs, outputs)
+    start = {"weight_quantizer": "int8", "quantization_strength": 0.0}
+    quantized = keras_bitnet.quantize_model(model, start, verbose=0)
+    x = [data[:8], numbers[:8]]
+    np.testing.assert_allclose(to_numpy(quantized(x)), to_numpy(model(x)), rtol=1e-5, atol=1e-5)
+    quantized.layers[-1].quantization_strength.assign(1.0)
+    packed = keras_bitnet.pack_model(quantized, verbose=0)
+    packed.predict(x, verbose=0)  # on JAX it deletes the arrays that it was given
+    assert relative_error(to_numpy(packed(x)), to_numpy(quantized(x))) < 1e-5
+    packed.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(packed(x)))
 
 
 @pytest.mark.parametrize("kind", ["numbers", "dots"])

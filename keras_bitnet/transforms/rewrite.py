@@ -8,9 +8,13 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_bitnet.checks import check_built
 from keras_bitnet.layers.kernel_weights import assign_copy
@@ -257,7 +261,7 @@ def _clone_input(tensor):
 
 
 def copy_own_weights(old, new):
-    """Copies the variables that belong to `old` itself, those of its children left out.
+    """Copies what belongs to `old` itself, that of its children left out.
 
     Raises:
         ValueError: `new` has other variables.
@@ -276,6 +280,21 @@ def copy_own_weights(old, new):
         )
     for source, target in zip(olds, news, strict=True):
         assign_copy(target, source)
+    _copy_what_is_no_variable(old, new)
+
+
+def _copy_what_is_no_variable(old, new):
+    """What `adapt` of a preprocessing layer found, and files such as a vocabulary, as if saved."""
+    if hasattr(old, "adapt"):
+        store: dict[str, Any] = {}
+        old.save_own_variables(store)
+        # Copies: on JAX, `fit` would delete a shared array.
+        copies = {name: np.array(ops.convert_to_numpy(value)) for name, value in store.items()}
+        new.load_own_variables(copies)
+    if hasattr(old, "save_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            old.save_assets(folder)
+            new.load_assets(folder)
 
 
 def _lost_mode(old, new):
