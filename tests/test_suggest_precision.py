@@ -286,7 +286,8 @@ def test_layers_that_are_quantized_already_are_left_out():
 @pytest.mark.parametrize(
     ("text", "limit", "kind"),
     [("4.5 bits", 4.5, "bits"), ("1.2MB", 1.2e6, "bytes"), ("300 KiB", 300 * 1024, "bytes"),
-     ("3ms", 3e-3, "seconds"), ("250 us", 250e-6, "seconds"), ("1e3 b", 1e3, "bytes")],
+     ("2000 bytes", 2000, "bytes"), ("1e3 b", 1e3, "bytes"), ("3ms", 3e-3, "seconds"),
+     ("250 us", 250e-6, "seconds")],
 )  # fmt: skip
 def test_budgets(text, limit, kind):
     budget = Budget.of(text)

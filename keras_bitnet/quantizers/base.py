@@ -66,7 +66,8 @@ class WeightQuantizer(Quantizer):
         scale: How the scale is found: `"absmean"`, `"absmedian"` or `"absmax"` of the weights
             that share it, or `"learned"`: a trained variable of the layer (learned step size,
             LSQ), which starts from the statistic `learned_init`. The layer trains its
-            logarithm (as TQT does, https://arxiv.org/abs/1903.08066).
+            logarithm (as TQT does, https://arxiv.org/abs/1903.08066). Weight decay pulls the scale
+            towards 1: `optimizer.exclude_from_weight_decay(var_names=["log2_scale"])`.
         granularity: Which weights share a scale: `"tensor"` (all), `"channel"` (an output's),
             `"group"` (`group_size` consecutive inputs of an output).
         group_size: Inputs to a group, a multiple of 32. Giving it implies
