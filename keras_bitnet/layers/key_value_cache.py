@@ -71,6 +71,20 @@ def make_cache(batch, length, heads, head_dim, dtype="float32"):
     return cache
 
 
+def make_caches(count, *arguments):
+    """`count` empty caches that do not share memory; other arguments as of `make_cache`."""
+    first = make_cache(*arguments)
+    # TensorFlow makes a tensor like another in a quarter of the time.
+    others = ({name: ops.zeros_like(x) for name, x in first.items()} for _ in range(count - 1))
+    return [first, *others]
+
+
+if BACKEND == "jax":  # one program: each array by itself would take a quarter of a millisecond
+    import jax
+
+    make_caches = jax.jit(make_caches, static_argnums=range(6))
+
+
 def write(cache, key, value, start):
     """Writes new keys and values.
 

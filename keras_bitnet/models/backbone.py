@@ -10,7 +10,7 @@ from keras_bitnet.layers.bit_linear import BitLinear
 from keras_bitnet.layers.bit_transformer_decoder import BitTransformerDecoder
 from keras_bitnet.layers.block import BitBlock
 from keras_bitnet.layers.decode_at_once import chain_of, decode_at_once
-from keras_bitnet.layers.key_value_cache import make_cache
+from keras_bitnet.layers.key_value_cache import make_caches
 from keras_bitnet.layers.large_weights import UntouchedZeros
 from keras_bitnet.layers.rotary import rotary_tables
 from keras_bitnet.models.presets import preset
@@ -278,8 +278,7 @@ class BitNetBackbone(BitBlock, keras.Model):
             dtype: A float dtype, the compute dtype by default, or `"int8"`.
         """
         sizes = (batch, length, self.num_key_value_heads, self.head_dim)
-        dtype = dtype or self.compute_dtype
-        return [make_cache(*sizes, dtype=dtype) for _ in self.decoder_layers]
+        return make_caches(len(self.decoder_layers), *sizes, dtype or self.compute_dtype)
 
     def chain_of_blocks(self, cache):
         """What lets one operator of a processor decode a token by all blocks (decision note 13).
