@@ -143,6 +143,34 @@ def test_blocks_that_share_inputs(out_features, rng):
             assert all(torch.equal(found, y[alone][0]) for found in y[kernel]), (kernel, rows)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_blocks_that_take_many_slices_alone(bits):
+    """Of so many outputs the blocks of 64 rows share no inputs, and have a kernel of their own."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("there is no such kernel for this GPU")
+    for k, n in ((4100, 40000), (8192, 20000)):
+        tiles = torch.randint(
+            0, 256, layout.tiles_shape(k, n, bits), dtype=torch.uint8, device="cuda"
+        )
+        packed = with_scale_1(tiles, k, n, bits)
+        for rows in (33, 64, 100):
+            x = torch.randn(rows, k, device="cuda").bfloat16()
+            assert torch.equal(product(x, packed, 10), product(x, packed, 11)), (k, n, rows)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_single_rows_of_many_turns(bits):
+    for k, n in ((14332, 4096), (14336, 4090), (8190, 8192), (4100, 14330)):
+        tiles = torch.randint(
+            0, 256, layout.tiles_shape(k, n, bits), dtype=torch.uint8, device="cuda"
+        )
+        packed = with_scale_1(tiles, k, n, bits)
+        x = torch.randn(2, k, device="cuda").bfloat16()
+        wanted = product(x, packed, 1)
+        for _ in range(3):  # the first one waits for the weights
+            assert torch.equal(product(x[:1], packed, 0)[0], wanted[0]), (k, n)
+
+
 @pytest.mark.parametrize("bits", [2, 4])
 def test_narrow_blocks_in_the_last_wave(bits, rng):
     """Those of 128 rows; on 132 SMs the first sizes have some."""

@@ -17,6 +17,8 @@ constexpr int GROUP_STAGES = 10 / (TILES<true> + 1);
   KERNEL(gemv_4x2_##suffix, 256, 2, gemv<T, 8, 8, 4, false>(p))                      \
   KERNEL(gemv_8_##suffix, 256, 2, gemv<T, 8, 8, 8, false>(p))                        \
   KERNEL(gemv_16_##suffix, 512, 2, gemv<T, 16, 6, 16, false>(p))                     \
+  KERNEL(gemv_many_4x2_##suffix, 256, 2, gemv<T, 8, 8, 4, false, 1, 4>(p))           \
+  KERNEL(gemv_many_16_##suffix, 512, 2, gemv<T, 16, 7, 16, false, 1, 4>(p))          \
   KERNEL(gemv_grouped_8_##suffix, 256, 2, gemv<T, 8, GROUP_STAGES, 8, true>(p))      \
   KERNEL(gemv_grouped_16_##suffix, 512, 1, gemv<T, 16, GROUP_STAGES, 16, true>(p))   \
   KERNEL(gemv_split_8_##suffix, 256, 2, gemv<T, 8, 8, 8, false, T::PLANES>(p))       \
@@ -60,6 +62,10 @@ MANY(16, 16, FAR_AHEAD, SHIFTS)
 MANY(32, 16, FAR_AHEAD, SHIFTS)
 MANY(64, 8, BITS <= 2 ? 4 : AHEAD, SHIFTS < 2 ? 1 : 2)
 MANY(128, 10, AHEAD, 1)
+#if KBC_BITS < 8
+KERNEL(wgmma_long_64, FOUR_GROUPS_64 & BITS ? 640 : 384, 1,
+       gemm_wgmma<(FOUR_GROUPS_64 & BITS) != 0, 8, 8, BITS <= 2 ? 4 : AHEAD, SHIFTS < 2 ? 1 : 2, true>(p))
+#endif
 #endif
 
 #ifdef KBC_WGMMA16

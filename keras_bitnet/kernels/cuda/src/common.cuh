@@ -299,6 +299,18 @@ DEVICE uint2 load_stream(const uint2* p) {
   return v;
 }
 
+// Weights in the place of others, if there are any: in the same registers.
+DEVICE void load_over(uint4& v, const uint4* p, bool there) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %4, 0;\n"
+               "@p ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%5];\n}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w) : "r"((u32)there), "l"(p));
+}
+DEVICE void load_over(uint2& v, const uint2* p, bool there) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n"
+               "@p ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%3];\n}"
+               : "+r"(v.x), "+r"(v.y) : "r"((u32)there), "l"(p));
+}
+
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Copies BYTES of weights or scales to shared memory, or zeros.

@@ -34,6 +34,11 @@ template <class Unit> struct Columns {
 #pragma unroll
     for (int q = begin; q < end; ++q) w[q] = has(slice, q) ? load_stream(at(slice, q)) : Unit{};
   }
+  // Into the registers of weights that are done with, which stay where there are no others.
+  DEVICE void reload(int slice, Unit (&w)[QUADS]) const {
+#pragma unroll
+    for (int q = 0; q < QUADS; ++q) load_over(w[q], at(slice, q), has(slice, q));
+  }
 };
 
 // The A operand of slab `s` of a slice for set `set`.

@@ -236,7 +236,7 @@ DEVICE void consume16(const Matmuls& all, const Share& share, int first_row, con
   const Turns<(MB < 16 ? 1 : WARPS / 4)> turns(__shfl_sync(~0u, warp / 4, 0));
   Columns<uint2> columns(p, first_column, share.first, share.first + share.count);
   uint2 weights[AHEAD][QUADS];
-  load_first(p, columns, weights);
+  load_first<AHEAD>(p, columns, weights);
 
   FloatSums<GROUPED, MB> sums(p, first_column + 2 * (lane / 4), share.first * SLICE);
   if (GROUPED && BITS >= 4 && p.group_size % 64)

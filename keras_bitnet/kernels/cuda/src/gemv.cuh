@@ -7,9 +7,10 @@
 #include "common.cuh"
 
 // Quantizes the row into shared memory, in its own order, padded with zeros to a multiple of 32 inputs; four codes of
-// each plane lie beside each other. Returns its scale; `row_sum` gets the sums of the codes.
-template <class T, int WARPS, int PLANES>
-DEVICE float quantize_row(const Activations& p, int row, u32* codes, int (&row_sum)[PLANES]) {
+// each plane lie beside each other. Returns its scale; `row_sum` gets the sums of the codes. `meanwhile` is called when
+// the row has been asked for.
+template <class T, int WARPS, int PLANES, class Meanwhile>
+DEVICE float quantize_row(const Activations& p, int row, u32* codes, int (&row_sum)[PLANES], Meanwhile meanwhile) {
   __shared__ u32 maxima[WARPS];
   __shared__ int sums[PLANES][WARPS];
   constexpr int THREADS = WARPS * 32, HELD = 8;
@@ -18,6 +19,7 @@ DEVICE float quantize_row(const Activations& p, int row, u32* codes, int (&row_s
   Four<T> held[HELD];
   u32 largest = 0;
   load_fours<T, HELD>(held, x, p.k, p.x_aligned, [&](int i) { return 4 * (i * THREADS + threadIdx.x); });
+  meanwhile();
 #pragma unroll
   for (int i = 0; i < HELD; ++i) largest = largest_of(held[i], largest);
   for (int i = HELD * THREADS + threadIdx.x; i < fours; i += THREADS)
@@ -139,8 +141,9 @@ struct Cursor {
 };
 
 // WARPS: of the block. KS: warps that share a row of tiles. STAGES: turns of a lane on their way, to places in
-// shared memory that are its own, so that they need no registers and no barrier.
-template <class T, int WARPS, int STAGES, int KS, bool GROUPED, int PLANES = 1>
+// shared memory that are its own, so that they need no registers and no barrier. SOON: those that are asked for before
+// the activations, which wait behind them.
+template <class T, int WARPS, int STAGES, int KS, bool GROUPED, int PLANES = 1, int SOON = STAGES>
 DEVICE void gemv(const Matmuls& all) {
   const Matmul p = own_product(all);
   using Number = typename Sums<GROUPED, PLANES>::Number;
@@ -188,7 +191,7 @@ DEVICE void gemv(const Matmuls& all) {
   const Cursor start = at;
   if (p.weights_ready) {
 #pragma unroll
-    for (int i = 0; i < STAGES; ++i, advance()) copy_weights(), copy_commit();
+    for (int i = 0; i < SOON; ++i, advance()) copy_weights(), copy_commit();
   } else {
 #pragma unroll
     for (int i = 0; i < STAGES; ++i, advance())
@@ -208,14 +211,17 @@ DEVICE void gemv(const Matmuls& all) {
   if (GROUPED || !p.weights_ready) {
     at = start;
 #pragma unroll
-    for (int i = 0; i < STAGES; ++i, advance()) {
+    for (int i = 0; i < SOON; ++i, advance()) {
       if (!p.weights_ready) copy_weights();
       if (GROUPED) copy_scales();
       copy_commit();
     }
   }
   int row_sum[PLANES];
-  const float x_scale = quantize_row<T, WARPS>(p, blockIdx.x, x_codes, row_sum);
+  const float x_scale = quantize_row<T, WARPS>(p, blockIdx.x, x_codes, row_sum, [&] {
+#pragma unroll
+    for (int i = SOON; i < STAGES; ++i, advance()) copy_weights(), copy_commit();
+  });
   if (GROUPED) {  // sums of the codes of every turn
     for (int i = threadIdx.x; i < (p.k + 31) / 32 * (8 / (EACH * GROUPS)) * PLANES; i += THREADS) {
       const int turn = i / PLANES;

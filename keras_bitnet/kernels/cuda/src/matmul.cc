@@ -36,7 +36,7 @@ constexpr MatrixKernel kMatrixKernels[] = {
     {"wgmma16_grouped_64_", 640, 64, 256, 4, 1, true, true, true, 1000, 2000},
     {"wgmma16_grouped_128_", 640, 128, 256, 4, 1, true, true, true, 1200, 3000},
 };
-enum { kMma8, kMma16, kMma32, kMma64, kGrouped8, kCount = 15 };
+enum { kMma8, kMma16, kMma32, kMma64, kGrouped8, kWgmma64 = 9, kCount = 15 };
 
 constexpr int kSlice = 128;
 
@@ -297,6 +297,13 @@ struct RowKernel {
 constexpr RowKernel kRowKernels[] = {{"gemv_8_", 8, 8, 1, INT64_MAX, 8192},
                                      {"gemv_16_", 16, 6, 1, INT64_MAX, INT64_MAX}};
 constexpr RowKernel kManyRows = {"gemv_4x2_", 8, 8, 2, INT64_MAX, INT64_MAX};  // of tiles
+// Kernels for many turns: they ask for some of the weights after the activations, which else wait for all.
+struct ManyTurns {
+  const RowKernel* instead_of;
+  RowKernel kernel;
+};
+constexpr ManyTurns kManyTurns[] = {{&kManyRows, {"gemv_many_4x2_", 8, 8, 2, INT64_MAX, 8192}},
+                                    {&kRowKernels[1], {"gemv_many_16_", 16, 7, 1, INT64_MAX, 16384}}};
 constexpr RowKernel kGroupedRows[] = {{"gemv_grouped_8_", 8, 10, 1, 1536, INT64_MAX},
                                       {"gemv_grouped_16_", 16, 10, 1, INT64_MAX, INT64_MAX}};
 constexpr RowKernel kSplitRows[] = {{"gemv_split_8_", 8, 8, 1, INT64_MAX, 8192},
@@ -319,13 +326,23 @@ const char* run_rows(Device& device, const kbc_joint& joint, const Activations& 
   auto bytes = [&](const RowKernel& kernel) { return kernel.places * kernel.warps * 32 * 16 + codes + sums; };
   constexpr int64_t kStatic = 6144;  // what a kernel has besides, at most
   if (p.group_size && k->warps == 16 && bytes(*k) + kStatic > device.shared_memory) --k;
-  // Of a single row a multiprocessor has the memory for two blocks, no more: what others fetch would delay these.
-  // It gets two; or one, where nearly all would have two rows of tiles, and those of the next launch lie beside it and
-  // fetch their weights already.
-  const int64_t third = p.rows == 1 ? device.shared_memory / 3 : 0;
-  const int64_t shared = bytes(*k) > third ? bytes(*k) : third;
+  // A multiprocessor gets two blocks; or one, where nearly all would have two rows of tiles, and those of the next
+  // launch lie beside it and fetch their weights already.
   const bool one = (k->warps == 16 && p.group_size) || (2 * tile_rows >= 3 * places && tile_rows < 2 * places);
   const int64_t slots = one ? places : 2 * places;
+  // Turns of the warps that share a row of tiles, over all their rows.
+  const int64_t tiles = 8 * k->warps / k->teams, teams = slots * k->teams;
+  const int64_t turns = (tile_rows + teams - 1) / teams * ((m.k_tiles + tiles - 1) / tiles);
+  constexpr int64_t kFewTurns = 12;
+  if (p.rows == 1 && turns > kFewTurns)
+    for (const ManyTurns& many : kManyTurns)
+      if (k == many.instead_of && m.k <= many.kernel.most_inputs) {
+        k = &many.kernel;
+        break;
+      }
+  // Of a single row there is memory for two blocks, no more: what others fetch would delay these.
+  const int64_t third = p.rows == 1 ? device.shared_memory / 3 : 0;
+  const int64_t shared = bytes(*k) > third ? bytes(*k) : third;
   auto blocks = [&](const kbc_matmul& one) { return ((one.out_features + 15) / 16 + k->teams - 1) / k->teams; };
   const int64_t all = sum(joint, blocks);
   const std::string name = std::string(k->name) + kDtypes[p.dtype];
@@ -351,7 +368,9 @@ const char* run_matrix(Device& device, const kbc_joint& joint, Activations m, vo
   const bool few = !k.wide && m.planes == 1 && p.rows <= 2 * device.multiprocessors;
   const char* const quantize = m.planes > 1 ? "split_" : few ? "quantize_few_" : "quantize_";
   const std::string prepare = (k.wide ? "arrange_" : quantize) + dtype;
-  const std::string multiply = k.name + (k.wide ? dtype : "");
+  // Of 64 rows there is a kernel for blocks that share nothing and take many slices.
+  const bool alone = choice.kernel == kWgmma64 && choice.shares == 1 && p.bits < 8 && p.in_features >= 32 * kSlice;
+  const std::string multiply = alone ? "wgmma_long_64" : k.name + (k.wide ? dtype : "");
   if (k.wide) m.planes = 1;
   const Launch first{prepare.c_str(), static_cast<unsigned>(p.rows), 1, kQuantizeThreads * (few ? 2u : 1u), 0,
                      starts_early(joint)};

@@ -136,8 +136,8 @@ struct Share {
 
 // Asks for the weights of the first slices, and waits until the kernel before has ended: first of the two, where that
 // one does not write them.
-template <class Unit, int AHEAD>
-DEVICE void load_first(const Activations& p, const Columns<Unit>& columns, Unit (&weights)[AHEAD][QUADS]) {
+template <int AHEAD, class Unit, int PLACES>
+DEVICE void load_first(const Activations& p, const Columns<Unit>& columns, Unit (&weights)[PLACES][QUADS]) {
   if (p.weights_ready)
 #pragma unroll
     for (int j = 0; j < AHEAD; ++j) columns.load(j, weights[j]);
