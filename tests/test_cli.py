@@ -248,6 +248,16 @@ def test_errors_have_exit_code_1_and_say_why(arguments, message, saved, capsys):
     assert message.replace("\\", "") in captured.err
 
 
+def test_a_class_that_nobody_registered_is_named(tmp_path, capsys):
+    own = type("Own", (keras.layers.Layer,), {"call": lambda self, x: x})
+    path = tmp_path / "model.keras"
+    keras.Sequential([keras.Input((4,)), own()]).save(path)
+    assert cli.main(["summary", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "Could not locate class 'Own'. `--import MODULE`" in error
+    assert "config" not in error
+
+
 def test_wrong_usage_has_exit_code_2(saved, capsys):
     for arguments in (
         [],

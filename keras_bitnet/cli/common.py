@@ -173,7 +173,11 @@ def load_model(path):
     except (ValueError, OSError):
         raise
     except Exception as error:  # whatever the layers of a foreign file raise
-        raise ValueError(f"'{path}' cannot be loaded: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {error}"
+        if "Could not locate class" in reason:  # of which Keras shows all of the config, twice
+            reason = reason.rpartition("Exception encountered: ")[2].partition(". ")[0]
+            reason += ". `--import MODULE` imports the module that registers it."
+        raise ValueError(f"'{path}' cannot be loaded: {reason}") from error
 
 
 def load_any(path, **arguments):
