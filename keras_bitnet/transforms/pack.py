@@ -58,9 +58,8 @@ def pack_model(model, *, memory="fastest", verbose=1, return_changes=False):
 
     layers: list[BitLayer] = []
     rule = Rule("packed", replace, transfer)
-    packed = _run(
-        model, rule, "quantize the model first, see `quantize_model`", verbose, return_changes
-    )
+    hint = "all are packed already, or none is quantized, see `quantize_model`"
+    packed = _run(model, rule, hint, verbose, return_changes)
     _warn_of_rounding(layers)
     use_huge_pages(packed[0] if return_changes else packed)
     return packed
