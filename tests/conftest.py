@@ -54,6 +54,19 @@ def on_cpu():
         yield
 
 
+@pytest.fixture(scope="session")
+def whole_graph():
+    """Skips where dynamo does not take a plain layer of Keras whole."""
+    torch = pytest.importorskip("torch")
+    layer = keras.layers.Dense(2)
+    layer.build((None, 3))
+    try:
+        torch.compile(layer, fullgraph=True, backend="eager")(torch.ones(1, 3))
+    except torch._dynamo.exc.Unsupported:
+        versions = f"PyTorch {torch.__version__} and Keras {keras.version()}"
+        pytest.skip(f"{versions} do not compile `Dense` whole")
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

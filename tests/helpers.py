@@ -14,6 +14,7 @@ import pytest
 from keras import ops
 
 BACKEND = keras.backend.backend()
+KERAS = tuple(map(int, keras.version().split(".")[:2]))
 ROOT = pathlib.Path(__file__).parent.parent
 
 # For tests that need no backend, or bring all three.

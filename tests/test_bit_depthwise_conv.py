@@ -184,6 +184,7 @@ def test_taps_are_quantized_as_their_patch_is(quantizer, strength, stride, rng):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="PyTorch's own")
+@pytest.mark.usefixtures("whole_graph")
 @pytest.mark.parametrize("packed_layout", ["tiles", "trits"])
 def test_torch_compiles_a_packed_layer_whole(packed_layout, rng):
     import torch

@@ -283,7 +283,7 @@ def test_operands_at_odd_addresses(shader, rng):
 
 
 @needs_compiler
-def test_layer_and_compile(cpu_operator, shader, rng):
+def test_layer_and_compile(cpu_operator, shader, rng, whole_graph):
     layer = packed_layer(rng)
     x = torch.randn(5, 100)
     wanted = to_numpy(layer(x))

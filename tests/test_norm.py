@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import (
     BACKEND,
+    KERAS,
     assert_nan_and_infinity_stay_in_their_rows,
     compiled,
     gradient,
@@ -109,6 +110,11 @@ def test_the_layer_is_keras_own_but_for_rounding(rng, ran):
     assert relative_error(model.predict(x, verbose=0), to_numpy(theirs(x))) < 1e-6
     assert bool(ran) == HAS_ROW
     assert [w.path.split("/")[-1] for w in ours.weights] == ["scale"]
+
+
+@pytest.mark.skipif(KERAS < (3, 15), reason="Keras 3.13 has no such norm over several axes")
+def test_several_axes_are_keras_own(rng):
+    x = rng.normal(size=(4, 6, 24)).astype("float32")
     both = RMSNormalization(axis=(1, 2)), keras.layers.RMSNormalization(axis=(1, 2))
     y, wanted = (to_numpy(layer(x)) for layer in both)
     assert relative_error(y, wanted) < 1e-6

@@ -283,6 +283,7 @@ def test_kernels_know_a_quantizer_by_what_it_computes():
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="torch.compile is PyTorch's")
+@pytest.mark.usefixtures("whole_graph")
 @pytest.mark.parametrize("weights", ["ternary", "binary", "int2", "int8"])
 @pytest.mark.parametrize("inputs", ["int8", "int4"])
 def test_torch_compile_traces_a_training_layer_whole(weights, inputs, rng):
