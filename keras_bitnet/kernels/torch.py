@@ -137,7 +137,7 @@ def _backward(ctx, *dys):
 
 
 def _run_through_ctypes(*operands, weights):
-    """The operators for a PyTorch without the stable C functions that the library needs."""
+    """The operators where the library cannot define them, as on Windows."""
     x, tensors, (x_scale, gain), sizes, numbers = matmul_operands(operands, weights, shared=2)
     bits, trits, group_size, activation_bits, per_tensor, offset, epsilon, norm_epsilon, *window = (
         numbers

@@ -1,10 +1,16 @@
 """Layers of the same inputs: where they are packed, their products are one operation."""
 
 import threading
+from typing import Any
 
 from keras_bitnet.ops.bit_matmul import joint_bit_matmul
 
-_scope = threading.local()  # `torch.compile` traces through this, not through a ContextVar
+
+class _Scope(threading.local):  # as in `keras_bitnet.kernels.select`
+    products: Any = None
+
+
+_scope = _Scope()
 
 
 def call_jointly(layers, x):
@@ -20,7 +26,7 @@ def call_jointly(layers, x):
     Returns:
         List of tensors.
     """
-    outer = getattr(_scope, "products", None)
+    outer = _scope.products
     _scope.products = _products(layers, x)
     try:
         return [layer(x) for layer in layers]
@@ -30,7 +36,7 @@ def call_jointly(layers, x):
 
 def joint_product(layer, x):
     """What a layer's kernel makes of inputs `x` if that was computed with others', or `None`."""
-    found = getattr(_scope, "products", None)
+    found = _scope.products
     if found is None or found[0] is not x:
         return None
     return found[1].get(id(layer))
