@@ -18,12 +18,13 @@ from keras_bitnet.layers.kernel_weights import KernelWeights
 from keras_bitnet.layers.lora import LowRankAdaptation
 from keras_bitnet.layers.rms_normalization import RMSNormalization
 from keras_bitnet.layers.shared_arguments import SharedArguments, under_own_names
+from keras_bitnet.layers.short_call import ShortCall
 from keras_bitnet.ops.bit_matmul import bit_matmul
 
 NORMS = {"rms": RMSNormalization, "layer": keras.layers.LayerNormalization}
 
 
-class BitLayer(SharedArguments, InputTreatment, LowRankAdaptation, KernelWeights):
+class BitLayer(ShortCall, SharedArguments, InputTreatment, LowRankAdaptation, KernelWeights):
     """Base of the quantized layers. Arguments are those that every one of them takes.
 
     Args:
