@@ -49,8 +49,11 @@ class ShortCall(keras.Layer):
 
     def _left_alone(self, x, result):
         """Whether Keras, which let `x` through, did nothing else in that call."""
-        same = keras.backend.standardize_dtype(x.dtype) == self.compute_dtype == self.variable_dtype
-        more = len(inspect.signature(self.call).parameters) > 1
-        more = more or isinstance(self.activation, keras.Layer) or hasattr(result, "_keras_mask")
-        more = more or getattr(self.activation_quantizer, "momentum", None) is not None
-        return same and not more
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        asks_for_training = (
+            len(inspect.signature(self.call).parameters) > 1
+            or isinstance(self.activation, keras.Layer)
+            or getattr(self.activation_quantizer, "momentum", None) is not None
+        )
+        converts = not dtype == self.compute_dtype == self.variable_dtype
+        return not (converts or asks_for_training or hasattr(result, "_keras_mask"))
