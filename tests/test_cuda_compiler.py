@@ -143,12 +143,14 @@ def test_struct_equals_the_header(tmp_path):
     if COMPILER is None:
         pytest.skip("there is no C++ compiler")
     lines = ['#include "shim.h"', "#include <stddef.h>"]
+    lines.append(f"static_assert(KBC_BLOCK_WEIGHTS == {library.BLOCK_WEIGHTS});")
     for struct, mirror in (
         ("kbc_matmul", library.MatmulStruct),
         ("kbc_joint", library.JointStruct),
         ("kbc_norm", library.NormStruct),
         ("kbc_fake", library.FakeStruct),
         ("kbc_attention", library.AttentionStruct),
+        ("kbc_decode", library.DecodeStruct),
     ):
         for name, _ in mirror._fields_:
             field = getattr(mirror, name)

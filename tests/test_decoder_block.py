@@ -27,7 +27,8 @@ from keras_bitnet.quantizers import Int4
 
 if native.library() is None:
     pytest.skip(native.reason(), allow_module_level=True)
-if library.reason(0) is None:
+GPU = library.reason(0) is None
+if GPU and BACKEND != "torch":
     pytest.skip("a GPU runs the layers", allow_module_level=True)
 
 FEATURES, LENGTH = 48, 9
@@ -42,6 +43,8 @@ BLOCKS = {
     "float activations": {"activation_quantizer": None, "weight_quantizer": "int8"},
     "int4 activations": {"activation_quantizer": "int4"},
 }
+if GPU:
+    del BLOCKS["trits"]  # the layers run
 
 
 def make_block(rng, **arguments):
@@ -159,6 +162,7 @@ def test_many_sequences(batch, tokens, rng):
     assert relative_error(run(block, *given)[0], run(block, *given, one=False)[0]) < 0.01
 
 
+@pytest.mark.skipif(GPU, reason="of the native library")
 @TOKENS
 def test_every_instruction_set(tokens, rng):
     block = make_block(rng, activation="silu")
@@ -259,6 +263,7 @@ def test_the_gradient_is_that_of_the_layers(tokens, rng):
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="JAX looks at shapes while it traces")
+@pytest.mark.skipif(GPU, reason="of the native library")
 def test_operands_that_do_not_fit_are_errors(rng):
     """A graph that was saved may bring others than those it was traced with."""
     block = make_block(rng)
@@ -270,7 +275,7 @@ def test_operands_that_do_not_fit_are_errors(rng):
         found[place["at"]] = place["to"](found[place["at"]])
         return found
 
-    module = decoder_block._ROWS[BACKEND]()
+    module = decoder_block._ROWS[BACKEND, "native"]()
     cases = (
         (0, lambda x: x[..., :-1], "gain must be"),
         (1, lambda tiles: tiles[:, :-1], "tiles must be"),
@@ -288,7 +293,84 @@ def test_operands_that_do_not_fit_are_errors(rng):
             np.testing.assert_array_equal(floats(cache["key"]), before)
 
 
-CHAINS = pytest.mark.skipif(BACKEND == "jax", reason="XLA calls one block after another")
+CHAINS = pytest.mark.skipif(BACKEND == "jax" or GPU, reason="no operator takes a chain")
+TOGETHER = pytest.mark.skipif(not GPU, reason="an operator of a GPU runs all blocks")
+
+
+def run_together(blocks, x, caches, index, mask=None):
+    with no_gradient():
+        return decode_at_once.decode_together(blocks, x, mask, None, caches, index)
+
+
+@TOGETHER
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"tokens": 3},
+        {"tokens": 4, "intermediate_dim": 9000},
+        BLOCKS["plain"],
+        BLOCKS["llama"],
+        BLOCKS["int4 in groups"],
+        BLOCKS["float activations"],
+        {"dtype": "bfloat16", "cache_dtype": "int8", "sub_norm": None},
+        {"dtype": "float16", "tokens": 2},
+    ],
+)
+def test_all_blocks_at_once_are_one_after_another(arguments, rng):
+    blocks, x, caches, index, own, _ = make_chain(rng, **arguments)
+    y = run_together(blocks, x, own, index)
+    with pytest.MonkeyPatch.context() as patch, no_gradient():
+        patch.setattr(decoder_block, "choose", lambda *given: None)
+        for block, cache in zip(blocks, caches, strict=True):
+            x, _ = block(x, cache=cache, cache_index=index)
+    # The exponential of silu is another.
+    exact = arguments.get("activation") != "silu"
+    assert relative_error(floats(y), floats(x)) <= (0 if exact else 0.02)
+    for cache, written in zip(caches, own, strict=True):
+        for name, rows in cache.items():
+            assert relative_error(floats(written[name]), floats(rows)) <= (0 if exact else 0.02)
+
+
+@TOGETHER
+def test_blocks_that_differ_are_not_run_at_once(rng):
+    def is_run(*others):
+        blocks = [make_block(rng, **other) for other in ({}, *others)]
+        given = [problem(rng, block) for block in blocks]
+        x, _, index = given[0]
+        return run_together(blocks, x, [cache for _, cache, _ in given], index) is not None
+
+    assert is_run()
+    assert is_run({}, {})
+    assert not is_run({"weight_quantizer": "int4"})
+    assert not is_run({"sliding_window": 3})
+    assert not is_run({"use_bias": True})
+    assert not is_run({"sub_norm": None})
+    assert not is_run({"norm": "layer"})
+    assert not is_run({"dtype": "bfloat16"})
+
+
+@TOGETHER
+def test_tensors_that_do_not_fit_are_errors(rng):
+    """A graph that was saved may bring others than those it was traced with."""
+    import torch
+
+    block = make_block(rng)
+    x, cache, index = problem(rng, block)
+    facts, weights = decode_at_once._parts(block)
+    run = decoder_block._ROWS["torch", "cuda"]().run_all
+    tiles, scale, bias = weights.products[0]
+    for product, gain, message in (
+        ((tiles[:, :-1].contiguous(), scale, bias), None, "tiles"),
+        ((tiles, torch.cat([scale] * 3), bias), None, "scale"),
+        ((tiles, scale, bias), weights.gains[0][:-1], "gain"),
+    ):
+        gains = weights.gains if gain is None else (gain, *weights.gains[1:])
+        changed = decoder_block.Weights((product, *weights.products[1:]), gains)
+        with torch.inference_mode(), pytest.raises(ValueError, match=message):
+            run(facts, x, [changed], [cache], index, None, None)
+    with torch.inference_mode(), pytest.raises(ValueError, match="of every block"):
+        run(facts, x, [weights, changed], [cache, cache], index, None, None)
 
 
 def make_chain(rng, count=3, dtype="float32", cache_dtype="float32", tokens=1, **arguments):
@@ -299,7 +381,7 @@ def make_chain(rng, count=3, dtype="float32", cache_dtype="float32", tokens=1, *
     x, _, index = given[0]
     caches = [{k: ops.copy(v) for k, v in cache.items()} for _, cache, _ in given]
     with no_gradient():
-        chain = decode_at_once.chain_of(blocks, caches)
+        chain = None if GPU else decode_at_once.chain_of(blocks, caches)
     return blocks, x, [cache for _, cache, _ in given], index, caches, chain
 
 
@@ -422,7 +504,8 @@ def test_generation_takes_it(monkeypatch):
         decoder_block, "choose", lambda *given: chosen.append(choose(*given)) or chosen[-1]
     )
     assert_same_tokens(model, model.generate(prompts, max_new_tokens=12), wanted)
-    assert len(chosen) == 2 * model.backbone.num_layers  # of the prompt and of a token
+    # Of the prompt and of a token.
+    assert len(chosen) == 2 * (1 if GPU else model.backbone.num_layers)
     assert None not in chosen
     beams = model.generate(prompts, max_new_tokens=6, beams=3)
     assert beams[1] == model.generate(prompts[1], max_new_tokens=6, beams=3)

@@ -1,4 +1,4 @@
-"""New tokens of each sequence through a block of a decoder: one operator of the native library.
+"""New tokens of each sequence through a block of a decoder: one operator of a library of kernels.
 
 Of the fifteen operators of a block those between the products compute one token for microseconds,
 and to call one takes a framework longer, as the weights of the token before have left nothing of it
@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_bitnet.kernels import attention, cpu, native, select
+from keras_bitnet.kernels import attention, cpu, cuda, native, select
 from keras_bitnet.kernels.norm import rms_norm
 from keras_bitnet.ops.bit_matmul import bit_matmul, joint_bit_matmul
 
@@ -76,8 +76,9 @@ class Weights(NamedTuple):
 def choose(facts, x, cache):
     """What runs a block, or `None`: then its layers do.
 
-    It computes what the native rows of the products and of the attention would, where all of them
-    would run: what they refuse it refuses, and where another kernel is forced the layers take it.
+    It computes what the native rows of the products and of the attention would, or those of CUDA,
+    where all of them would run: what they refuse it refuses, and where another kernel is forced the
+    layers take it.
 
     Args:
         facts: `Facts`.
@@ -92,15 +93,33 @@ def choose(facts, x, cache):
     if None in x.shape[:2] or len(alike) > 1 or granularity != "token":
         return None
     backend = keras.backend.backend()
-    products, row = select.TABLES.get(backend), _ROWS.get(backend)
-    if row is None:
+    products = select.TABLES.get(backend)
+    if products is None:
         return None
     problems = [select.Problem.of_kind(x, weight, weight.quantizer) for weight in facts.weights]
     rows = [select.first_or_forced(products, problem, strict=False) for problem in problems]
     rows.append(attention.choose(cache, x, (facts.heads, facts.head_dim)))
-    if any(chosen.name != cpu.NAME for chosen in rows):
-        return None
-    return row().find()
+    names = {chosen.name for chosen in rows}
+    row = _ROWS.get((backend, *names))
+    return None if row is None else row().find()
+
+
+def may_run_all(x):
+    """Whether there may be what `choose_all` gives, for activations where these are."""
+    row = (keras.backend.backend(), cuda.NAME)
+    return row in _ROWS and not str(select.device_of(x)).startswith("cpu")
+
+
+def choose_all(facts, x, caches):
+    """As `choose`, of what runs blocks of the same facts one after another, or `None`.
+
+    Returns:
+        A function `run_all(facts, x, weights, caches, index, mask, rotary)` of the `Weights` and
+        the cache of each, which writes into the caches and returns `y` alone; or `None`.
+    """
+    run = choose(facts, x, caches[0])
+    row = _ROWS.get((keras.backend.backend(), cuda.NAME))
+    return row().run_all if row is not None and run is row().run else None
 
 
 def operands(x, weights, index, mask, rotary, none):
@@ -140,7 +159,7 @@ class Chain:
     @staticmethod
     def possible():
         """Whether the operator of the backend takes a chain."""
-        row = _ROWS.get(keras.backend.backend())
+        row = _ROWS.get((keras.backend.backend(), cpu.NAME))
         return native.library() is not None and row is not None and hasattr(row(), "in_memory")
 
     @classmethod
@@ -151,7 +170,7 @@ class Chain:
             weights: `Weights` of every block, the first too.
             caches: Their caches: the operator writes into the very memory of these.
         """
-        in_memory = _ROWS[keras.backend.backend()]().in_memory
+        in_memory = _ROWS[keras.backend.backend(), cpu.NAME]().in_memory
         rows = [_own_operands(*both) for both in zip(weights, caches, strict=True)]
         rows = [[None if t is None else in_memory(t) for t in row] for row in rows]
         kinds = [[t and (t[0].shape, t[0].dtype) for t in row] for row in rows]
@@ -235,4 +254,16 @@ def _tensorflow():
     return tensorflow_decoder_block
 
 
-_ROWS = {"jax": _jax, "torch": _torch, "tensorflow": _tensorflow}
+def _torch_cuda():
+    from keras_bitnet.kernels.cuda import torch_decoder
+
+    return torch_decoder
+
+
+# By backend and the name of the rows whose place they take.
+_ROWS = {
+    ("jax", cpu.NAME): _jax,
+    ("torch", cpu.NAME): _torch,
+    ("tensorflow", cpu.NAME): _tensorflow,
+    ("torch", cuda.NAME): _torch_cuda,
+}

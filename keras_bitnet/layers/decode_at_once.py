@@ -51,6 +51,63 @@ def decode_at_once(block, x, attention_mask, positions, rotary, cache, cache_ind
     )
 
 
+def decode_together(blocks, x, attention_mask, rotary, caches, cache_index):
+    """What blocks of a decoder make of new tokens one after another, where one operator runs all.
+
+    Args:
+        blocks: Layers that `decode_at_once` may take.
+        caches: The cache of each.
+        x, attention_mask, rotary, cache_index: See `decode_at_once`.
+
+    Returns:
+        `y`, and the caches hold the new tokens; or `None`.
+    """
+    if not decoder_block.may_run_all(x):
+        return None
+    is_prompt = isinstance(cache_index, int) and cache_index == 0
+    if is_prompt and not _sees_cache(attention_mask, x, caches[0]):
+        return None
+    parts = _alike(blocks)
+    run = None if parts is None else decoder_block.choose_all(parts[0][0], x, caches)
+    if run is None:
+        return None
+    attention = blocks[0].attention
+    mask = attention.mask_of_cache(attention_mask, x.shape[1], caches[0], cache_index)
+    rotary = attention.rotary_of_call(x.shape[1], None, rotary, cache_index)
+    return run(
+        parts[0][0],
+        x,
+        [weights for _, weights in parts],
+        caches,
+        cache_index,
+        None if mask is None else ops.cast(mask, "bool"),
+        None if rotary is None else in_float32(rotary),
+    )
+
+
+def _alike(blocks):
+    """The parts of blocks that differ in nothing but their weights, or `None`."""
+    parts, first = [], None
+    for block in blocks:
+        own = _parts(block)
+        if own is None:
+            return None
+        parts.append(own)
+        kind = own[0], block.compute_dtype, block.attention.sliding_window, _shapes(own[1])
+        first = first or kind
+        if kind != first:
+            return None
+    return parts
+
+
+def _shapes(weights):
+    """What may differ between `Weights` of the same facts: shapes of scales, and what is there."""
+    others = (tensor for product in weights.products for tensor in product[1:])
+    # As integers: where PyTorch traces, sizes are tensors.
+    shapes = [None if x is None else tuple(map(int, x.shape)) for x in others]
+    return shapes, [gain is None for gain in weights.gains]
+
+
 def chain_of(blocks, caches):
     """A `Chain` of blocks one after another, or `None` where each must run by itself.
 
@@ -65,16 +122,8 @@ def chain_of(blocks, caches):
     sizes = caches[0]["key"].shape[0], 1, first[0].weights[0].in_features
     if decoder_block.choose(first[0], ops.zeros(sizes, blocks[0].compute_dtype), caches[0]) is None:
         return None
-    parts = [first, *map(_parts, blocks[1:])]
-    if any(own is None for own in parts):
-        return None
-    kinds = {
-        (facts, block.attention.sliding_window, block.compute_dtype)
-        for block, (facts, _) in zip(blocks, parts, strict=True)
-    }
-    if len(kinds) > 1:
-        return None
-    return decoder_block.Chain.of([weights for _, weights in parts], caches)
+    parts = _alike(blocks)
+    return parts and decoder_block.Chain.of([weights for _, weights in parts], caches)
 
 
 def _parts(block):
@@ -109,8 +158,10 @@ def _sees_cache(mask, x, cache):
 
 
 def _float32(value):
-    # `cast` takes TensorFlow 80 us, even where there is nothing to do.
+    # `cast` takes TensorFlow 80 us, even where there is nothing to do, and conversions PyTorch 10.
     value = value.value if isinstance(value, keras.Variable) else value
+    if value is not None and keras.backend.backend() == "torch":
+        return value.float()
     return None if value is None else ops.convert_to_tensor(value, "float32")
 
 

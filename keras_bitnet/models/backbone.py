@@ -9,7 +9,7 @@ from keras_bitnet.layers.bit_embedding import BitEmbedding
 from keras_bitnet.layers.bit_linear import BitLinear
 from keras_bitnet.layers.bit_transformer_decoder import BitTransformerDecoder
 from keras_bitnet.layers.block import BitBlock
-from keras_bitnet.layers.decode_at_once import chain_of, decode_at_once
+from keras_bitnet.layers.decode_at_once import chain_of, decode_at_once, decode_together
 from keras_bitnet.layers.key_value_cache import make_caches
 from keras_bitnet.layers.large_weights import UntouchedZeros
 from keras_bitnet.layers.rotary import rotary_tables
@@ -262,6 +262,10 @@ class BitNetBackbone(BitBlock, keras.Model):
             if at_once is not None:
                 x, first = at_once
                 return self.layer_norm(x), [first, *cache[1:]]
+        if self._has_plain_blocks():
+            y = decode_together(self.decoder_layers, x, mask, rotary, cache, cache_index)
+            if y is not None:
+                return self.layer_norm(y), cache
         for layer, layer_cache in zip(self.decoder_layers, cache, strict=True):
             x, layer_cache = layer(
                 x, attention_mask=mask, rotary=rotary, cache=layer_cache, cache_index=cache_index
@@ -290,9 +294,10 @@ class BitNetBackbone(BitBlock, keras.Model):
         Returns:
             An object whose `number` is the `chain` of `call_with_cache`, or `None`.
         """
-        if any(type(layer) is not BitTransformerDecoder for layer in self.decoder_layers):
-            return None
-        return chain_of(self.decoder_layers, cache)
+        return chain_of(self.decoder_layers, cache) if self._has_plain_blocks() else None
+
+    def _has_plain_blocks(self):
+        return all(type(layer) is BitTransformerDecoder for layer in self.decoder_layers)
 
     def rotary_tables(self, positions):
         """Cosines and sines for positions `(batch or 1, length)`, shared by all blocks."""

@@ -38,8 +38,6 @@ def refuse_attention(problem):
     reason = refuse_attention_operands(problem)
     if reason is not None:
         return reason
-    if problem.tokens != 1:
-        return f"{problem.tokens} new tokens; accepted: 1"
     if problem.head_dim % 4 or problem.head_dim > MOST_HEAD_DIM:
         return f"heads of size {problem.head_dim}; accepted: multiples of 4 up to {MOST_HEAD_DIM}"
     return None

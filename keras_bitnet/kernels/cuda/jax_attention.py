@@ -1,4 +1,4 @@
-"""Attention of one new token to a cache by a CUDA kernel, for JAX: an XLA FFI call."""
+"""Attention of new tokens to a cache by CUDA kernels, for JAX: an XLA FFI call."""
 
 from keras_bitnet.kernels import cuda
 from keras_bitnet.kernels.cuda import compiler, library

@@ -9,7 +9,7 @@ from keras_bitnet.kernels import cuda
 from keras_bitnet.kernels.cuda import compiler
 from keras_bitnet.kernels.native import find_built, joint_struct
 
-_ABI_VERSION = 8
+_ABI_VERSION = 9
 _lock = threading.Lock()
 
 
@@ -55,9 +55,13 @@ class NormStruct(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("features", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
+        ("combine", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
         ("epsilon", ctypes.c_float),
         ("x", ctypes.c_void_p),
+        ("other", ctypes.c_void_p),
         ("gain", ctypes.c_void_p),
+        ("combined", ctypes.c_void_p),
         ("y", ctypes.c_void_p),
     )
 
@@ -92,6 +96,7 @@ class AttentionStruct(ctypes.Structure):
 
     _fields_ = (
         ("batch", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
         ("length", ctypes.c_int64),
         ("heads", ctypes.c_int32),
         ("key_heads", ctypes.c_int32),
@@ -116,6 +121,48 @@ class AttentionStruct(ctypes.Structure):
     )
 
 
+BLOCK_WEIGHTS = 7
+
+
+class DecodeStruct(ctypes.Structure):
+    """`kbc_decode` of `src/shim.h`, field by field."""
+
+    _fields_ = (
+        ("blocks", ctypes.c_int64),
+        ("batch", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("features", ctypes.c_int64),
+        ("intermediate", ctypes.c_int64),
+        ("group_size", ctypes.c_int64),
+        ("heads", ctypes.c_int32),
+        ("key_heads", ctypes.c_int32),
+        ("head_dim", ctypes.c_int32),
+        ("bits", ctypes.c_int32),
+        ("dtype", ctypes.c_int32),
+        ("activation_bits", ctypes.c_int32),
+        ("weights", ctypes.c_int32),
+        ("cache_dtype", ctypes.c_int32),
+        ("tables", ctypes.c_int32),
+        ("masks", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+        ("gated", ctypes.c_int32),
+        ("scale_columns", ctypes.c_int32 * BLOCK_WEIGHTS),
+        ("offset", ctypes.c_float),
+        ("epsilon", ctypes.c_float),
+        ("norm_epsilon", ctypes.c_float),
+        ("scale", ctypes.c_float),
+        ("x", ctypes.c_void_p),
+        ("cosines", ctypes.c_void_p),
+        ("sines", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("index", ctypes.c_void_p),
+        ("tensors", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("workspace", ctypes.c_void_p),
+    )
+
+
 # What queues a problem, by its struct.
 _RUN = {
     MatmulStruct: "kbc_run",
@@ -123,7 +170,9 @@ _RUN = {
     NormStruct: "kbc_run_norm",
     FakeStruct: "kbc_run_fake",
     AttentionStruct: "kbc_run_attention",
+    DecodeStruct: "kbc_run_decode",
 }
+_WORKSPACES = {MatmulStruct: "kbc_workspace", DecodeStruct: "kbc_decode_workspace"}
 
 
 def path():
@@ -153,7 +202,7 @@ def _open():
         ("kbc_capability", number, (number,)),
         ("kbc_load", text, (number, number, ctypes.POINTER(text), number)),
         ("kbc_loaded", number, (number, number)),
-        ("kbc_workspace", ctypes.c_int64, (pointer,)),
+        *((name, ctypes.c_int64, (pointer,)) for name in _WORKSPACES.values()),
         *((run, text, (pointer, number, pointer)) for run in _RUN.values()),
     ):
         function = getattr(loaded, name)
@@ -206,8 +255,8 @@ def load(device, bits):
 
 
 def workspace(problem):
-    """Bytes of workspace that a `MatmulStruct` needs."""
-    return library().kbc_workspace(ctypes.byref(problem))
+    """Bytes of workspace that a `MatmulStruct` or a `DecodeStruct` needs."""
+    return getattr(library(), _WORKSPACES[type(problem)])(ctypes.byref(problem))
 
 
 def run(problem, device, stream):

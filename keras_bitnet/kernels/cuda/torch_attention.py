@@ -1,4 +1,4 @@
-"""Attention of one new token to a cache by a CUDA kernel, for PyTorch: one operator."""
+"""Attention of new tokens to a cache by CUDA kernels, for PyTorch: one operator."""
 
 import torch
 
@@ -14,7 +14,7 @@ _SCHEMA = (
     "Tensor? mask, Tensor index, Tensor(a!) key_cache, Tensor(b!) value_cache, "
     "Tensor(c!)? key_scale, Tensor(d!)? value_scale, float scale) -> Tensor"
 )
-_CACHE_DTYPES = {**DTYPES, torch.int8: 3}
+CACHE_DTYPES = {**DTYPES, torch.int8: 3}
 
 
 def refuse(problem):
@@ -42,7 +42,7 @@ def _launch(
     caches = {"key_cache": key_cache, "value_cache": value_cache}
     scales = {} if key_scale is None else {"key_scale": key_scale, "value_scale": value_scale}
     _check(query, key, value, cosines, sines, mask, index, caches, scales)
-    batch, _, heads, head_dim = query.shape
+    batch, tokens, heads, head_dim = query.shape
     y = torch.empty_like(query)
     tables = {} if cosines is None else {"cosines": cosines, "sines": sines}
     masks = {} if mask is None else {"mask": mask}
@@ -50,12 +50,13 @@ def _launch(
                **scales, **tables, **masks}  # fmt: skip
     problem = library.AttentionStruct(
         batch=batch,
+        tokens=tokens,
         length=key_cache.shape[2],
         heads=heads,
         key_heads=key_cache.shape[1],
         head_dim=head_dim,
         dtype=DTYPES[query.dtype],
-        cache_dtype=_CACHE_DTYPES[key_cache.dtype],
+        cache_dtype=CACHE_DTYPES[key_cache.dtype],
         tables=len(cosines) if tables else 1,
         masks=len(mask) if masks else 1,
         scale=scale,
@@ -67,16 +68,16 @@ def _launch(
 
 def _check(query, key, value, cosines, sines, mask, index, caches, scales):
     cache = caches["key_cache"]
-    (batch, _, heads, head_dim), (_, key_heads, length, _) = query.shape, cache.shape
-    rows, places = {(batch, 1, key_heads, head_dim)}, (batch, key_heads, length)
-    turned = {(n, 1, 1, head_dim) for n in (1, batch)}
+    (batch, tokens, heads, head_dim), (_, key_heads, length, _) = query.shape, cache.shape
+    rows, places = {(batch, tokens, key_heads, head_dim)}, (batch, key_heads, length)
+    turned = {(n, tokens, 1, head_dim) for n in (1, batch)}
     wanted: list[tuple] = [
-        ("query", query, query.dtype, {(batch, 1, heads, head_dim)}),
+        ("query", query, query.dtype, {(batch, tokens, heads, head_dim)}),
         ("key", key, query.dtype, rows),
         ("value", value, query.dtype, rows),
         ("cosines", cosines, torch.float32, turned),
         ("sines", sines, torch.float32, turned),
-        ("mask", mask, torch.bool, {(n, 1, length) for n in (1, batch)}),
+        ("mask", mask, torch.bool, {(n, tokens, length) for n in (1, batch)}),
         ("index", index, torch.int32, {(), (1,)}),
         *((name, x, cache.dtype, {(*places, head_dim)}) for name, x in caches.items()),
         *((name, x, torch.float32, {(*places, 1)}) for name, x in scales.items()),

@@ -34,9 +34,14 @@ def _launch(x, gain, epsilon):
     torch_operators.check(x.device, [("gain", gain, torch.float32, {(features,)})])
     y = torch.empty_like(x)
     problem = library.NormStruct(
-        x.numel() // features, features, DTYPES[x.dtype], epsilon, x.data_ptr(), gain.data_ptr(),
-        y.data_ptr(),
-    )  # fmt: skip
+        rows=x.numel() // features,
+        features=features,
+        dtype=DTYPES[x.dtype],
+        epsilon=epsilon,
+        x=x.data_ptr(),
+        gain=gain.data_ptr(),
+        y=y.data_ptr(),
+    )
     queue(problem, compiler.NORM, x.get_device())
     return y
 

@@ -23,6 +23,9 @@ DEVICE float element(const Four<I8>& v, int i) { return (float)(signed char)(v.r
 
 // ---- numbers of the new token ------------------------------------------------------------------
 
+// Where the first new token goes.
+DEVICE int first_token(const Attention& p) { return min(max(*p.index, 0), p.length - p.tokens); }
+
 DEVICE float read(const void* from, long long i, int dtype) {
   if (dtype == 0) return static_cast<const float*>(from)[i];
   const u32 bits = static_cast<const u16*>(from)[i];
@@ -35,11 +38,13 @@ DEVICE float rounded(float value, int dtype) {
   return dtype == 1 ? __uint_as_float(bits << 16) : half_to_float(bits);
 }
 
-// Element d of a head, turned by its angle: (x[i], x[i + half]) is a pair. Rounded as the dtype is.
-DEVICE float turned(const Attention& p, const void* from, long long head, int d) {
+// Element d of a head, turned by its angle, a row of the tables that begins at `table`: (x[i], x[i + half]) is a pair.
+// Rounded as the dtype is.
+DEVICE float turned(const Attention& p, const void* from, long long head, int d, long long table) {
   const float x = read(from, head * p.head_dim + d, p.dtype);
   if (!p.cosines) return x;
-  const int half = p.head_dim / 2, at = blockIdx.z * p.table_step + d;
+  const int half = p.head_dim / 2;
+  const long long at = table + d;
   const float other = read(from, head * p.head_dim + (d < half ? d + half : d - half), p.dtype);
   const float product = __fmul_rn(d < half ? -other : other, p.sines[at]);
   return rounded(__fadd_rn(__fmul_rn(x, p.cosines[at]), product), p.dtype);
@@ -223,12 +228,12 @@ template <class C, int PARTS> DEVICE void attention(const Attention& p) {
   let_next_start();
   wait_for_previous();
 
-  const int index = min(max(*p.index, 0), p.length - 1);
+  const int index = first_token(p);
 #pragma unroll
   for (int j = 0; j < QUERY_HEADS * HEAD_DIM / THREADS; ++j) {
     const int i = j * THREADS + threadIdx.x, h = i / HEAD_DIM, d = i % HEAD_DIM;
     float q = 0.f;
-    if (h < heads && d < p.head_dim) q = __fmul_rn(turned(p, p.query, first_head + h, d), p.scale);
+    if (h < heads && d < p.head_dim) q = __fmul_rn(turned(p, p.query, first_head + h, d, blockIdx.z * p.table_step), p.scale);
     query[h][d] = q;
   }
   if (rank == 0 && warp < 2) {
@@ -238,7 +243,7 @@ template <class C, int PARTS> DEVICE void attention(const Attention& p) {
       const int d = 32 * i + lane;
       kept[i] = 0.f;
       if (d < p.head_dim)
-        kept[i] = warp == 0 ? turned(p, p.key, cached, d) : read(p.value, cached * p.head_dim + d, p.dtype);
+        kept[i] = warp == 0 ? turned(p, p.key, cached, d, blockIdx.z * p.table_step) : read(p.value, cached * p.head_dim + d, p.dtype);
     }
     const float scale = keep<C>(kept);
     if (lane == 0) new_scale[warp] = scale;

@@ -46,9 +46,11 @@ constexpr int FOUR_GROUPS_16 = 2 + 4 + 8, FOUR_GROUPS_32 = 8, FOUR_GROUPS_64 = 1
 // One root mean square norm of rows, see norm.cuh.
 struct Norm {
   const void* x;      // (rows, k)
-  const float* gain;  // (k)
+  const float* gain;  // (k), or null: no norm
   void* y;            // (rows, k)
-  int k;
+  const void* other;  // (rows, k): added to x, or what its activation is multiplied with, or null
+  void* combined;     // (rows, k): what is normed, or null
+  int k, activation;
   int aligned;        // whether four neighbours of x, gain and y can be read and written at once
   float epsilon;
 };
@@ -70,22 +72,22 @@ struct Fake {
   int binary;              // levels are the sign: highest where the ratio is >= 0, else lowest
 };
 
-// Attention of one new token to a cache, see attention.cuh.
+// Attention of new tokens to a cache, see attention.cuh and attention_many.cuh.
 struct Attention {
-  const void* query;         // (batch, heads, head_dim)
-  const void* key;           // (batch, key_heads, head_dim), of the new token, as `value`
+  const void* query;         // (batch, tokens, heads, head_dim)
+  const void* key;           // (batch, tokens, key_heads, head_dim), of the new tokens, as `value`
   const void* value;
-  const float* cosines;      // (batch or 1, head_dim), or null: queries and keys are not turned
+  const float* cosines;      // (batch or 1, tokens, head_dim), or null: queries and keys are not turned
   const float* sines;
-  const unsigned char* mask; // (batch or 1, length), 0: not seen; null: all tokens up to the new one
-  const int* index;          // (1), the place of the new token
+  const unsigned char* mask; // (batch or 1, tokens, length), 0: not seen; null: all tokens up to the query's own
+  const int* index;          // (1), the place of the first new token
   void* key_cache;           // (batch, key_heads, length, head_dim), as `value_cache`
   void* value_cache;
   float* key_scale;          // (batch, key_heads, length), of a cache of int8, as `value_scale`
   float* value_scale;
   void* y;                   // as `query`
-  int heads, key_heads, head_dim, length;
+  int heads, key_heads, head_dim, length, tokens;
   int dtype;                 // of query, key, value and y, as in Matmul
-  int table_step, mask_step; // from a sequence to the next, 0: one for all
+  long long table_step, mask_step;  // from a sequence to the next, 0: one for all
   float scale;               // of the scores
 };

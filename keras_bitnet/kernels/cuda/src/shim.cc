@@ -147,7 +147,7 @@ Device* find_device(int number) {
 
 using namespace launcher;
 
-int kbc_abi_version(void) { return 8; }
+int kbc_abi_version(void) { return 9; }
 
 const char* kbc_open(void) { return open_once(); }
 

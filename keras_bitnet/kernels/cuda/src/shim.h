@@ -44,15 +44,25 @@ typedef struct kbc_joint {
   const kbc_matmul* matmuls[KBC_MAX_JOINT];
 } kbc_joint;
 
-// One root mean square norm of rows: x / sqrt(mean(x^2) + epsilon) * gain in float32, rounded to the dtype of x.
+// One root mean square norm of rows: x / sqrt(mean(x^2) + epsilon) * gain in float32, rounded to the dtype of x. In the
+// place of x it may take what is made of x and `other` first, rounded too.
+enum {
+  KBC_COMBINE_NOTHING = 0,
+  KBC_COMBINE_ADD = 1,   // x + other
+  KBC_COMBINE_GATE = 2,  // activation(x) * other, without another activation(x)
+};
 typedef struct kbc_norm {
   int64_t rows;
-  int64_t features;  // of a row
-  int32_t dtype;     // of x and y: 0 float32, 1 bfloat16, 2 float16
+  int64_t features;    // of a row
+  int32_t dtype;       // of all but gain: 0 float32, 1 bfloat16, 2 float16
+  int32_t combine;     // KBC_COMBINE_...
+  int32_t activation;  // as `kbn_activation` of native/src/bitnet.h: 0 relu, 1 its square, 2 silu
   float epsilon;
-  const void* x;     // (rows, features)
-  const void* gain;  // float32 (features)
-  void* y;           // as x
+  const void* x;       // (rows, features)
+  const void* other;   // as x, or null
+  const void* gain;    // float32 (features), or null: no norm
+  void* combined;      // as x: what is normed, elsewhere than x and other; or null
+  void* y;             // as x, where there is a gain
 } kbc_norm;
 
 // One fake quantization of training. Meaning: `fake_quantize` in keras_bitnet/quantizers.
@@ -76,29 +86,59 @@ typedef struct kbc_fake {
   void* workspace;        // 256 bytes where `per_tensor`, else null
 } kbc_fake;
 
-// Attention of one new token of each sequence to the tokens before it and itself, which it is written
+// Attention of new tokens of each sequence to the tokens before them and themselves, which they are written
 // to a cache for. Meaning: `attend_next` in keras_bitnet/layers/key_value_cache.py.
 typedef struct kbc_attention {
   int64_t batch;
+  int64_t tokens;         // new ones of each sequence
   int64_t length;         // tokens that a cache can hold
   int32_t heads, key_heads, head_dim;
   int32_t dtype;          // of query, key, value and y: 0 float32, 1 bfloat16, 2 float16
   int32_t cache_dtype;    // of the caches: the same, or 3: int8 with scales
   int32_t tables, masks;  // how many there are: 1 or batch
   float scale;            // of the scores
-  const void* query;      // (batch, heads, head_dim)
-  const void* key;        // (batch, key_heads, head_dim)
+  const void* query;      // (batch, tokens, heads, head_dim)
+  const void* key;        // (batch, tokens, key_heads, head_dim)
   const void* value;      // as key
-  const void* cosines;    // float32 (tables, head_dim) of a rotary embedding, or null: none
+  const void* cosines;    // float32 (tables, tokens, head_dim) of a rotary embedding, or null: none
   const void* sines;      // as cosines
-  const void* mask;       // bytes (masks, length), 0: not seen; null: all up to the new token
-  const void* index;      // int32 (1), where the new token goes
+  const void* mask;       // bytes (masks, tokens, length), 0: not seen; null: all up to a query's own
+  const void* index;      // int32 (1), where the first new token goes
   void* key_cache;        // (batch, key_heads, length, head_dim), at a multiple of 16
   void* value_cache;      // as key_cache
   void* key_scale;        // float32 (batch, key_heads, length) of an int8 cache, else null
   void* value_scale;      // as key_scale
-  void* y;                // (batch, heads, head_dim)
+  void* y;                // (batch, tokens, heads, head_dim)
 } kbc_attention;
+
+// New tokens of each sequence through blocks of a decoder, one after another. Meaning: `reference` in
+// keras_bitnet/kernels/decoder_block.py. The blocks differ in nothing but the tensors of their own.
+enum {
+  KBC_BLOCK_WEIGHTS = 7,  // query, key, value, output, up, down, gate
+  // Tiles, scale and bias of each weight; the gains of the norms before query, output, up and down; key and value cache
+  // and their scales.
+  KBC_BLOCK_TENSORS = 3 * KBC_BLOCK_WEIGHTS + 4 + 4,
+};
+typedef struct kbc_decode {
+  int64_t blocks, batch, tokens;
+  int64_t length;                              // tokens that a cache can hold
+  int64_t features, intermediate;              // of the stream, and inside the feed-forward blocks
+  int64_t group_size;                          // as kbc_matmul has it, like what follows
+  int32_t heads, key_heads, head_dim;
+  int32_t bits, dtype, activation_bits;
+  int32_t weights;
+  int32_t cache_dtype, tables, masks;          // as kbc_attention has them
+  int32_t activation;                          // as kbc_norm has it
+  int32_t gated;                               // whether there is a gate
+  int32_t scale_columns[KBC_BLOCK_WEIGHTS];
+  float offset, epsilon, norm_epsilon;
+  float scale;                                 // of the scores
+  const void* x;                               // (batch, tokens, features)
+  const void *cosines, *sines, *mask, *index;  // as kbc_attention has them
+  const void* const* tensors;                  // [blocks][KBC_BLOCK_TENSORS] addresses, null where there is none
+  void* y;                                     // as x
+  void* workspace;                             // kbc_decode_workspace() bytes, at a multiple of 256
+} kbc_decode;
 
 KBC_API int kbc_abi_version(void);
 
@@ -126,3 +166,7 @@ KBC_API const char* kbc_run_norm(const kbc_norm* problem, int device, void* stre
 KBC_API const char* kbc_run_fake(const kbc_fake* problem, int device, void* stream);
 // Queues the attention on a stream of a device. Returns null, or what is wrong.
 KBC_API const char* kbc_run_attention(const kbc_attention* problem, int device, void* stream);
+// Bytes of workspace of blocks of a decoder, the same on every device.
+KBC_API int64_t kbc_decode_workspace(const kbc_decode* problem);
+// Queues blocks of a decoder on a stream of a device. Returns null, or what is wrong.
+KBC_API const char* kbc_run_decode(const kbc_decode* problem, int device, void* stream);

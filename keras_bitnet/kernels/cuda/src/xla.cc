@@ -164,10 +164,10 @@ const char* describe(const CallFrame* frame, kbc_attention* p) {
   if (!read(frame->attributes, "scale", kF64, &scale)) return "an attribute is missing";
   Buffer **in = frame->arguments.buffers, **out = frame->results.buffers;
   const Buffer *query = in[0], *key = in[1], *cosines = in[3], *mask = in[5], *cache = in[7];
-  if (query->rank != 4 || key->rank != 4 || cache->rank != 4 || query->dims[1] != 1 || key->dims[1] != 1)
-    return "wrong rank or length of an operand";
-  if (query->dims[3] < 1 || cache->dims[2] < 1) return "a size is out of range";
+  if (query->rank != 4 || key->rank != 4 || cache->rank != 4) return "wrong rank of an operand";
+  if (query->dims[1] < 1 || query->dims[3] < 1 || cache->dims[2] < 1) return "a size is out of range";
   p->batch = query->dims[0];
+  p->tokens = query->dims[1];
   p->heads = static_cast<int32_t>(query->dims[2]);
   p->head_dim = static_cast<int32_t>(query->dims[3]);
   p->key_heads = static_cast<int32_t>(cache->dims[1]);
@@ -175,13 +175,13 @@ const char* describe(const CallFrame* frame, kbc_attention* p) {
   p->dtype = dtype_of(query);
   p->cache_dtype = dtype_of(cache);
   p->scale = static_cast<float>(scale);
-  const int64_t row = p->head_dim, rows = p->batch * p->key_heads, tables = size(cosines) / row;
-  const int64_t masks = size(mask) / p->length;
+  const int64_t row = p->head_dim, rows = p->batch * p->key_heads, tables = size(cosines) / (p->tokens * row);
+  const int64_t masks = size(mask) / (p->tokens * p->length);
   p->tables = static_cast<int32_t>(tables ? tables : 1);
   p->masks = static_cast<int32_t>(masks ? masks : 1);
-  if (size(key) != rows * row || size(in[2]) != rows * row || size(cache) != rows * p->length * row ||
-      size(in[8]) != size(cache) || size(in[4]) != size(cosines) || size(cosines) != tables * row ||
-      size(mask) != masks * p->length || size(in[6]) != 1 || size(out[0]) != size(query))
+  if (size(key) != rows * p->tokens * row || size(in[2]) != size(key) || size(cache) != rows * p->length * row ||
+      size(in[8]) != size(cache) || size(in[4]) != size(cosines) || size(cosines) != tables * p->tokens * row ||
+      size(mask) != masks * p->tokens * p->length || size(in[6]) != 1 || size(out[0]) != size(query))
     return "wrong shape of an operand";
   if (dtype_of(key) != p->dtype || dtype_of(in[2]) != p->dtype || dtype_of(out[0]) != p->dtype ||
       dtype_of(in[8]) != p->cache_dtype || cosines->dtype != kF32 || in[4]->dtype != kF32 ||
