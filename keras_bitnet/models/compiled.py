@@ -42,10 +42,22 @@ def compile_function(function, model, repeated=False):
 
 def read_weights(model):
     """The tensors of a model's variables, as its programs take them."""
-    values = [v.value for v in model.variables]
+    values = [v.value for v in variables_of(model)]
     if BACKEND == "torch":
-        return [value.detach() for value in values]
+        return [value.detach().contiguous() for value in values]
     return _read_variables(values) if BACKEND == "tensorflow" else values
+
+
+def variables_of(model):
+    """The variables of a model in one order, each once.
+
+    `model.variables` collects those of each layer again for every layer that holds it, which takes
+    longer than a GPU needs for a short prompt.
+    """
+    layers = model._flatten_layers()
+    found = [v for x in layers for v in x._trainable_variables + x._non_trainable_variables]
+    found += [generator.state for layer in layers for generator in layer._seed_generators]
+    return list({id(v): v for v in found}.values())
 
 
 def _read_variables(variables):
@@ -65,6 +77,15 @@ def _read_variables(variables):
 def is_asynchronous(tensor):
     """Whether a program that gives this tensor returns before it is there: more can be queued."""
     return BACKEND == "jax" or (BACKEND == "torch" and is_on_gpu(tensor))
+
+
+def to_tensors(*arrays):
+    """NumPy arrays as tensors."""
+    if BACKEND == "jax":  # converted one by one each takes half a millisecond
+        import jax
+
+        return jax.device_put(arrays)
+    return tuple(map(ops.convert_to_tensor, arrays))
 
 
 def start_copy(tensor):
@@ -120,7 +141,7 @@ class _Program:
 
     def call_with(self, weights, function, *arguments):
         """`function(*arguments)` where the model has these weights."""
-        with keras.StatelessScope(zip(self.model.variables, weights, strict=True)):
+        with keras.StatelessScope(zip(variables_of(self.model), weights, strict=True)):
             return function(*arguments)
 
     def evaluate(self, function, *arguments):
@@ -206,10 +227,11 @@ class _Recorded(_Program):
             how many tensors it has, and the structure of the state, with the place of each in it.
         """
         structures: Any = None
+        all_variables = variables_of(self.model)
 
         def trace(places):
             """The function of the weights at some places, and the places of those that it reads."""
-            variables = [self.model.variables[i] for i in places]
+            variables = [all_variables[i] for i in places]
             read: set = set()
 
             def run(weights, leaves, inputs):
@@ -301,9 +323,6 @@ class _Torch(_Recorded):
                 return self.call(leaves, structure, inputs)
             return self.function(state, *inputs)
 
-    def begin(self, weights):
-        self.weights = [tensor.contiguous() for tensor in weights]
-
     def evaluate(self, function, *arguments):
         import torch
 
@@ -337,11 +356,13 @@ class _Torch(_Recorded):
 
 
 def _drop_empty_conversions(graph):
-    """Takes those nodes out of a record that give back the tensor they take.
+    """Takes those nodes out of a record that give back the tensor they take, or that nobody reads.
 
     Every operator of Keras converts what it is given: a hundred nodes for each block of a decoder,
     as against 15 others. A record has the types of all tensors, with their strides and devices.
     """
+    import torch
+
     for node in list(graph.nodes()):
         if node.kind() not in ("aten::to", "aten::contiguous"):
             continue
@@ -351,6 +372,7 @@ def _drop_empty_conversions(graph):
         if not copies and given.isCompleteTensor() and given.type().str() == result.type().str():
             result.replaceAllUsesWith(given)
             node.destroy()
+    torch._C._jit_pass_dce(graph)
 
 
 def _run_as_it_is(step, *arguments):
@@ -398,6 +420,8 @@ class _CudaGraph:
             self.results = self._run(weights)
 
     def __call__(self, weights, leaves, inputs):
+        import torch
+
         same = self.weights is not None and all(
             a.data_ptr() == b.data_ptr() for a, b in zip(weights, self.weights, strict=True)
         )
@@ -411,9 +435,11 @@ class _CudaGraph:
                 "Another generation of the same shapes has begun on this model since, and its "
                 "cache took the place of this one's. End one first, or give both prompts at once."
             )
-        for own, given in zip((*self.leaves, *self.inputs), (*leaves, *inputs), strict=True):
-            if own is not given:
-                own.copy_(given)
+        pairs = zip((*self.leaves, *self.inputs), (*leaves, *inputs), strict=True)
+        copies = [(own, given) for own, given in pairs if own is not given]
+        for dtype in {own.dtype for own, _ in copies}:  # of one dtype they are one kernel
+            own, given = zip(*(pair for pair in copies if pair[0].dtype == dtype), strict=True)
+            torch._foreach_copy_(own, given)
         self.graph.replay()
         self.given = self.leaves[0].detach()
         # Of the results copies: the next replay writes over them.

@@ -1,5 +1,6 @@
 """Generation of text: prompts in, tokens out, one compiled program a token, or a few of them."""
 
+import collections
 import functools
 import itertools
 import operator
@@ -96,8 +97,11 @@ class Generation(keras.Model):
                 return
 
     def _rows(self, request):
-        """Yields a list of the tokens of each place; where that saves time, a call ahead."""
-        padding, uniform = (ops.convert_to_tensor(x) for x in (request.padding, request.uniform()))
+        """Yields a list of the tokens of each place; where that saves time, a call ahead.
+
+        The first are not kept back: to start a call can take the host as long as a short prompt.
+        """
+        padding, uniform = compiled.to_tensors(request.padding, request.uniform())
         following = next_tokens if request.steps == 1 else several_tokens
         prefill, step = self.programs(first_tokens, following, request.sampler)
         cache = self.backbone.make_cache(
@@ -107,15 +111,19 @@ class Generation(keras.Model):
         chain = None if ahead else step.evaluate(self.backbone.chain_of_blocks, cache)
         given = (padding, uniform) if chain is None else (padding, uniform, chain.number)
         _, state = prefill({"cache": cache}, request.tokens, *given)
-        tokens = compiled.start_copy(state["tokens"])
+
+        def rows(copy):
+            return np.reshape(copy(), (-1, len(request.prompts))).tolist()
+
+        yield from rows(compiled.start_copy(state["tokens"]))
+        copies: collections.deque = collections.deque()
         for _ in range(request.calls):
-            if ahead:
-                chosen, state = step(state, *given)
-            yield from np.reshape(tokens(), (-1, len(request.prompts))).tolist()
-            if not ahead:
-                chosen, state = step(state, *given)
-            tokens = compiled.start_copy(state["tokens"] if request.steps == 1 else chosen)
-        yield from np.reshape(tokens(), (-1, len(request.prompts))).tolist()
+            chosen, state = step(state, *given)
+            copies.append(compiled.start_copy(state["tokens"] if request.steps == 1 else chosen))
+            if len(copies) > ahead:
+                yield from rows(copies.popleft())
+        for copy in copies:
+            yield from rows(copy)
 
     def programs(self, first, following, *arguments):
         """Functions `(model, *arguments, state, *tensors)` of prompts and of each token after them.
