@@ -10,7 +10,8 @@ copies of its weights in turn, more than the L2 cache holds, and the candidates 
 table holds medians in microseconds a call, the quantization of activations included. The power that
 a candidate draws at many rows decides the clock of the GPU, which takes some tenths of a second to
 get there. So from 64 rows on a candidate runs for that long before each turn that is timed: else it
-has the clock that the one before it left. "read" is a kernel that only reads the packed bytes (it
+has the clock that the one before it left; the layer, which is the product, and the plain read are
+left out there. "read" is a kernel that only reads the packed bytes (it
 needs CuPy); on PyTorch the libraries of `gpu_peers.py` take part where they are installed, but for
 groups. Writes `results/gpu_matmul_<backend>.json`, of float activations `.._float.json`, of groups
 `.._groups.json`.
@@ -264,8 +265,10 @@ def measure(case, rows, repeats, peers):
             if name in found:
                 # Peers add parts in bfloat16.
                 case.check(name, found[name][0](), x, 0.05 if name in peers else 0.02)
+        settles = rows >= SETTLE_ROWS
+        for name in ("BitLinear", "read") if settles else ():
+            found.pop(name, None)
         programs = {name: prepare(functions) for name, functions in found.items()}
-    settles = rows >= SETTLE_ROWS
     timers = {
         name: functools.partial(program, SETTLE if settles else 0)
         for name, program in programs.items()

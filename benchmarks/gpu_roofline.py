@@ -32,7 +32,8 @@ def point(row, kernel):
 
 def roof(rows):
     """The fastest read in bytes a second, and the fastest product in operations a second."""
-    read = max(r["packed_bytes"] / (r["microseconds"]["read"]["median"] * 1e-6) for r in rows)
+    times = [(r["packed_bytes"], r["microseconds"].get("read")) for r in rows]
+    read = max(nbytes / (time["median"] * 1e-6) for nbytes, time in times if time)
     return read, max(point(r, kernel)[1] for r in rows for kernel in KERNELS)
 
 
