@@ -230,6 +230,26 @@ def test_files_hold_the_precisions(tmp_path):
         np.testing.assert_allclose(*map(ops.convert_to_numpy, (one(X), model(X))), atol=1e-5)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_checkpoint_of_an_earlier_epoch_brings_its_precisions_back(learned, tmp_path):
+    """The first epoch too, before which nothing was changed."""
+    checkpoint = keras.callbacks.ModelCheckpoint(
+        tmp_path / "{epoch}.weights.h5", save_weights_only=True
+    )
+    model = make_model(Int4(scale="learned") if learned else "int4", jit_compile=False)
+    outputs = []
+    predict = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: outputs.append(model.predict(X, verbose=0))
+    )
+    adaptive = AdaptivePrecision(target=-99, hysteresis=0, precisions=("ternary", "int4"))
+    fit(model, adaptive, checkpoint, predict, epochs=2)
+    assert bits(model) == [1.58, 1.58]
+    model.load_weights(tmp_path / "1.weights.h5")
+    assert bits(model) == [4, 4]
+    np.testing.assert_allclose(model.predict(X, verbose=0), outputs[0], rtol=1e-5, atol=1e-6)
+    assert mean_error(outputs[1], outputs[0]) > 0.05
+
+
 def test_learned_scales_start_again_from_the_kernel():
     model = make_model(Int4(scale="learned"))
     callback = AdaptivePrecision(target=30, precisions=("ternary", "int4", "int8"))

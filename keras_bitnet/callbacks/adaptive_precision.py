@@ -45,6 +45,9 @@ class AdaptivePrecision(keras.callbacks.Callback):
     All depends on the weights, the present precisions and the epoch alone, and files of weights
     say what the precisions are, so training resumed with `keras.callbacks.BackupAndRestore` goes
     on where it was, and `save` and `pack_model` give the model with the precisions that it has.
+    `keras.callbacks.ModelCheckpoint` keeps the best epoch with its precisions, and `load_weights`
+    brings them back; `EarlyStopping(restore_best_weights=True)` keeps numbers only, which then have
+    the precisions of the last epoch: give it a `start_from_epoch` after which none changes.
 
     Args:
         target: SQNR in dB below which a precision is raised. Kernels have about 4 to 6 dB at 1
@@ -123,6 +126,8 @@ class AdaptivePrecision(keras.callbacks.Callback):
         self.units = [
             _Unit(path, layer, self.precisions) for path, layer in _units(model, self.filters)
         ]
+        for unit in self.units:
+            unit.layer.save_precisions()
         self._total = sum(unit.weights for unit in self.units)
         self._fixed = packed_bytes(model) - sum(packed_bytes(unit.layer) for unit in self.units)
         if self.budget is not None:
@@ -142,6 +147,10 @@ class AdaptivePrecision(keras.callbacks.Callback):
             self._adapt(model, epoch)
         if self._changed or any(restored):
             rebuild_functions(model)
+
+    def on_train_end(self, logs=None):
+        """Weights that are loaded now may bring other precisions: nothing compiled stays."""
+        rebuild_functions(self.model)
 
     def _adapt(self, model, epoch):
         inputs = _record(model, self.data, self.units)

@@ -13,11 +13,11 @@ _ENTRY = "kernel_quantizer"
 class ChangingPrecision(keras.Layer):
     """Mixin of `BitLayer` and of blocks of them: `change_precision`.
 
-    Where it was called, files of weights say which quantizer the layer has, so that weights
-    loaded into a layer made as this one was (`BackupAndRestore` does that) bring it along.
+    Where it was called, or `save_precisions`, files of weights say which quantizer the layer has,
+    so that weights loaded into a layer of another one (`BackupAndRestore` does that) bring it.
     """
 
-    _precision_changed = False
+    _precision_saved = False
 
     def change_precision(self, weight_quantizer):
         """Gives the layer another weight quantizer; the float kernel stays.
@@ -39,6 +39,12 @@ class ChangingPrecision(keras.Layer):
             layer.check_precision(quantizer)
         for layer in layers:
             layer.take_quantizer(quantizer)
+        self.save_precisions()
+
+    def save_precisions(self):
+        """Makes files of weights say which quantizer this layer has, and those inside."""
+        for layer in (self, *self.layers_of_one_precision()):
+            layer._precision_saved = True
 
     def layers_of_one_precision(self):
         """What is inside and changes with this layer."""
@@ -48,13 +54,12 @@ class ChangingPrecision(keras.Layer):
         """Raises a `ValueError` where the layer cannot have this quantizer; a block can."""
 
     def take_quantizer(self, quantizer):
-        """Sets the quantizer, and remembers that it was changed."""
+        """Sets the quantizer."""
         self.weight_quantizer = quantizer
-        self._precision_changed = True
 
     def save_precision(self, store):
-        """Adds the quantizer to the saved weights, where it was changed."""
-        if self._precision_changed:
+        """Adds the quantizer to the saved weights, where they are to say it."""
+        if self._precision_saved:
             text = json.dumps(quantizers.serialize(self.weight_quantizer))
             store[_ENTRY] = np.frombuffer(text.encode(), np.uint8)
 
