@@ -30,12 +30,9 @@ STEPS, BATCH = 5, 64
 
 def make_model():
     keras.utils.set_random_seed(0)  # the same weights in every process
+    head = {"norm": "rms", "weight_quantizer": "int4", "activation_quantizer": None}
     return keras.Sequential(
-        [
-            keras.Input((32,)),
-            BitLinear(64, "relu", norm="rms", name="wide"),
-            BitLinear(16, name="head", weight_quantizer="int4"),
-        ]
+        [keras.Input((32,)), BitLinear(64, "relu", name="wide"), BitLinear(16, name="head", **head)]
     )
 
 

@@ -35,17 +35,17 @@ def family(distribution):
 def train(distribution):
     keras.distribution.set_distribution(distribution)
     keras.utils.set_random_seed(0)
+    # No activations are quantized but data, whose codes arithmetic does not change.
+    head = {"norm": "rms", "weight_quantizer": "int4", "activation_quantizer": None}
     model = keras.Sequential([
-        keras.Input((32,)),
-        BitLinear(64, "relu", norm="rms", name="wide"),
-        BitLinear(16, name="head", weight_quantizer="int4"),
+        keras.Input((32,)), BitLinear(64, "relu", name="wide"), BitLinear(16, name="head", **head)
     ])
     model.compile(keras.optimizers.SGD(0.1), "mse")
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(64, 32)).astype("float32"), rng.normal(size=(64, 16)).astype("float32")
     model.fit(x, y, batch_size=32, epochs=2, shuffle=False, verbose=0)
     sharding = model.get_layer("wide").kernel.value.sharding
-    shards, spec = len(sharding.device_set), str(sharding)
+    shards, spec = len(sharding.device_set), str(getattr(sharding, "spec", ""))
     out = model.predict(x, verbose=0)
     packed = keras_bitnet.pack_model(model, verbose=0)
     close = float(np.abs(packed.predict(x, verbose=0) - out).max() / np.abs(out).max())
@@ -57,13 +57,13 @@ plain = train(None)
 data = train(keras.distribution.DataParallel(devices=devices))
 mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "model"], devices)
 layout = keras.distribution.LayoutMap(mesh)
-layout["wide/kernel"] = (None, "model")
-layout["head/kernel"] = ("model", None)
-layout["wide/kernel_tiles"] = ("model", None, None, None)
-layout["table/embedding/kernel"] = ("model", None)
-layout["table/embedding/kernel_tiles"] = ("model", None, None, None)
-layout["conv/kernel"] = (None, None, "model")
-layout["block/feed_forward/up/kernel"] = (None, "model")
+layout[".*wide/kernel$"] = (None, "model")
+layout[".*head/kernel$"] = ("model", None)
+layout[".*wide/kernel_tiles$"] = ("model", None, None, None)
+layout[".*table/embedding/kernel$"] = ("model", None)
+layout[".*table/embedding/kernel_tiles$"] = ("model", None, None, None)
+layout[".*conv/kernel$"] = (None, None, "model")
+layout[".*block/feed_forward/up/kernel$"] = (None, "model")
 parallel = keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
 model = train(parallel)
 one, several = family(None), family(parallel)
@@ -80,8 +80,8 @@ print(json.dumps({
 
 def test_data_and_model_parallel():
     result = run_python(CODE, **simulated_devices(8))
-    assert result["data"] < 1e-3 * result["scale"]
-    assert result["model"] < 1e-3 * result["scale"]
+    assert result["data"] < 1e-5 * result["scale"]
+    assert result["model"] < 1e-5 * result["scale"]
     assert result["shards"] == [8, 8]
     assert "model" in result["spec"]
     assert max(result["packed"]) < 1e-5
