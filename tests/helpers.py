@@ -27,6 +27,11 @@ def needs(*modules):
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {missing}")
 
 
+def keras_3_15(before):
+    """A mark for what Keras does since 3.15: `before` says what it did until then."""
+    return pytest.mark.skipif(KERAS < (3, 15), reason=f"Keras before 3.15 {before}")
+
+
 def to_numpy(x):
     return ops.convert_to_numpy(x)
 

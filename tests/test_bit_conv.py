@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, gradient, packed_twin, relative_error, to_numpy
+from helpers import BACKEND, KERAS, gradient, packed_twin, relative_error, to_numpy
 from keras import ops
 
 from keras_bitnet import calibrate, pack_model, quantize_model, summary
@@ -128,6 +128,8 @@ def test_one_scale_convolves_as_patches_do(case, strength, rng):
 def test_a_batch_without_images(quantizer, packed):
     images, wanted = np.ones((0, 9, 9, 4), "float32"), (0, 7, 7, 8)
     layer = BitConv2D(8, 3, packed=packed, activation_quantizer=quantizer)
+    if BACKEND != "torch" and KERAS < (3, 14):
+        pytest.skip("Keras 3.13 refuses such a batch on JAX and TensorFlow")
     found = ops.conv(ops.convert_to_tensor(images), ops.ones((3, 3, 4, 8))).shape
     if layer._convolves and tuple(found) != wanted:
         pytest.skip("the backend gives such a batch back as it is: oneDNN does on some CPUs")

@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, gradient, packed_twin, relative_error, to_numpy
+from helpers import BACKEND, KERAS, gradient, packed_twin, relative_error, to_numpy
 from keras import ops
 
 import keras_bitnet
@@ -95,7 +95,8 @@ def test_reversible_is_its_keras_twin_and_packs(tie_weights, rng, tmp_path):
         y, wanted = layer(inputs, reverse=reverse), twin(inputs, reverse=reverse)
         np.testing.assert_allclose(to_numpy(y), to_numpy(wanted), rtol=1e-5, atol=1e-6)
         masks = getattr(y, "_keras_mask", None), getattr(wanted, "_keras_mask", None)
-        assert (masks[0] is None) == (masks[1] is None)
+        if KERAS >= (3, 14) or not reverse:  # before, Keras masked what it read in reverse
+            assert (masks[0] is None) == (masks[1] is None)
 
     tokens = keras.Input((4,), dtype="int32")
     model = keras.Model(

@@ -232,6 +232,8 @@ def test_an_interrupted_command_leaves_no_file_and_no_traceback(saved, capsys, m
         (["plan", "{file}", "--data", "{dir}/wide.npy", "--budget", "9 bits"], "(1, 9)"),
         (["bench", "{file}", "--precisions", "int3"], "'int3'"),
         (["bench", "{file}", "--repeats", "0"], "--repeats"),
+        (["bench", "{file}", "--repeats", "1"], "at least 2. Received: repeats=1"),
+        (["calibrate", "{file}", "--data", "{dir}/x.npy", "--batch-size", "0"], "batch_size=0"),
     ],
     ids=str,
 )

@@ -82,6 +82,7 @@ def test_errors_are_one_line(files, capsys, tmp_path):
         ([gguf, ""], "no text to continue"),
         ([gguf, "a", "--temperature", "-1"], "`temperature` must be a number"),
         ([gguf, "a", "--max-new-tokens", "1000"], "the model takes 64"),
+        ([gguf, "a", "--seed", "-1"], "seed=-1"),
     ):
         assert cli.main(["generate", *map(str, arguments), "--json"]) == 1
         captured = capsys.readouterr()

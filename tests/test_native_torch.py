@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from helpers import BACKEND, KERAS, packed_twin, relative_error, run_python
+from helpers import BACKEND, keras_3_15, packed_twin, relative_error, run_python
 
 if BACKEND != "torch":
     pytest.skip("the torch backend is not the active one", allow_module_level=True)
@@ -317,7 +317,7 @@ print(json.dumps([max(found), more, os.waitpid(child, 0)[1]]))
     assert child == 0
 
 
-@pytest.mark.skipif(KERAS < (3, 15), reason="before 3.15 Keras writes no files of PyTorch")
+@keras_3_15("writes no files of PyTorch")
 def test_model_export(rng, tmp_path):
     model = keras.Sequential([keras.Input((100,)), packed_layer(rng)])
     x = np.ones((1, 100), "float32")

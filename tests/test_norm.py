@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from helpers import (
     BACKEND,
-    KERAS,
     assert_nan_and_infinity_stay_in_their_rows,
     compiled,
     gradient,
+    keras_3_15,
     no_gradient,
     packed_twin,
     relative_error,
@@ -112,7 +112,7 @@ def test_the_layer_is_keras_own_but_for_rounding(rng, ran):
     assert [w.path.split("/")[-1] for w in ours.weights] == ["scale"]
 
 
-@pytest.mark.skipif(KERAS < (3, 15), reason="Keras 3.13 has no such norm over several axes")
+@keras_3_15("has no such norm over several axes")
 def test_several_axes_are_keras_own(rng):
     x = rng.normal(size=(4, 6, 24)).astype("float32")
     both = RMSNormalization(axis=(1, 2)), keras.layers.RMSNormalization(axis=(1, 2))

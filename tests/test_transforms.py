@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import test_models
-from helpers import bit_layers, needs, relative_error, to_numpy
+from helpers import KERAS, bit_layers, needs, relative_error, to_numpy
 from rounding import clear_tokens
 
 import keras_bitnet
@@ -170,6 +170,8 @@ def x(rng):
 @pytest.mark.parametrize("make", MODELS)
 def test_float_quantized_packed_unpacked(make, x, tmp_path):
     """The way of a model, each step's outputs equal to those of the step before."""
+    if KERAS < (3, 15) and make in (functional, subclassed):
+        pytest.skip("Keras 3.13 loads nothing into the norm inside of a layer without `build`")
     model = make()
     wanted = to_numpy(model(x))
     weights = [to_numpy(w) for w in model.weights]

@@ -78,13 +78,14 @@ def add_input_shape(parser):
     """Adds `--input-shape`."""
     parser.add_argument(
         "--input-shape",
-        type=_shape,
+        type=shape,
         metavar="A,B,...",
         help="shape of the inputs with the batch axis, for a model that takes any",
     )
 
 
-def _shape(text):
+def shape(text):
+    """The sizes of a list with commas: the type of an argument, which `argparse` names."""
     return tuple(int(size) for size in text.split(","))
 
 

@@ -223,6 +223,8 @@ class Request:
         if temperature is None:
             temperature = 0.0 if top_k is None and top_p is None else 1.0
         self.sampler = Sampler(temperature, top_k, top_p)
+        if isinstance(seed, int):
+            check_count("seed", seed, least=0)
         self.seed = seed
         self.cache_dtype = cache_dtype
         self.stop_tokens = self._stop_tokens(stop_tokens)

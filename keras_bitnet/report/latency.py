@@ -106,7 +106,7 @@ def benchmark_layers(
         batch_size: Examples in a batch.
         input_shape: Shape of the inputs with the batch axis, for a model that takes any.
         memory: Which layout the packed layers have, see `pack_model`.
-        repeats: Samples of each time.
+        repeats: Samples of each time, at least 2.
         filters: Which layers, see `quantize_model`; all by default.
         verbose: 1 prints the table, 0 nothing.
 
@@ -120,7 +120,7 @@ def benchmark_layers(
     check_built(model)
     check_choice("memory", memory, MEMORY)
     check_count("batch_size", batch_size)
-    check_count("repeats", repeats)
+    check_count("repeats", repeats, least=2)
     specs = [layer_arguments(spec) for spec in precisions]
     if not specs or None in specs:
         raise ValueError(f"`precisions` must be a list of specs. Received: {precisions!r}")

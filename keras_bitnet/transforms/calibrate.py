@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_bitnet.checks import check_built, check_choice, check_number
+from keras_bitnet.checks import check_built, check_choice, check_count, check_number
 from keras_bitnet.filters import layer_filter
 from keras_bitnet.layers.base import BitLayer
 from keras_bitnet.layers.inputs import watch_inputs
@@ -95,6 +95,9 @@ def calibrate(
     check_number("percentile", percentile, "(0, 100]")
     check_choice("rounding", rounding, ("nearest", "gptq"))
     check_number("damping", damping, "(0, inf)")
+    for name, count in (("batch_size", batch_size), ("steps", steps)):
+        if count is not None:
+            check_count(name, count)
     _check_data(data)
     model, chosen = _prepare(model, filters, momentum, static, rounding)
     stream = _Stream(model, data, batch_size, steps, verbose)
