@@ -206,6 +206,7 @@ class StaticActivation(ActivationQuantizer):
     Args:
         bits: 4 or 8.
         momentum: In [0, 1), or `None`: only calibration sets the scale.
+            On JAX the cell of an RNN with one needs `unroll=True`: a loop changes no variable.
         epsilon: Lower bound of the absolute maximum.
 
     Raises:
