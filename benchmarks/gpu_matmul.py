@@ -11,9 +11,9 @@ table holds medians in microseconds a call, the quantization of activations incl
 a candidate draws at many rows decides the clock of the GPU, which takes some tenths of a second to
 get there. So from 64 rows on a candidate runs for that long before each turn that is timed: else it
 has the clock that the one before it left; the layer, which is the product, and the plain read are
-left out there. "read" is a kernel that only reads the packed bytes (it
-needs CuPy); on PyTorch the libraries of `gpu_peers.py` take part where they are installed, but for
-groups. Writes `results/gpu_matmul_<backend>.json`, of float activations `.._float.json`, of groups
+left out there. "read" is a kernel that only reads the packed bytes (it needs CuPy); on PyTorch the
+libraries of `gpu_peers.py` take part where they are installed, but for groups. Writes
+`results/gpu_matmul_<backend>.json`, of float activations `.._float.json`, of groups
 `.._groups.json`.
 """
 

@@ -28,27 +28,16 @@ def decode_at_once(block, x, attention_mask, positions, rotary, cache, cache_ind
     Returns:
         `(y, cache)`, or `None` where its layers must do it.
     """
-    tokens, attention = x.shape[1], block.attention
-    is_prompt = isinstance(cache_index, int) and cache_index == 0
-    if is_prompt and not _sees_cache(attention_mask, x, cache):
+    if not _sees_cache(attention_mask, x, cache, cache_index):
         return None
     parts = _parts(block)
     run = None if parts is None else decoder_block.choose(parts[0], x, cache)
     if run is None:
         return None
-    mask = attention.mask_of_cache(attention_mask, tokens, cache, cache_index)
-    rotary = attention.rotary_of_call(tokens, positions, rotary, cache_index)
     facts, weights = parts
-    return run(
-        facts,
-        x,
-        weights,
-        cache,
-        cache_index,
-        None if mask is None else ops.cast(mask, "bool"),
-        None if rotary is None else in_float32(rotary),
-        **({} if chain is None else {"chain": chain}),
-    )
+    shared = _shared(block, x, attention_mask, positions, rotary, cache, cache_index)
+    more = {} if chain is None else {"chain": chain}
+    return run(facts, x, weights, cache, *shared, **more)
 
 
 def decode_together(blocks, x, attention_mask, rotary, caches, cache_index):
@@ -64,25 +53,23 @@ def decode_together(blocks, x, attention_mask, rotary, caches, cache_index):
     """
     if not decoder_block.may_run_all(x):
         return None
-    is_prompt = isinstance(cache_index, int) and cache_index == 0
-    if is_prompt and not _sees_cache(attention_mask, x, caches[0]):
+    if not _sees_cache(attention_mask, x, caches[0], cache_index):
         return None
     parts = _alike(blocks)
     run = None if parts is None else decoder_block.choose_all(parts[0][0], x, caches)
     if run is None:
         return None
-    attention = blocks[0].attention
-    mask = attention.mask_of_cache(attention_mask, x.shape[1], caches[0], cache_index)
-    rotary = attention.rotary_of_call(x.shape[1], None, rotary, cache_index)
-    return run(
-        parts[0][0],
-        x,
-        [weights for _, weights in parts],
-        caches,
-        cache_index,
-        None if mask is None else ops.cast(mask, "bool"),
-        None if rotary is None else in_float32(rotary),
-    )
+    shared = _shared(blocks[0], x, attention_mask, None, rotary, caches[0], cache_index)
+    return run(parts[0][0], x, [weights for _, weights in parts], caches, *shared)
+
+
+def _shared(block, x, attention_mask, positions, rotary, cache, cache_index):
+    """The operands after the cache, the same for all blocks: index, mask and rotary tables."""
+    attention, tokens = block.attention, x.shape[1]
+    mask = attention.mask_of_cache(attention_mask, tokens, cache, cache_index)
+    rotary = attention.rotary_of_call(tokens, positions, rotary, cache_index)
+    mask = None if mask is None else ops.cast(mask, "bool")
+    return cache_index, mask, None if rotary is None else in_float32(rotary)
 
 
 def _alike(blocks):
@@ -150,8 +137,10 @@ def _parts(block):
     return facts, decoder_block.Weights(tuple(products), tuple(gains))
 
 
-def _sees_cache(mask, x, cache):
-    """Whether a prompt attends to what it leaves in the cache: with the layers it need not."""
+def _sees_cache(mask, x, cache, cache_index):
+    """Whether tokens attend to what they leave in the cache: with the layers a prompt need not."""
+    if not isinstance(cache_index, int) or cache_index != 0:
+        return True
     length, dtype = cache["key"].shape[2], cache["key"].dtype
     fits = mask is None or tuple(mask.shape[1:]) == (x.shape[1], length)
     return fits and dtype == x.dtype
