@@ -6,14 +6,13 @@
 `keras_bitnet.ops.bit_matmul` on one thread, less the bare C call in the same run. PyTorch runs it
 eagerly in inference mode. Of JAX and TensorFlow it is what a product adds to a compiled function,
 by the difference of two with 64 and 192 of them in a row: to call any function of TensorFlow takes
-hundreds of microseconds. In PyTorch whole calls of the layer and of a `Dense` of its size, too.
+hundreds of microseconds. Whole eager calls of the layer and of a `Dense` of its size, too.
 
 *Memory*: what packed layers of 4096 inputs and 14336 outputs add to the resident memory of a
 process whose framework is warm, before their first call and after it.
 """
 
 import argparse
-import contextlib
 import ctypes
 import functools
 import gc
@@ -103,12 +102,16 @@ def framework_calls(layer, x):
 
 
 def layer_calls(layer, x):
-    """Loops of calls of the layer and of its float rival: `{name: (call, calls in a sample)}`."""
-    if BACKEND != "torch":
-        return {}
+    """Eager calls of the layer and its float rival: `{name: (call, calls in a sample)}`."""
     dense, x = keras.layers.Dense(SIZE, use_bias=False), keras.ops.convert_to_tensor(x)
     dense.build((None, SIZE))
-    return {"layer": (lambda: layer(x), CALLS), "dense": (lambda: dense(x), CALLS)}
+
+    def eager(layer):
+        if BACKEND == "jax":
+            return lambda: layer(x).block_until_ready()
+        return lambda: layer(x)
+
+    return {"layer": (eager(layer), CALLS), "dense": (eager(dense), CALLS)}
 
 
 def added_time(repeats):
@@ -145,15 +148,6 @@ def added_time(repeats):
     found = {f"{name}_microseconds": median for name, median in medians.items()}
     added = row - found["bare_microseconds"]
     return {**found, "framework_microseconds": row, "added_microseconds": added}
-
-
-def inference():
-    """The context in which a user of the backend only infers."""
-    if BACKEND != "torch":
-        return contextlib.nullcontext()
-    import torch
-
-    return torch.inference_mode()
 
 
 def resident():
@@ -197,7 +191,7 @@ def main():
     )
     arguments = parser.parse_args()
     native.set_threads(1)
-    with inference():
+    with common.inference():
         found = {"memory": added_memory(), "time": added_time(arguments.repeats)}
     common.write_json(arguments.output, {**common.header(repeats=arguments.repeats), **found})
     for values in found.values():

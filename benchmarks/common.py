@@ -56,6 +56,17 @@ def _cpu_facts():
     return facts
 
 
+def inference():
+    """The context in which a user of the present backend only infers."""
+    import keras
+
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.inference_mode()
+
+
 def gpu():
     """Name of the GPU that the backend computes on, or `None`."""
     import keras

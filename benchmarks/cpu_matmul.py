@@ -102,47 +102,53 @@ class Case:
 
 
 def keras_call(layer, case, nbytes):
-    """`call(m, i)`: the layer compiled as its backend does, on the i-th copy of its weights."""
-    variables = layer.variables
+    """`call(m, i)`: the layer as its backend calls it, on the i-th copy of its weights.
+
+    JAX compiles it; in PyTorch and TensorFlow the call is eager.
+    """
     copies = case.copies(nbytes)
-    weights = [[keras.ops.copy(v.value) for v in variables] for _ in range(copies)]
     x = {m: keras.ops.convert_to_tensor(value) for m, value in case.x.items()}
-    if BACKEND == "torch":
-        import torch
+    if BACKEND == "jax":
+        function = compiled_call(layer, x, copies)
+    else:
+        layers = [layer, *(copied(layer, case.k) for _ in range(copies - 1))]
+        for each in layers:
+            for value in x.values():  # first calls do more
+                each(value)
 
-        def call(m, i):
-            for variable, copy in zip(variables, weights[i % copies], strict=True):
-                variable.value.data = copy
-            with torch.inference_mode():
-                begin = time.perf_counter()
-                y = layer(x[m])
-                return time.perf_counter() - begin, y
+        def function(m, i):
+            return layers[i % copies](x[m])
 
-        return call
+    def call(m, i):
+        with common.inference():
+            begin = time.perf_counter()
+            y = function(m, i)
+            return time.perf_counter() - begin, y
 
-    def stateless(values, x):
-        by_variable = {id(v): value for v, value in zip(variables, values, strict=True)}
+    return call
+
+
+def copied(layer, in_features):
+    """Another layer of the same weights."""
+    other = type(layer).from_config(layer.get_config())
+    other.build((None, in_features))
+    other.set_weights(layer.get_weights())
+    return other
+
+
+def compiled_call(layer, x, copies):
+    """`function(m, i)`: the layer as one compiled function of its weights and inputs."""
+    import jax
+
+    weights = [[keras.ops.copy(v.value) for v in layer.variables] for _ in range(copies)]
+
+    @jax.jit
+    def run(values, x):
+        by_variable = {id(v): value for v, value in zip(layer.variables, values, strict=True)}
         groups = (layer.trainable_variables, layer.non_trainable_variables)
         return layer.stateless_call(*([by_variable[id(v)] for v in g] for g in groups), x)[0]
 
-    if BACKEND == "jax":
-        import jax
-
-        compiled = jax.jit(stateless)
-    else:
-        import tensorflow as tf
-
-        compiled = tf.function(stateless)
-
-    def call(m, i):
-        values = weights[i % copies]
-        begin = time.perf_counter()
-        y = compiled(values, x[m])
-        if BACKEND == "jax":
-            y.block_until_ready()
-        return time.perf_counter() - begin, y
-
-    return call
+    return lambda m, i: run(weights[i % copies], x[m]).block_until_ready()
 
 
 def packed_layer(case):

@@ -1,14 +1,14 @@
-"""Eager calls in PyTorch that pass by `keras.Layer.__call__`, and those that must not."""
+"""Eager calls that pass by `keras.Layer.__call__`, and those that must not."""
+
+import contextlib
 
 import keras
 import numpy as np
 import pytest
-from helpers import BACKEND, to_numpy
+from helpers import BACKEND, gradient, to_numpy
 from keras import ops
 
 from keras_bitnet.layers import BitConv2D, BitEinsumDense, BitLinear, short_call
-
-pytestmark = pytest.mark.skipif(BACKEND != "torch", reason="other backends compile their calls")
 
 
 @pytest.fixture
@@ -46,6 +46,28 @@ def inputs(*shape, dtype="float32"):
     return ops.cast(np.random.default_rng(1).standard_normal(shape), dtype)
 
 
+def traced(function):
+    """A function as its backend compiles it; PyTorch's way has tests of its own."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.jit(function)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function)
+    return function
+
+
+def leaks_are_errors():
+    """JAX's check that nothing outlives the function that is traced."""
+    if BACKEND != "jax":
+        return contextlib.nullcontext()
+    import jax
+
+    return jax.checking_leaks()
+
+
 def same(a, b):
     assert a.dtype == b.dtype
     np.testing.assert_array_equal(
@@ -63,6 +85,13 @@ def test_a_second_call_is_short(long_calls, norm, dtype):
     same(layer(x, training=False), first)
     same(layer(inputs(3, 16, dtype=dtype)), first)
     assert long_calls == [layer]
+
+
+def test_some_kinds_of_inputs_are_remembered(long_calls):
+    layer = packed()
+    for rows in (*range(1, 10), *range(9, 1, -1), 1):
+        assert layer(inputs(rows, 16)).shape == (rows, 8)
+    assert long_calls == [layer] * 10  # nine kinds, and the first again, which was forgotten
 
 
 def test_layers_of_other_shapes_too(long_calls):
@@ -88,6 +117,40 @@ def test_a_model_profits(long_calls):
     del long_calls[:]
     same(model(x, training=False), first)
     assert long_calls == [model]
+
+
+def test_traced_functions_of_it_are_right():
+    layer, x = packed(), inputs(3, 16)
+    short_call._probe.cache_clear()
+    with leaks_are_errors():  # the first call that asks is one of a tensor that a function holds
+        wanted = to_numpy(traced(lambda y: layer(x) + y)(ops.zeros((3, 8))))
+    for _ in range(2):
+        np.testing.assert_allclose(to_numpy(layer(x)), wanted, rtol=1e-6)
+        np.testing.assert_allclose(to_numpy(traced(layer)(x)), wanted, rtol=1e-6)
+
+
+def test_a_stateless_call_may_be_the_first(long_calls):
+    layer, x = packed(), inputs(3, 16)
+    values = [[v.value for v in w] for w in (layer.trainable_weights, layer.non_trainable_weights)]
+    short_call._probe.cache_clear()
+    first, _ = layer.stateless_call(*values, x)
+    same(layer(x), first)
+    assert long_calls == [layer]
+
+
+def test_gradients_flow_through_it(long_calls):
+    layer, x = packed(), inputs(3, 16)
+    wanted = gradient(lambda x: ops.sum(layer(x) ** 2), x)
+    layer(x)
+    same(gradient(lambda x: ops.sum(layer(x) ** 2), x), wanted)
+    if BACKEND == "tensorflow":  # that of PyTorch holds the variables, JAX traces both
+        import tensorflow as tf
+
+        del long_calls[:]
+        with tf.GradientTape() as tape:
+            y = layer(x)
+        np.testing.assert_array_equal(tape.gradient(y, layer.bias.value), np.full(8, 3.0))
+        assert not long_calls
 
 
 def test_what_keras_checks_it_still_does(long_calls):
@@ -187,6 +250,7 @@ def test_a_layer_as_activation_is_told_too():
         same(Frozen()(x, training=True), plain)
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="hooks are PyTorch's")
 def test_hooks_of_the_module_run():
     layer, x, seen = packed(), inputs(3, 16), []
     layer(x)

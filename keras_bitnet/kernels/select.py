@@ -257,19 +257,24 @@ def _find(name, table, facts):
     return _loaded(row)
 
 
+# To ask anew would take most of the time of a small eager call. A row of TensorFlow looks at what
+# traces it, and `torch.compile` warns where it meets a cache.
+_found = functools.lru_cache(maxsize=1024)(_find)
+
 if keras.backend.backend() == "torch":
     from torch.compiler import is_compiling
-
-    # To ask anew would take most of the time of a small eager call. Not while tracing: there
-    # `torch.compile` warns where it meets a cache. The other backends always trace, and a row of
-    # TensorFlow looks at what traces it.
-    _found = functools.lru_cache(maxsize=1024)(_find)
 
     def _search(*question):
         return _find(*question) if is_compiling() else _found(*question)
 
+elif keras.backend.backend() == "tensorflow":
+    from tensorflow import executing_eagerly
+
+    def _search(*question):
+        return _found(*question) if executing_eagerly() else _find(*question)
+
 else:
-    _search = _find
+    _search = _found
 
 
 def first_or_forced(table, problem, strict=True):

@@ -11,6 +11,7 @@ import functools
 import tensorflow as tf
 from keras import ops
 from tensorflow.python.ops import control_flow_util
+from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from keras_bitnet.kernels import cpu, native
 from keras_bitnet.kernels.select import Kernel
@@ -80,9 +81,16 @@ def run_joint(x, packed, activation_quantizer, biases):
 
 def _weight(packed, bias):
     """The operands of one weight."""
-    # A Variable would take TensorFlow's slow path.
-    tiles, scale = tf.convert_to_tensor(packed.tiles), tf.convert_to_tensor(packed.scale)
-    return tiles, scale, _zeros(packed.out_features) if bias is None else ops.cast(bias, "float32")
+    bias = _zeros(packed.out_features) if bias is None else ops.cast(bias, "float32")
+    return _tensor(packed.tiles), _tensor(packed.scale), bias
+
+
+def _tensor(array):
+    """A tensor of codes or scales; the ops would take the slow path for a variable."""
+    # What TensorFlow does about a variable that no tape watches takes longer than to read it.
+    if type(array) is ResourceVariable and not array.trainable and tf.executing_eagerly():
+        return tf.raw_ops.ReadVariableOp(resource=array.handle, dtype=array.dtype)
+    return tf.convert_to_tensor(array)
 
 
 def _attributes(packed, activation_quantizer):

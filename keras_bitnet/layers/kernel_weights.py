@@ -201,10 +201,10 @@ class KernelWeights(NamedWeights):
                 f"Layer '{self.name}' is not packed: pack the model with "
                 "`keras_bitnet.pack_model(model)`."
             )
-        if keras.backend.backend() == "torch":  # Keras takes microseconds to hand a tensor on
-            tiles, scale = self.kernel_tiles.value, self.kernel_scale.value.float()
-        else:
-            tiles, scale = map(ops.convert_to_tensor, (self.kernel_tiles, self.kernel_scale))
+        # Keras takes microseconds to make a tensor of a variable.
+        tiles, scale = self.kernel_tiles.value, self.kernel_scale.value
+        if keras.backend.backend() == "torch":
+            scale = scale.float()  # `module.half()` reaches it too
         return PackedTensor(
             tiles=tiles,
             scale=scale,
