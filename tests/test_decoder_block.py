@@ -294,7 +294,22 @@ def test_operands_that_do_not_fit_are_errors(rng):
 
 
 CHAINS = pytest.mark.skipif(BACKEND == "jax" or GPU, reason="no operator takes a chain")
-TOGETHER = pytest.mark.skipif(not GPU, reason="an operator of a GPU runs all blocks")
+TOGETHER = pytest.mark.skipif(BACKEND != "torch", reason="PyTorch has an operator of all blocks")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """On a processor a loop stands for the operator that runs all blocks on a GPU."""
+
+    def run_all(facts, x, weights, caches, *shared):
+        for own, cache in zip(weights, caches, strict=True):
+            x, written = decoder_block.reference(facts, x, own, cache, *shared)
+            cache.update(written)
+        return x
+
+    if not GPU:
+        monkeypatch.setattr(decoder_block, "may_run_all", lambda x: True)
+        monkeypatch.setattr(decoder_block, "choose_all", lambda facts, x, caches: run_all)
 
 
 def run_together(blocks, x, caches, index, mask=None):
@@ -317,7 +332,7 @@ def run_together(blocks, x, caches, index, mask=None):
         {"dtype": "float16", "tokens": 2},
     ],
 )
-def test_all_blocks_at_once_are_one_after_another(arguments, rng):
+def test_all_blocks_at_once_are_one_after_another(arguments, stand_in, rng):
     blocks, x, caches, index, own, _ = make_chain(rng, **arguments)
     y = run_together(blocks, x, own, index)
     with pytest.MonkeyPatch.context() as patch, no_gradient():
@@ -333,7 +348,7 @@ def test_all_blocks_at_once_are_one_after_another(arguments, rng):
 
 
 @TOGETHER
-def test_blocks_that_differ_are_not_run_at_once(rng):
+def test_blocks_that_differ_are_not_run_at_once(stand_in, rng):
     def is_run(*others):
         blocks = [make_block(rng, **other) for other in ({}, *others)]
         given = [problem(rng, block) for block in blocks]
@@ -350,7 +365,7 @@ def test_blocks_that_differ_are_not_run_at_once(rng):
     assert not is_run({"dtype": "bfloat16"})
 
 
-@TOGETHER
+@pytest.mark.skipif(not GPU, reason="of the operator of a GPU")
 def test_tensors_that_do_not_fit_are_errors(rng):
     """A graph that was saved may bring others than those it was traced with."""
     import torch
