@@ -219,6 +219,34 @@ def test_a_loss_of_activities_counts():
     assert len(layer.losses) == 1
 
 
+def test_losses_that_a_subclass_adds_do_not_pile_up():
+    class Adds(BitLinear):
+        def call(self, inputs):
+            y = super().call(inputs)
+            self.add_loss(ops.mean(y))
+            return y
+
+    layer, x = packed(Adds(8, packed=True)), inputs(3, 16)
+    for _ in range(3):
+        layer(x)
+        assert len(layer.losses) == 1
+
+
+def test_a_layer_in_a_subclass_is_told_of_training():
+    class Drops(BitLinear):
+        def __init__(self, units, **kwargs):
+            super().__init__(units, **kwargs)
+            self.dropout = keras.layers.Dropout(0.9, seed=1)
+
+        def call(self, inputs):
+            return self.dropout(super().call(inputs))
+
+    layer, x = packed(Drops(8, packed=True)), inputs(3, 16)
+    for _ in range(3):
+        assert to_numpy(layer(x)).all()
+        assert not to_numpy(layer(x, training=True)).all()
+
+
 def test_a_subclass_that_takes_training_is_told():
     told = []
 

@@ -73,14 +73,16 @@ class ShortCall(keras.Layer):
         x = args[0]
         scopes = _probe().dtype != _UNUSUAL or keras.distribution.distribution() is not None
         adds = self.activity_regularizer is not None or hasattr(x, "_keras_mask")
+        adds = adds or bool(self._losses)  # of the last call, which Keras clears
         return None if scopes or adds else (x.shape, x.dtype, self.dtype_policy)
 
     def _left_alone(self, x, result):
         """Whether Keras, which let `x` through, did nothing else in that call."""
         dtype = keras.backend.standardize_dtype(x.dtype)
+        inside = self._flatten_layers(include_self=False, recursive=False)
         asks_for_training = (
             len(inspect.signature(self.call).parameters) > 1
-            or isinstance(self.activation, keras.Layer)
+            or any(layer is not self.normalization for layer in inside)
             or getattr(self.activation_quantizer, "momentum", None) is not None
         )
         converts = not dtype == self.compute_dtype == self.variable_dtype
