@@ -289,6 +289,7 @@ class NoBatches(keras.utils.PyDataset):
         (small_model, np.ones((4, 12)), {"batch_size": 0}, "batch_size=0"),
         (small_model, np.ones((4, 12)), {"steps": 0}, "steps=0"),
         (small_model, np.ones((4, 12)), {"filters": "nothing"}, "no layer to calibrate"),
+        (small_model, np.ones((4, 12)), {"static": False}, "smoothing.*static=False$"),
         (
             lambda: small_model(smoothing=0.5),
             (np.ones((4, 12)) for _ in range(3)),

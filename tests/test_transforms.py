@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import test_models
-from helpers import KERAS, bit_layers, needs, relative_error, to_numpy
+from helpers import BACKEND, KERAS, bit_layers, needs, relative_error, to_numpy
 from rounding import clear_tokens
 
 import keras_bitnet
@@ -674,3 +674,21 @@ def test_one_projection_of_a_language_model_takes_other_arguments(tmp_path):
     again = keras.models.load_model(tmp_path / "m.keras")
     np.testing.assert_array_equal(to_numpy(again(tokens)), to_numpy(packed(tokens)))
     assert again.generate([[1, 2, 3]], max_length=6) == packed.generate([[1, 2, 3]], max_length=6)
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has no sparse tensors on PyTorch")
+def test_sparse_inputs_are_what_dense_ones_are(rng):
+    csr_matrix = pytest.importorskip("scipy.sparse").csr_matrix
+    x = (rng.normal(size=(8, 16)) * (rng.random((8, 16)) < 0.3)).astype("float32")
+    y = rng.normal(size=(8, 4)).astype("float32")
+    inputs = keras.Input((16,), sparse=True)
+    model = keras.Model(inputs, keras.layers.Dense(4)(inputs))
+    model = keras_bitnet.quantize_model(model, "int8", verbose=0)
+    model.compile("sgd", "mse")
+    model.fit(csr_matrix(x), y, verbose=0)
+    for last in (model, keras_bitnet.calibrate(model, csr_matrix(x), verbose=0)):
+        packed = keras_bitnet.pack_model(last, verbose=0)
+        wanted = to_numpy(last.layers[-1](x))
+        for each in (last, packed):
+            found = each.predict(csr_matrix(x), verbose=0)
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)

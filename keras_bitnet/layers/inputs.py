@@ -16,6 +16,16 @@ from keras_bitnet.layers.kept_channels import KeptChannels
 from keras_bitnet.ops.hadamard import hadamard
 from keras_bitnet.ops.magnitude import largest_magnitude
 
+_SPARSE: Any = ()  # what a backend gives for `keras.Input(..., sparse=True)`
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    _SPARSE = tf.SparseTensor
+elif keras.backend.backend() == "jax":
+    from jax.experimental import sparse
+
+    _SPARSE = sparse.JAXSparse
+
 # For `own_names` of a layer that does nothing to its inputs but quantize them.
 UNTREATED: dict[str, str | None] = dict.fromkeys(
     ("smoothing", "rotation", "kept_channels", "kept_bits")
@@ -88,7 +98,9 @@ class InputTreatment(KeptChannels):
     # -- inputs and their opposite in the kernel -------------------------------------------
 
     def floating(self, x):
-        """Inputs as they are, integers in the compute dtype: Keras casts floats only."""
+        """Dense inputs, integers in the compute dtype: Keras casts floats only."""
+        if isinstance(x, _SPARSE):
+            x = ops.convert_to_tensor(x, sparse=False)
         return x if keras.backend.is_float_dtype(x.dtype) else ops.cast(x, self.compute_dtype)
 
     def normalize_inputs(self, x):

@@ -185,9 +185,10 @@ def _prepare(model, filters, momentum, static, rounding):
     if not chosen:
         raise ValueError(
             "`calibrate` found no layer to calibrate: it needs layers of `keras_bitnet.layers` "
-            "that `filters` lets through, with an activation quantizer or with "
-            '`rounding="gptq"`. Call `keras_bitnet.quantize_model` first. '
-            f"Received: filters={filters!r}"
+            "that `filters` lets through, with an activation quantizer (with `static=False`, with "
+            '`smoothing` or `kept_channels`) or with `rounding="gptq"`. Call '
+            "`keras_bitnet.quantize_model` first. "
+            f"Received: filters={filters!r}, static={static!r}"
         )
     return new_model, chosen
 
