@@ -126,6 +126,40 @@ def check_written(before, after, key, value, size):
         assert apart < {4: 8e-3}.get(len(after), TOLERANCE["bfloat16"])
 
 
+@TOKENS
+@pytest.mark.parametrize("factors", [(1e15, 1e-15, 1e30), (1e-15, 1e15, 1e-30)])
+def test_numbers_of_any_size(factors, tokens, rng):
+    cache, arguments = problem(rng, (1, tokens, 6, 2, 64, 90, 50), "float32", "float32")
+    query, key, value, at, scale, mask, _ = arguments
+    query, key, value = (x * by for x, by in zip((query, key, value), factors, strict=True))
+    cache = {"key": cache["key"] * factors[1], "value": cache["value"] * factors[2]}
+    y, written = run(ROW, cache, (query, key, value, at, scale, mask, None))
+    wanted = expected(written, query, 50, scale, mask)
+    assert relative_error(floats(y), wanted) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_token_that_is_not_seen_changes_nothing(bad, rng):
+    cache, arguments = problem(rng, (1, 20, 6, 2, 64, 90, 50), "float32", "float32")
+    query, key, value, at, scale, *_ = arguments
+    broken = floats(key)
+    broken[:, -1, 0, 3] = bad
+    wanted, _ = run(ROW, cache, (query, key, value, at, scale, None, None))
+    y, _ = run(ROW, cache, (query, tensor(broken), value, at, scale, None, None))
+    # Their powers of two are others where the key is among those that the kernels scale together.
+    assert relative_error(floats(y)[:, :-1], floats(wanted)[:, :-1]) < TOLERANCE["float32"]
+    np.testing.assert_array_equal(floats(y)[:, -1, 3:], floats(wanted)[:, -1, 3:])
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="only tensors of PyTorch lie anywhere")
+def test_queries_that_lie_anywhere(rng):
+    cache, (query, *others) = problem(rng, (2, 20, 6, 2, 64, 90, 50), "float32", "float32")
+    wanted, _ = run(ROW, cache, (query, *others))
+    moved = ops.concatenate([query.flatten()[:1], query.flatten()])[1:].view(query.shape)
+    y, _ = run(ROW, cache, (moved, *others))
+    np.testing.assert_array_equal(floats(y), floats(wanted))
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="XLA contracts products and divides otherwise")
 @pytest.mark.parametrize("cache_dtype", CACHE_DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -24,6 +24,7 @@ const char* check(const kbc_attention& p) {
   if ((p.cosines == nullptr) != (p.sines == nullptr)) return "cosines and sines come together";
   if ((p.cache_dtype == 3) != (p.key_scale && p.value_scale)) return "scales are those of an int8 cache";
   if (!aligned(p.key_cache, 16) || !aligned(p.value_cache, 16)) return "a cache must lie at a multiple of 16 bytes";
+  if (!aligned(p.y, 8)) return "y must lie at a multiple of 8 bytes";
   return nullptr;
 }
 
@@ -88,10 +89,10 @@ const char* run_many(Device& device, const kbc_attention& p, void* stream) {
   // As in attention_many.cuh.
   const int head = p.head_dim <= 64 ? 64 : p.head_dim <= 128 ? 128 : 256;
   const unsigned warps = head <= 128 ? 4 : 2, keys = head <= 128 ? 32 : 16, queries = 16 * warps;
-  const unsigned shared = (queries + 2 * keys) * (head + 4) * sizeof(float);
+  const unsigned shared = (queries + 2 * keys) * 2 * (head + 8) * 2;  // large and small parts of float16
   const std::string attend = "attend_many_" + std::to_string(head) + "_" + dtype;
-  Launch second{attend.c_str(), static_cast<unsigned>((p.tokens + queries - 1) / queries),
-                static_cast<unsigned>(p.heads), 32 * warps, shared, true};
+  Launch second{attend.c_str(), static_cast<unsigned>(p.heads), static_cast<unsigned>((p.tokens + queries - 1) / queries),
+                32 * warps, shared, true};
   second.grid_z = static_cast<unsigned>(p.batch);
   return launch(device, -1, second, &a, stream);
 }

@@ -108,7 +108,7 @@ typedef struct kbc_attention {
   void* value_cache;      // as key_cache
   void* key_scale;        // float32 (batch, key_heads, length) of an int8 cache, else null
   void* value_scale;      // as key_scale
-  void* y;                // (batch, tokens, heads, head_dim)
+  void* y;                // (batch, tokens, heads, head_dim), at a multiple of 8
 } kbc_attention;
 
 // New tokens of each sequence through blocks of a decoder, one after another. Meaning: `reference` in
