@@ -106,8 +106,9 @@ def choose(facts, x, cache):
 
 def may_run_all(x):
     """Whether there may be what `choose_all` gives, for activations where these are."""
-    row = (keras.backend.backend(), cuda.NAME)
-    return row in _ROWS and not str(select.device_of(x)).startswith("cpu")
+    row = _ROWS.get((keras.backend.backend(), cuda.NAME))
+    on_cpu = str(select.device_of(x)).startswith("cpu")
+    return row is not None and not on_cpu and hasattr(row(), "run_all")
 
 
 def choose_all(facts, x, caches):
@@ -254,6 +255,12 @@ def _tensorflow():
     return tensorflow_decoder_block
 
 
+def _jax_cuda():
+    from keras_bitnet.kernels.cuda import jax_decoder
+
+    return jax_decoder
+
+
 def _torch_cuda():
     from keras_bitnet.kernels.cuda import torch_decoder
 
@@ -265,5 +272,6 @@ _ROWS = {
     ("jax", cpu.NAME): _jax,
     ("torch", cpu.NAME): _torch,
     ("tensorflow", cpu.NAME): _tensorflow,
+    ("jax", cuda.NAME): _jax_cuda,
     ("torch", cuda.NAME): _torch_cuda,
 }

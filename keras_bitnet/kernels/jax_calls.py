@@ -73,13 +73,14 @@ def _recomputed(function):
     return jax.checkpoint(function, prevent_cse=False)
 
 
-def call_with_cache(target, operands, cache, **attributes):
+def call_with_cache(target, operands, cache, workspace=0, **attributes):
     """A handler that writes into a cache.
 
     Args:
         target: Its name.
         operands: What it takes before the cache; its result is like the first.
         cache: A cache of `keras_bitnet.layers.key_value_cache`.
+        workspace: Bytes that it needs beside its results.
         **attributes: NumPy scalars.
 
     Returns:
@@ -88,10 +89,12 @@ def call_with_cache(target, operands, cache, **attributes):
     names = [name for name in CACHE if name in cache]
     buffers = [cache[name] for name in names]
     results = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (operands[0], *buffers)]
+    if workspace:
+        results.append(jax.ShapeDtypeStruct((workspace,), jnp.uint8))
     aliases = {len(operands) + i: 1 + i for i in range(len(buffers))}
     call = jax.ffi.ffi_call(target, results, input_output_aliases=aliases, vmap_method="sequential")
     y, *written = call(*operands, *buffers, **attributes)
-    return y, dict(zip(names, written, strict=True))
+    return y, dict(zip(names, written[: len(names)], strict=True))
 
 
 class Place(NamedTuple):

@@ -30,8 +30,13 @@ def run(facts, x, weights, cache, index, mask, rotary):
     return run_operation(operation, x, weights, cache, jnp.asarray(index, "int32"), mask, rotary)
 
 
-def _ffi_call(facts, x, weights, cache, index, mask, rotary):
+def _ffi_call(facts, *tensors):
+    return call_block(TARGET, facts, *tensors, per_tensor=np.int64(0))
+
+
+def call_block(target, facts, x, weights, cache, index, mask, rotary, **options):
+    """A registered handler of a block; other options are those of `call_with_cache`."""
     given = operands(x, weights, jnp.reshape(index, 1), mask, rotary, lambda d: np.zeros(0, d))
     types = {int: np.int64, float: np.float64}
     attributes = {name: types[type(v)](v) for name, v in facts.attributes.items()}
-    return call_with_cache(TARGET, given, cache, per_tensor=np.int64(0), **attributes)
+    return call_with_cache(target, given, cache, **attributes, **options)

@@ -37,7 +37,8 @@ kbc_matmul matmul(const kbc_decode& p, int weight) {
   m.offset = p.offset;
   m.epsilon = p.epsilon;
   m.scale_columns = p.scale_columns[weight];
-  m.weights = p.weights;
+  // The first norm waits for all before it, and so what comes after.
+  m.weights = p.weights == KBC_WEIGHTS_SETTLE ? KBC_WEIGHTS_READY : p.weights;
   return m;
 }
 
@@ -131,7 +132,7 @@ struct Block {
     return n;
   }
 
-  const char* run(const kbc_norm& n) const { return kbc_run_norm(&n, device, stream); }
+  const char* run(const kbc_norm& n, bool overlap = true) const { return run_norm(n, overlap, device, stream); }
 
   // y = norm(x), of x + other where there is another, which `combined` then keeps.
   const char* add_and_norm(const void* x, const void* other, Gain which, void* combined, void* y) const {
@@ -139,7 +140,7 @@ struct Block {
     n.combine = other ? KBC_COMBINE_ADD : KBC_COMBINE_NOTHING;
     n.other = other;
     n.combined = other ? combined : nullptr;
-    return run(n);
+    return run(n, other || p.weights != KBC_WEIGHTS_SETTLE);
   }
 
   const char* attend(const Workspace& w) const {

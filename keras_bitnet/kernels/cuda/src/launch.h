@@ -43,6 +43,9 @@ struct Launch {
 // Queues the kernel of that name from the library of a width. `params` points at what it takes.
 const char* launch(Device& device, int bits, const Launch& l, const void* params, void* stream);
 
+// kbc_run_norm; `overlap` as of a Launch.
+const char* run_norm(const kbc_norm& problem, bool overlap, int device, void* stream);
+
 // Queues a 32-bit zero.
 const char* clear_word(void* word, void* stream);
 

@@ -20,7 +20,7 @@ const char* check(const kbc_norm& p) {
   return nullptr;
 }
 
-const char* run_here(Device& device, const kbc_norm& p, void* stream) {
+const char* run_here(Device& device, const kbc_norm& p, bool overlap, void* stream) {
   const int64_t four = p.dtype == 0 ? 16 : 8;  // bytes of four elements
   Norm n{};
   n.x = p.x;
@@ -35,13 +35,17 @@ const char* run_here(Device& device, const kbc_norm& p, void* stream) {
   n.epsilon = p.epsilon;
   constexpr const char* kNames[] = {"normalize_", "add_normalize_", "gate_normalize_"};
   const std::string name = std::string(kNames[p.combine]) + kDtypes[p.dtype];
-  return launch(device, -2, Launch{name.c_str(), static_cast<unsigned>(p.rows), 1, kThreads, 0, true}, &n, stream);
+  return launch(device, -2, Launch{name.c_str(), static_cast<unsigned>(p.rows), 1, kThreads, 0, overlap}, &n, stream);
 }
 
 }  // namespace
 
+const char* launcher::run_norm(const kbc_norm& p, bool overlap, int device, void* stream) {
+  if (const char* wrong = check(p)) return wrong;
+  if (p.rows == 0) return nullptr;
+  return on_device(device, [&](Device& d) { return run_here(d, p, overlap, stream); });
+}
+
 const char* kbc_run_norm(const kbc_norm* problem, int device, void* stream) {
-  if (const char* wrong = check(*problem)) return wrong;
-  if (problem->rows == 0) return nullptr;
-  return on_device(device, [&](Device& d) { return run_here(d, *problem, stream); });
+  return run_norm(*problem, true, device, stream);
 }

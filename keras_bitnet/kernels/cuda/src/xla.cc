@@ -1,4 +1,5 @@
-// The product, the norm and the attention as XLA FFI handlers, for JAX. An empty operand means none.
+// The product, the norm, the attention and a block of a decoder as XLA FFI handlers, for JAX. An empty operand means
+// none.
 #include <string.h>
 
 #include <string>
@@ -65,6 +66,18 @@ int32_t dtype_of(const Buffer* b) {
 
 // Each fills a problem from what XLA passes, and checks every shape that the kernels trust.
 
+const char* check_weight(const Buffer* tiles, const Buffer* scale, const Buffer* bias, int64_t in_features,
+                         int64_t out_features, int64_t bits, int64_t group_size) {
+  const int64_t groups = group_size ? (in_features + group_size - 1) / group_size : 1;
+  const int64_t bytes = (out_features + 15) / 16 * ((in_features * bits + 31) / 32) * 64;
+  if (size(tiles) != bytes) return "tiles must be [ceil(out / 16), ceil(in * bits / 32), 16, 4]";
+  if (scale->rank != 2 || scale->dims[0] != groups || (scale->dims[1] != 1 && scale->dims[1] != out_features))
+    return "scale must be (1 or groups, 1 or out)";
+  if (size(bias) && size(bias) != out_features) return "bias must be (out,), or (0,): none";
+  if (tiles->dtype != kU8 || scale->dtype != kF32 || bias->dtype != kF32) return "wrong dtype of a weight";
+  return nullptr;
+}
+
 // Product `i` of `count`.
 const char* describe(const CallFrame* frame, int64_t i, int64_t count, kbc_matmul* p) {
   int64_t bits, activation_bits, per_tensor;
@@ -78,7 +91,7 @@ const char* describe(const CallFrame* frame, int64_t i, int64_t count, kbc_matmu
   Buffer **in = frame->arguments.buffers, **out = frame->results.buffers;
   const Buffer *x = in[0], *tiles = in[1 + 3 * i], *scale = in[2 + 3 * i], *bias = in[3 + 3 * i];
   const Buffer *x_scale = in[1 + 3 * count], *y = out[i], *workspace = out[count];
-  if (x->rank < 1 || y->rank < 1 || scale->rank != 2) return "wrong rank of an operand";
+  if (x->rank < 1 || y->rank < 1) return "wrong rank of an operand";
   p->in_features = x->dims[x->rank - 1];
   p->out_features = y->dims[y->rank - 1];
   p->rows = 1;
@@ -89,18 +102,12 @@ const char* describe(const CallFrame* frame, int64_t i, int64_t count, kbc_matmu
   p->per_tensor = static_cast<int32_t>(per_tensor);
   p->offset = static_cast<float>(offset);
   p->epsilon = static_cast<float>(epsilon);
-  p->scale_columns = static_cast<int32_t>(scale->dims[1]);
   if (p->in_features < 1 || p->out_features < 1 || p->group_size < 0) return "a size is out of range";
-  const int64_t groups =
-      p->group_size ? (p->in_features + p->group_size - 1) / p->group_size : 1;
-  const int64_t bytes = (p->out_features + 15) / 16 * ((p->in_features * bits + 31) / 32) * 64;
-  if (size(tiles) != bytes) return "tiles must be [ceil(out / 16), ceil(in * bits / 32), 16, 4]";
-  if (scale->dims[0] != groups) return "scale must be (1 or groups, 1 or out)";
-  if (size(bias) && size(bias) != p->out_features) return "bias must be (out,), or (0,): none";
+  if (const char* wrong = check_weight(tiles, scale, bias, p->in_features, p->out_features, bits, p->group_size))
+    return wrong;
+  p->scale_columns = static_cast<int32_t>(scale->dims[1]);
   if (size(x_scale) > 1) return "x_scale must be (1,), or (0,): computed from x";
-  if (y->dtype != x->dtype || tiles->dtype != kU8 || scale->dtype != kF32 ||
-      bias->dtype != kF32 || x_scale->dtype != kF32)
-    return "wrong dtype of an operand";
+  if (y->dtype != x->dtype || x_scale->dtype != kF32) return "wrong dtype of an operand";
   if (size(y) != p->rows * p->out_features) return "wrong shape of the result";
   if (size(workspace) < kbc_workspace(p)) return "the workspace is too small";
   p->x = x->data;
@@ -155,57 +162,143 @@ const char* describe(const CallFrame* frame, kbc_norm* p) {
   return nullptr;
 }
 
-// Operands query, key, value, cosines, sines, mask, index and the two or, of int8, four tensors of the
-// cache; results y and those tensors again, in the same memory.
+// What an attention and a block have alike. `in`: cosines, sines, mask, index and the two or, of int8, four tensors of
+// the cache, which `out` has again, in the same memory. Batch, tokens and size of a head are known.
+template <class Problem> const char* describe_cache(Buffer** in, Buffer** out, int64_t kept, Problem* p) {
+  const Buffer *cosines = in[0], *sines = in[1], *mask = in[2], *index = in[3], *cache = in[4];
+  if (cache->rank != 4) return "wrong rank of an operand";
+  if (p->tokens < 1 || p->head_dim < 1 || cache->dims[1] < 1 || cache->dims[2] < 1)
+    return "a size is out of range";
+  p->key_heads = static_cast<int32_t>(cache->dims[1]);
+  p->length = cache->dims[2];
+  p->cache_dtype = dtype_of(cache);
+  const int64_t row = p->head_dim, rows = p->batch * p->key_heads * p->length;
+  const int64_t tables = size(cosines) / (p->tokens * row), masks = size(mask) / (p->tokens * p->length);
+  p->tables = static_cast<int32_t>(tables ? tables : 1);
+  p->masks = static_cast<int32_t>(masks ? masks : 1);
+  if (size(cosines) != tables * p->tokens * row || size(sines) != size(cosines) ||
+      size(mask) != masks * p->tokens * p->length || size(index) != 1)
+    return "wrong shape of an operand";
+  if (cosines->dtype != kF32 || sines->dtype != kF32 || mask->dtype != kPRED || index->dtype != kS32 ||
+      (kept == 4) != (p->cache_dtype == 3))
+    return "wrong dtype of an operand";
+  for (int64_t i = 0; i < kept; ++i) {
+    const Buffer* one = in[4 + i];
+    if (size(one) != (i < 2 ? rows * row : rows)) return "wrong shape of the cache";
+    if (i < 2 ? one->dtype != cache->dtype : one->dtype != kF32) return "wrong dtype of the cache";
+    if (out[i]->data != one->data) return "the cache is not written in place";
+  }
+  p->cosines = tables ? cosines->data : nullptr;
+  p->sines = tables ? sines->data : nullptr;
+  p->mask = masks ? mask->data : nullptr;
+  p->index = index->data;
+  return nullptr;
+}
+
+// Operands query, key, value, cosines, sines, mask, index and the cache; results y and the cache.
 const char* describe(const CallFrame* frame, kbc_attention* p) {
   const int64_t count = frame->arguments.size, kept = count - 7;
   if ((kept != 2 && kept != 4) || frame->results.size != 1 + kept) return "wrong number of operands";
   double scale;
   if (!read(frame->attributes, "scale", kF64, &scale)) return "an attribute is missing";
   Buffer **in = frame->arguments.buffers, **out = frame->results.buffers;
-  const Buffer *query = in[0], *key = in[1], *cosines = in[3], *mask = in[5], *cache = in[7];
-  if (query->rank != 4 || key->rank != 4 || cache->rank != 4) return "wrong rank of an operand";
-  if (query->dims[1] < 1 || query->dims[3] < 1 || cache->dims[2] < 1) return "a size is out of range";
+  const Buffer *query = in[0], *key = in[1], *value = in[2], *y = out[0];
+  if (query->rank != 4) return "wrong rank of an operand";
   p->batch = query->dims[0];
   p->tokens = query->dims[1];
   p->heads = static_cast<int32_t>(query->dims[2]);
   p->head_dim = static_cast<int32_t>(query->dims[3]);
-  p->key_heads = static_cast<int32_t>(cache->dims[1]);
-  p->length = cache->dims[2];
   p->dtype = dtype_of(query);
-  p->cache_dtype = dtype_of(cache);
   p->scale = static_cast<float>(scale);
-  const int64_t row = p->head_dim, rows = p->batch * p->key_heads, tables = size(cosines) / (p->tokens * row);
-  const int64_t masks = size(mask) / (p->tokens * p->length);
-  p->tables = static_cast<int32_t>(tables ? tables : 1);
-  p->masks = static_cast<int32_t>(masks ? masks : 1);
-  if (size(key) != rows * p->tokens * row || size(in[2]) != size(key) || size(cache) != rows * p->length * row ||
-      size(in[8]) != size(cache) || size(in[4]) != size(cosines) || size(cosines) != tables * p->tokens * row ||
-      size(mask) != masks * p->tokens * p->length || size(in[6]) != 1 || size(out[0]) != size(query))
+  if (const char* wrong = describe_cache(in + 3, out + 1, kept, p)) return wrong;
+  if (size(key) != p->batch * p->tokens * p->key_heads * p->head_dim || size(value) != size(key) ||
+      size(y) != size(query))
     return "wrong shape of an operand";
-  if (dtype_of(key) != p->dtype || dtype_of(in[2]) != p->dtype || dtype_of(out[0]) != p->dtype ||
-      dtype_of(in[8]) != p->cache_dtype || cosines->dtype != kF32 || in[4]->dtype != kF32 ||
-      mask->dtype != kPRED || in[6]->dtype != kS32 || (kept == 4) != (p->cache_dtype == 3))
+  if (dtype_of(key) != p->dtype || dtype_of(value) != p->dtype || dtype_of(y) != p->dtype)
     return "wrong dtype of an operand";
-  for (int64_t i = 0; i < kept; ++i)
-    if (out[1 + i]->data != in[7 + i]->data) return "the cache is not written in place";
   p->query = query->data;
   p->key = key->data;
-  p->value = in[2]->data;
-  p->cosines = tables ? cosines->data : nullptr;
-  p->sines = tables ? in[4]->data : nullptr;
-  p->mask = masks ? mask->data : nullptr;
-  p->index = in[6]->data;
-  p->key_cache = cache->data;
+  p->value = value->data;
+  p->key_cache = in[7]->data;
   p->value_cache = in[8]->data;
-  if (kept == 4) {
-    if (in[9]->dtype != kF32 || in[10]->dtype != kF32 || size(in[9]) != rows * p->length ||
-        size(in[10]) != rows * p->length)
-      return "the scales of the cache must be float32 (batch, heads, length, 1)";
-    p->key_scale = in[9]->data;
-    p->value_scale = in[10]->data;
+  p->key_scale = kept == 4 ? in[9]->data : nullptr;
+  p->value_scale = kept == 4 ? in[10]->data : nullptr;
+  p->y = y->data;
+  return nullptr;
+}
+
+struct Block {
+  kbc_decode problem;
+  const void* tensors[KBC_BLOCK_TENSORS];
+};
+const char* run_block(const Block* block, int device, void* stream) {
+  return kbc_run_decode(&block->problem, device, stream);
+}
+
+// Operands x, then tiles, scale and bias of each weight, the gains, cosines, sines, mask, index and the cache; results
+// y, the cache, and a workspace of kbc_decode_workspace() bytes.
+const char* describe(const CallFrame* frame, Block* block) {
+  constexpr int64_t kGains = 4, kOwn = 3 * KBC_BLOCK_WEIGHTS + kGains;
+  kbc_decode* p = &block->problem;
+  const int64_t kept = frame->arguments.size - kOwn - 5;
+  if ((kept != 2 && kept != 4) || frame->results.size != 2 + kept) return "wrong number of operands";
+  int64_t heads, intermediate, activation, bits, group_size, activation_bits;
+  double offset, epsilon, norm_epsilon, scale;
+  const Attributes& attributes = frame->attributes;
+  if (!read(attributes, "heads", kS64, &heads) || !read(attributes, "intermediate", kS64, &intermediate) ||
+      !read(attributes, "activation", kS64, &activation) || !read(attributes, "bits", kS64, &bits) ||
+      !read(attributes, "group_size", kS64, &group_size) ||
+      !read(attributes, "activation_bits", kS64, &activation_bits) || !read(attributes, "offset", kF64, &offset) ||
+      !read(attributes, "epsilon", kF64, &epsilon) || !read(attributes, "norm_epsilon", kF64, &norm_epsilon) ||
+      !read(attributes, "scale", kF64, &scale))
+    return "an attribute is missing";
+  Buffer **in = frame->arguments.buffers, **own = in + 1, **shared = own + kOwn, **cache = shared + 4;
+  Buffer** out = frame->results.buffers;
+  const Buffer *x = in[0], *y = out[0], *workspace = out[1 + kept];
+  if (x->rank != 3 || cache[0]->rank != 4) return "wrong rank of an operand";
+  p->blocks = 1;
+  p->batch = x->dims[0];
+  p->tokens = x->dims[1];
+  p->features = x->dims[2];
+  p->intermediate = intermediate;
+  p->group_size = group_size;
+  p->heads = static_cast<int32_t>(heads);
+  p->head_dim = static_cast<int32_t>(cache[0]->dims[3]);
+  p->bits = static_cast<int32_t>(bits);
+  p->dtype = dtype_of(x);
+  p->activation_bits = static_cast<int32_t>(activation_bits);
+  p->activation = static_cast<int32_t>(activation);
+  p->weights = KBC_WEIGHTS_SETTLE;  // a kernel just before may be writing them
+  p->offset = static_cast<float>(offset);
+  p->epsilon = static_cast<float>(epsilon);
+  p->norm_epsilon = static_cast<float>(norm_epsilon);
+  p->scale = static_cast<float>(scale);
+  if (p->features < 1 || p->heads < 1 || intermediate < 1 || group_size < 0) return "a size is out of range";
+  if (const char* wrong = describe_cache(shared, out + 1, kept, p)) return wrong;
+  const int64_t features = p->features, queries = heads * p->head_dim, keys = p->key_heads * int64_t{p->head_dim};
+  const int64_t inputs[] = {features, features, features, queries, features, intermediate, features};
+  const int64_t outputs[] = {queries, keys, keys, features, intermediate, features, intermediate};
+  p->gated = size(own[3 * (KBC_BLOCK_WEIGHTS - 1)]) != 0;
+  for (int i = 0; i < KBC_BLOCK_WEIGHTS - !p->gated; ++i) {
+    Buffer** const weight = own + 3 * i;
+    if (const char* wrong = check_weight(weight[0], weight[1], weight[2], inputs[i], outputs[i], bits, group_size))
+      return wrong;
+    p->scale_columns[i] = static_cast<int32_t>(weight[1]->dims[1]);
   }
-  p->y = out[0]->data;
+  const int64_t normed[kGains] = {features, queries, features, intermediate};
+  for (int64_t i = 0; i < kGains; ++i) {
+    const Buffer* gain = own[3 * KBC_BLOCK_WEIGHTS + i];
+    if (size(gain) && size(gain) != normed[i]) return "wrong shape of a gain";
+    if (gain->dtype != kF32) return "wrong dtype of a gain";
+  }
+  if (y->dtype != x->dtype || size(y) != size(x)) return "wrong shape or dtype of the result";
+  if (size(workspace) < kbc_decode_workspace(p)) return "the workspace is too small";
+  for (int64_t i = 0; i < kOwn; ++i) block->tensors[i] = size(own[i]) ? own[i]->data : nullptr;
+  for (int64_t i = 0; i < kept; ++i) block->tensors[kOwn + i] = cache[i]->data;
+  p->x = x->data;
+  p->tensors = block->tensors;
+  p->y = y->data;
+  p->workspace = workspace->data;
   return nullptr;
 }
 
@@ -239,3 +332,4 @@ void* handle(CallFrame* frame, const char* (*run)(const Problem*, int, void*)) {
 KBC_API void* kbc_xla_matmul(CallFrame* frame) { return handle(frame, run); }
 KBC_API void* kbc_xla_norm(CallFrame* frame) { return handle(frame, kbc_run_norm); }
 KBC_API void* kbc_xla_attention(CallFrame* frame) { return handle(frame, kbc_run_attention); }
+KBC_API void* kbc_xla_decode(CallFrame* frame) { return handle(frame, run_block); }
