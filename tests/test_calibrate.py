@@ -284,6 +284,7 @@ class NoBatches(keras.utils.PyDataset):
         (two_inputs, ones((4, 12)), {}, "two"),
         (two_inputs, ones((4, 12), (4, 5)), {}, "4, 5"),
         (two_inputs, ones((4, 12), (5, 4)), {}, "same number of examples"),
+        (small_model, [(np.ones((4, 12)), np.ones(4))] * 3, {}, "not as batches.* 6 arrays"),
         (small_model, np.ones((4, 12)), {"method": "median"}, "`method` must be one of"),
         (small_model, np.ones((4, 12)), {"percentile": 0}, "percentile=0"),
         (small_model, np.ones((4, 12)), {"batch_size": 0}, "batch_size=0"),

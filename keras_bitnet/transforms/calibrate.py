@@ -98,7 +98,7 @@ def calibrate(
     for name, count in (("batch_size", batch_size), ("steps", steps)):
         if count is not None:
             check_count(name, count)
-    _check_data(data)
+    _check_data(data, getattr(model, "inputs", None))
     model, chosen = _prepare(model, filters, momentum, static, rounding)
     stream = _Stream(model, data, batch_size, steps, verbose)
     smoothed = [layer for layer in chosen if layer.smoothing is not None and not layer.packed]
@@ -219,7 +219,7 @@ def _static(quantizer, momentum):
     return StaticActivation(quantizer.bits, momentum, quantizer.epsilon)
 
 
-def _check_data(data):
+def _check_data(data, inputs):
     """Refuses what has no batch, as far as that is known before it is read."""
     if data is None:
         raise ValueError("`data` must be what `model.predict` takes. Received: None")
@@ -230,6 +230,13 @@ def _check_data(data):
             sizes.add(leaf.shape[0] if hasattr(leaf, "shape") else len(leaf))
         except (TypeError, IndexError):  # a generator; a dataset without an end
             continue
+    nested = isinstance(data, list) and any(isinstance(each, (list, tuple)) for each in data)
+    if nested and inputs and len(sized) != len(inputs):  # Keras would take the first for all
+        raise ValueError(
+            "A list is taken as the inputs of the model, not as batches. Pass arrays, a dataset, "
+            "a `keras.utils.PyDataset` or, for a single pass, a generator of tuples. Received: "
+            f"a list of {len(data)}, {len(sized)} arrays in all, for {len(inputs)} inputs"
+        )
     if 0 in sizes:
         raise ValueError(f"`data` is empty. Received: {_describe(data)}")
     if len(sizes) > 1:
