@@ -9,7 +9,7 @@ from helpers import BACKEND, decibel, to_numpy
 
 import keras_bitnet
 from keras_bitnet import quantization_report
-from keras_bitnet.layers import BitLinear
+from keras_bitnet.layers import BitConv2D, BitLinear
 from keras_bitnet.quantizers import Int4
 from keras_bitnet.report import outliers, pairs, probes
 
@@ -218,6 +218,15 @@ def test_a_planted_outlier_is_found_and_treated(rng):
     error = to_numpy(treated.layers[0].product(keras.ops.convert_to_tensor(x))) - expected
     assert seen.product_sqnr["kept_channels"] == pytest.approx(decibel(expected, error), abs=1)
     assert report(treated, x, reference=model).layers[0].outliers is None
+
+
+def test_a_packed_convolution_is_seen_as_before_it_was_packed(rng):
+    model = keras.Sequential([keras.Input((6, 6, 3)), BitConv2D(4, 3, padding="same")])
+    x = rng.normal(size=(8, 6, 6, 3)).astype("float32")
+    (wanted,) = report(model, x).layers
+    (found,) = report(keras_bitnet.pack_model(model, verbose=0), x, reference=model).layers
+    assert found.input_absmax == pytest.approx(wanted.input_absmax)
+    assert found.input_sqnr == pytest.approx(wanted.input_sqnr, abs=1e-3)
 
 
 def test_outliers_of_a_convolution_are_channels_of_the_image(rng):

@@ -137,9 +137,9 @@ class Probe:
     def __enter__(self):
         product = self.layer.product
 
-        def probed(x, *args, **kwargs):
-            self.look(x)
-            return product(x, *args, **kwargs)
+        def probed(x, window=None):
+            self.look(x if window is None else window.patches(x))
+            return product(x, window)
 
         self.layer.product = probed
 
