@@ -18,6 +18,11 @@ def load_model(filepath, custom_objects=None, compile=True, safe_mode=True):
     can be made beside it, Keras loads it. The weights then lie in huge pages, where
     the system has them (see `kernels.use_huge_pages`).
 
+    Keras writes into the file what `jit_compile="auto"` became where it was written. From JAX that
+    is True: TensorFlow would then compile a packed model by XLA, which cannot call the kernels, and
+    PyTorch would spend minutes in `torch.compile`. A packed model that says so is loaded as if it
+    said "auto".
+
     Args:
         filepath: Path of a `.keras` file.
         custom_objects, compile, safe_mode: As in Keras.
@@ -36,6 +41,9 @@ def load_model(filepath, custom_objects=None, compile=True, safe_mode=True):
         raise ValueError(f"Expected a file that `model.save` wrote. Received: '{path}'")
     model = _load(path, custom_objects, compile, safe_mode)
     use_huge_pages(model)
+    packed = any(getattr(layer, "packed", False) for layer in model._flatten_layers())
+    if packed and getattr(model, "compiled", False) and model.jit_compile:
+        model.jit_compile = None  # Keras then finds it anew
     return model
 
 

@@ -130,6 +130,22 @@ def test_other_models_and_files(tmp_path):
         keras_bitnet.load_model(tmp_path / "none.keras")
 
 
+def test_packed_models_are_compiled_as_the_backend_does(tmp_path):
+    def saved_and_loaded(model, **arguments):
+        model.compile("sgd", "mse", **arguments)
+        model.save(tmp_path / "compiled.keras")
+        return keras_bitnet.load_model(tmp_path / "compiled.keras").jit_compile
+
+    inputs = keras.Input((8,))
+    model = keras.Model(inputs, BitLinear(4)(inputs))
+    packed = keras_bitnet.pack_model(model, verbose=0)
+    packed.compile("sgd", "mse")
+    usual = packed.jit_compile
+    assert saved_and_loaded(packed, jit_compile=True) is usual
+    assert saved_and_loaded(packed, jit_compile=False) is False
+    assert saved_and_loaded(model, jit_compile=True) is True  # training is as its author wants it
+
+
 def test_links_and_chunks_are_left_to_keras(tmp_path, monkeypatch):
     monkeypatch.setattr(large_weights, "PART_BYTES", 4)
     plain = np.arange(60, dtype=np.uint8).reshape(6, 10)
