@@ -11,7 +11,6 @@ import functools
 import tensorflow as tf
 from keras import ops
 from tensorflow.python.ops import control_flow_util
-from tensorflow.python.ops.resource_variable_ops import ResourceVariable
 
 from keras_bitnet.kernels import cpu, native
 from keras_bitnet.kernels.select import Kernel
@@ -87,10 +86,15 @@ def _weight(packed, bias):
 
 def _tensor(array):
     """A tensor of codes or scales; the ops would take the slow path for a variable."""
-    # What TensorFlow does about a variable that no tape watches takes longer than to read it.
-    if type(array) is ResourceVariable and not array.trainable and tf.executing_eagerly():
-        return tf.raw_ops.ReadVariableOp(resource=array.handle, dtype=array.dtype)
-    return tf.convert_to_tensor(array)
+    unwatched = isinstance(array, tf.Variable) and not array.trainable and tf.executing_eagerly()
+    return read_variable(array) if unwatched else tf.convert_to_tensor(array)
+
+
+def read_variable(variable):
+    """The tensor of a variable that no tape watches: to convert it takes some times as long."""
+    if isinstance(variable, tf.distribute.DistributedValues):
+        return tf.convert_to_tensor(variable)
+    return tf.raw_ops.ReadVariableOp(resource=variable.handle, dtype=variable.dtype)
 
 
 def _attributes(packed, activation_quantizer):

@@ -44,7 +44,11 @@ def read_weights(model):
     values = [v.value for v in variables_of(model)]
     if BACKEND == "torch":
         return [value.detach().contiguous() for value in values]
-    return _read_variables(values) if BACKEND == "tensorflow" else values
+    if BACKEND == "tensorflow":  # Keras takes its variables for tensors
+        from keras_bitnet.kernels.tensorflow import read_variable
+
+        return list(map(read_variable, values))  # converted, a decoder's hundreds take 20 ms
+    return values
 
 
 def variables_of(model):
@@ -57,20 +61,6 @@ def variables_of(model):
     found = [v for x in layers for v in x._trainable_variables + x._non_trainable_variables]
     found += [generator.state for layer in layers for generator in layer._seed_generators]
     return list({id(v): v for v in found}.values())
-
-
-def _read_variables(variables):
-    """Their tensors: Keras takes variables of TensorFlow for tensors."""
-    import tensorflow as tf
-
-    # As it is converted to a tensor takes four times as long, 20 ms for a decoder's hundreds.
-    read, distributed = tf.raw_ops.ReadVariableOp, tf.distribute.DistributedValues
-    return [
-        tf.convert_to_tensor(v)
-        if isinstance(v, distributed)
-        else read(resource=v.handle, dtype=v.dtype)
-        for v in variables
-    ]
 
 
 def is_asynchronous(tensor):
